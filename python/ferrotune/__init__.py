@@ -1,0 +1,1 @@
+"""LoRA and QLoRA fine-tuning at the speed of the frozen model."""

@@ -1,0 +1,5 @@
+//! Reading, splitting, tokenising and packing of training text.
+
+mod batch;
+
+pub use batch::{Batch, IGNORE};

@@ -1,0 +1,5 @@
+//! The torch-free fine-tuning engine, on candle and the CPU.
+
+mod model;
+
+pub use model::{Mode, Model, Parameter, Segment};

@@ -1,0 +1,60 @@
+//! The seam between a model and whatever trains it.
+
+use std::path::Path;
+
+use candle_core::{Tensor, Var};
+
+use crate::data::Batch;
+use crate::error::Result;
+
+/// One named tensor inside a flat [`Parameter`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Segment {
+    pub name: String,
+    /// First element inside the flat parameter.
+    pub offset: usize,
+    pub shape: Vec<usize>,
+    /// Whether weight decay applies; norms and biases are left out.
+    pub decay: bool,
+}
+
+impl Segment {
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Trainable tensors that one operation uses together, laid end to end in one flat f32 variable.
+#[derive(Debug, Clone)]
+pub struct Parameter {
+    pub name: String,
+    /// 1-D, f32.
+    pub var: Var,
+    pub segments: Vec<Segment>,
+}
+
+/// How a forward pass is meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Dropout masks are drawn from `seed`; each micro-batch has its own.
+    Train { seed: u64 },
+    Eval,
+}
+
+/// A causal language model that can be trained and saved.
+pub trait Model: Send + Sync {
+    /// The trainable parameters, in a stable order with stable names.
+    fn parameters(&self) -> &[Parameter];
+
+    /// Sum of the negative log-likelihoods (nats) over the batch's targets, a scalar on the
+    /// graph, and the number of targets.
+    fn loss(&self, batch: &Batch, mode: Mode) -> Result<(Tensor, usize)>;
+
+    /// Writes what a user takes away: an adapter in PEFT's format, or a Hugging Face folder when
+    /// every weight was trained. Each file is written aside and renamed.
+    fn save(&self, folder: &Path) -> Result<()>;
+}

@@ -1,0 +1,25 @@
+//! ferrotune: LoRA and QLoRA fine-tuning at the speed of the frozen model.
+//!
+//! Dependencies point one way: `python` → `engine`, `data`, `adapter` → `folder`, `lora`, `quant` → `error`, `dtype`, `file`.
+
+pub mod adapter;
+#[cfg(feature = "engine")]
+pub mod data;
+pub mod dtype;
+#[cfg(feature = "engine")]
+pub mod engine;
+pub mod error;
+pub mod file;
+pub mod folder;
+pub mod lora;
+pub mod quant;
+
+#[cfg(feature = "python")]
+mod python;
+
+#[cfg(feature = "python")]
+#[pyo3::pymodule(name = "_native")]
+mod native {
+    #[pymodule_export]
+    use crate::error::FormatError;
+}

@@ -1,0 +1,1 @@
+//! LoRA's shapes, scaling, and CPU forward and backward.

@@ -1,0 +1,1 @@
+//! Blockwise 4-bit quantisation in bitsandbytes' formats.
