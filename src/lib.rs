@@ -12,7 +12,10 @@ pub mod error;
 pub mod file;
 pub mod folder;
 pub mod lora;
+pub mod matmul;
 pub mod quant;
+pub mod scratch;
+pub mod simd;
 
 #[cfg(feature = "python")]
 mod python;

@@ -1,1 +1,15 @@
-//! LoRA's shapes, scaling, and CPU forward and backward.
+//! LoRA's linear layer on the CPU: shapes, dropout masks, forward and backward.
+//!
+//! `y = x·Wᵀ + bias + scaling · dropout(x)·Aᵀ·Bᵀ` (Hu et al., 2021, "LoRA: Low-Rank Adaptation of
+//! Large Language Models"), with W frozen, dense or 4-bit, or W itself trained and no adapter.
+
+mod dropout;
+mod group;
+mod weight;
+
+pub use dropout::Dropout;
+pub use group::{Adapter, Base, Group, Member, Tensor};
+pub use weight::FrozenWeight;
+
+#[cfg(test)]
+mod tests;

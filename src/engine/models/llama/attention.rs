@@ -1,0 +1,141 @@
+//! Attention of a decoder layer: q/k/v as one group, rotary embedding, o.
+
+use std::sync::Arc;
+
+use super::block::{Inner, Norm, Tokens};
+use crate::engine::ops::attention::{attention, attention_backward};
+use crate::engine::ops::rope::{
+    Heads, Rotations, merge_heads, rope_to_heads, rope_to_heads_backward, split_heads,
+};
+use crate::error::Result;
+use crate::lora::{Dropout, Group};
+use crate::scratch::Scratch;
+
+/// Weights and constants of one layer's attention.
+#[derive(Debug)]
+pub struct Attention {
+    pub norm: Norm,
+    /// q, k and v on the normed input.
+    pub qkv: Group,
+    pub o: Group,
+    pub h: usize,
+    pub hkv: usize,
+    pub d: usize,
+    pub rotations: Arc<Rotations>,
+}
+
+/// What backward needs of forward, all head-major.
+pub struct AttentionSaved {
+    qkv: Scratch,
+    out: Scratch,
+    lse: Scratch,
+    h_qkv: Scratch,
+    h_o: Scratch,
+}
+
+impl Attention {
+    fn heads(&self, tokens: &Tokens) -> Heads {
+        Heads {
+            b: tokens.b,
+            t: tokens.t,
+            h: self.h,
+            hkv: self.hkv,
+            d: self.d,
+        }
+    }
+
+    /// o's masks come after the group's own.
+    fn o_dropout(&self, dropout: Option<Dropout>) -> Option<Dropout> {
+        dropout.map(|dropout| dropout.stream(dropout.stream + self.qkv.members.len() as u64))
+    }
+}
+
+impl Inner for Attention {
+    type Saved = AttentionSaved;
+    const NAME: &'static str = "attention_block";
+
+    fn norm(&self) -> &Norm {
+        &self.norm
+    }
+
+    fn theta_len(&self) -> usize {
+        self.qkv.theta_len() + self.o.theta_len()
+    }
+
+    fn forward(
+        &self,
+        x: &[f32],
+        theta: &[f32],
+        tokens: &Tokens,
+        dropout: Option<Dropout>,
+    ) -> Result<(Scratch, AttentionSaved)> {
+        let heads = self.heads(tokens);
+        let (theta_qkv, theta_o) = theta.split_at(self.qkv.theta_len());
+        let (rows, h_qkv) = self.qkv.forward(x, theta_qkv, dropout)?;
+        let mut qkv = Scratch::dirty(rows.len());
+        rope_to_heads(&rows, heads, &self.rotations, &tokens.positions, &mut qkv);
+        drop(rows);
+        let mut out = Scratch::dirty(tokens.m() * self.h * self.d);
+        let mut lse = Scratch::dirty(tokens.m() * self.h);
+        attention(&qkv, heads, &tokens.starts, &mut out, &mut lse);
+        let mut merged = Scratch::dirty(out.len());
+        merge_heads(&out, heads, &mut merged);
+        let (y, h_o) = self.o.forward(&merged, theta_o, self.o_dropout(dropout))?;
+        Ok((
+            y,
+            AttentionSaved {
+                qkv,
+                out,
+                lse,
+                h_qkv,
+                h_o,
+            },
+        ))
+    }
+
+    fn backward(
+        &self,
+        x: &[f32],
+        theta: &[f32],
+        tokens: &Tokens,
+        dropout: Option<Dropout>,
+        saved: AttentionSaved,
+        dy: &[f32],
+        dx: Option<&mut [f32]>,
+        dtheta: &mut [f32],
+    ) -> Result<()> {
+        let heads = self.heads(tokens);
+        let (theta_qkv, theta_o) = theta.split_at(self.qkv.theta_len());
+        let (dtheta_qkv, dtheta_o) = dtheta.split_at_mut(self.qkv.theta_len());
+        let mut merged = Scratch::dirty(saved.out.len());
+        merge_heads(&saved.out, heads, &mut merged);
+        let mut d_merged = Scratch::dirty(saved.out.len());
+        self.o.backward(
+            &merged,
+            theta_o,
+            &saved.h_o,
+            dy,
+            self.o_dropout(dropout),
+            Some(&mut d_merged),
+            dtheta_o,
+        )?;
+        let mut d_out = merged;
+        split_heads(&d_merged, heads, &mut d_out);
+        let mut d_heads = Scratch::dirty(saved.qkv.len());
+        attention_backward(
+            &saved.qkv,
+            heads,
+            &tokens.starts,
+            &saved.out,
+            &saved.lse,
+            &d_out,
+            &mut d_heads,
+        );
+        let mut dqkv = saved.qkv;
+        let positions = &tokens.positions;
+        rope_to_heads_backward(&d_heads, heads, &self.rotations, positions, &mut dqkv);
+        let h = &saved.h_qkv;
+        self.qkv
+            .backward(x, theta_qkv, h, &dqkv, dropout, dx, dtheta_qkv)
+    }
+}

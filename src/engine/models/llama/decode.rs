@@ -1,0 +1,188 @@
+//! One token after another, with the keys and values of the tokens before kept.
+
+use super::Llama;
+use super::block::with_slice;
+use super::head::{gather, logits};
+use crate::engine::Mode;
+use crate::engine::ops::swiglu::swiglu;
+use crate::error::{Error, Result};
+use crate::matmul::{Into, Mat, MatMut, Threads, matmul};
+use crate::scratch::Scratch;
+use crate::simd::{exp, max};
+
+/// A sequence in the making.
+pub struct Decoder<'a> {
+    model: &'a Llama,
+    /// The output layer in f32, widened once.
+    output: Vec<f32>,
+    thetas: Vec<Vec<f32>>,
+    caches: Vec<Cache>,
+    length: usize,
+}
+
+/// Keys and values of one layer, `[hkv][length, d]` each.
+struct Cache {
+    keys: Vec<Vec<f32>>,
+    values: Vec<Vec<f32>>,
+}
+
+impl<'a> Decoder<'a> {
+    pub fn new(model: &'a Llama) -> Result<Self> {
+        let thetas = model
+            .parameters
+            .iter()
+            .map(|parameter| Ok(parameter.var.to_vec1::<f32>()?))
+            .collect::<Result<_>>()?;
+        let none = || vec![Vec::new(); model.config.num_key_value_heads];
+        let caches = model
+            .layers
+            .iter()
+            .map(|_| Cache {
+                keys: none(),
+                values: none(),
+            })
+            .collect();
+        Ok(Self {
+            model,
+            output: model.output_weights()?,
+            thetas,
+            caches,
+            length: 0,
+        })
+    }
+
+    /// Tokens read so far.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// Tokens a sequence can have.
+    pub fn capacity(&self) -> usize {
+        self.model.positions
+    }
+
+    fn theta(&self, parameter: Option<usize>) -> &[f32] {
+        parameter.map_or(&[], |index| &self.thetas[index])
+    }
+
+    /// Reads `ids` after what was read before; logits `[vocabulary]` of what follows the last.
+    pub fn step(&mut self, ids: &[u32]) -> Result<Vec<f32>> {
+        let model = self.model;
+        let config = &model.config;
+        if ids.is_empty() {
+            return Err(Error::argument("nothing to read: the prompt has no token"));
+        }
+        if self.length + ids.len() > self.capacity() {
+            return Err(Error::argument(format!(
+                "a sequence of {} tokens does not fit the model's {} positions",
+                self.length + ids.len(),
+                self.capacity()
+            )));
+        }
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= config.vocab_size) {
+            return Err(Error::argument(format!(
+                "token id {id} is outside the model's vocabulary of {}",
+                config.vocab_size
+            )));
+        }
+        let k = config.hidden_size;
+        let mut x = match &*model.embedding {
+            super::Table::Frozen(weight) => gather(weight, k, ids)?,
+            table => with_slice(&model.table_theta(table, Mode::Eval), |table| {
+                Ok(ids
+                    .iter()
+                    .flat_map(|&id| table[id as usize * k..][..k].iter().copied())
+                    .collect())
+            })?,
+        };
+        for at in 0..model.layers.len() {
+            let y = self.attend(at, &x)?;
+            add(&mut x, &y);
+            let y = self.feed(at, &x)?;
+            add(&mut x, &y);
+        }
+        self.length += ids.len();
+        let last = &x[x.len() - k..];
+        let normed = model.norm.forward(last, self.theta(model.norm_theta));
+        Ok(logits(&normed, &self.output, k))
+    }
+
+    fn feed(&self, at: usize, x: &[f32]) -> Result<Scratch> {
+        let layer = &self.model.layers[at];
+        let mlp = &layer.mlp;
+        let theta = self.theta(layer.mlp_theta);
+        let (theta_in, theta) = theta.split_at(mlp.gate_up.theta_len());
+        let (theta_down, theta_norm) = theta.split_at(mlp.down.theta_len());
+        let normed = mlp.norm.forward(x, theta_norm);
+        let (gate_up, _) = mlp.gate_up.forward(&normed, theta_in, None)?;
+        let mut hidden = Scratch::dirty(gate_up.len() / 2);
+        swiglu(&gate_up, mlp.down.k, &mut hidden);
+        Ok(mlp.down.forward(&hidden, theta_down, None)?.0)
+    }
+
+    fn attend(&mut self, at: usize, x: &[f32]) -> Result<Scratch> {
+        let model = self.model;
+        let layer = &model.layers[at];
+        let attention = &layer.attention;
+        let (h, hkv, d) = (attention.h, attention.hkv, attention.d);
+        let theta = layer.attention_theta.map_or(&[][..], |i| &self.thetas[i]);
+        let (theta_qkv, theta) = theta.split_at(attention.qkv.theta_len());
+        let (theta_o, theta_norm) = theta.split_at(attention.o.theta_len());
+        let normed = attention.norm.forward(x, theta_norm);
+        let (mut rows, _) = attention.qkv.forward(&normed, theta_qkv, None)?;
+        let width = (h + 2 * hkv) * d;
+        let m = rows.len() / width;
+        let cache = &mut self.caches[at];
+        for (token, row) in rows.chunks_exact_mut(width).enumerate() {
+            for head in row[..(h + hkv) * d].chunks_exact_mut(d) {
+                attention.rotations.rotate(head, self.length + token, false);
+            }
+            let (keys, values) = row[h * d..].split_at(hkv * d);
+            let heads = keys.chunks_exact(d).zip(values.chunks_exact(d));
+            for (kv, (key, value)) in heads.enumerate() {
+                cache.keys[kv].extend_from_slice(key);
+                cache.values[kv].extend_from_slice(value);
+            }
+        }
+        let mut out = Scratch::dirty(m * h * d);
+        let mut scores = Vec::new();
+        for head in 0..h {
+            let kv = head / (h / hkv);
+            let all = self.length + m;
+            let (keys, values) = (&cache.keys[kv], &cache.values[kv]);
+            for token in 0..m {
+                let seen = self.length + token + 1;
+                let query = &rows[token * width + head * d..][..d];
+                scores.resize(all, 0.0);
+                let scores = &mut scores[..seen];
+                let one = Threads::One;
+                matmul(
+                    MatMut::new(scores, seen, 1),
+                    Into::Overwrite,
+                    1.0 / (d as f32).sqrt(),
+                    Mat::new(&keys[..seen * d], seen, d),
+                    Mat::new(query, d, 1),
+                    one,
+                );
+                let top = max(scores);
+                let mut total = 0.0;
+                for score in scores.iter_mut() {
+                    *score = exp(*score - top);
+                    total += *score;
+                }
+                let out = &mut out[(token * h + head) * d..][..d];
+                let scores = Mat::new(scores, 1, seen);
+                let values = Mat::new(&values[..seen * d], seen, d);
+                let into = MatMut::new(out, 1, d);
+                matmul(into, Into::Overwrite, 1.0 / total, scores, values, one);
+            }
+        }
+        Ok(attention.o.forward(&out, theta_o, None)?.0)
+    }
+}
+
+fn add(x: &mut [f32], y: &[f32]) {
+    for (x, y) in x.iter_mut().zip(y) {
+        *x += y;
+    }
+}

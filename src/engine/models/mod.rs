@@ -1,0 +1,3 @@
+//! Models of the engine, one folder an architecture.
+
+pub mod llama;
