@@ -6,7 +6,6 @@ if TYPE_CHECKING:
     from ._native import FormatError
     from .commands.demo import demo
     from .commands.evaluate import evaluate
-    from .commands.evaluate import evaluate as eval  # noqa: F401 - a star import would hide the builtin
     from .commands.generate import generate
     from .commands.merge import merge
     from .commands.train import train
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     )
 
     __version__: str
+    eval = evaluate  # not in __all__: a star import would hide the builtin
 
 __all__ = [
     "DemoResult",

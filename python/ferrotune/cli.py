@@ -55,6 +55,8 @@ def describe(error: BaseException) -> str:
     """An exception as one line."""
     if isinstance(error, OSError) and error.filename is not None and error.errno is not None:
         return f"{os.fsdecode(error.filename)}: {os.strerror(error.errno)}"
+    if isinstance(error, ImportError) and "_native" in str(error):
+        return "ferrotune's native extension is missing or broken: install ferrotune again"
     text = " ".join(str(error).split())
     if isinstance(error, ValueError | RuntimeError | OSError | ImportError) and text:
         return text

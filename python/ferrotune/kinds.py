@@ -60,7 +60,9 @@ def kind_of(members: Sequence[Any]) -> Kind:
 
 
 def _found(value: object) -> str:
-    names = {bool: "a boolean", int: "a whole number", float: "a number", str: "text"}
+    if isinstance(value, str):
+        return repr(value)
+    names = {bool: "a boolean", int: "a whole number", float: "a number"}
     names |= {list: "a list", tuple: "a list", dict: "a table", type(None): "nothing"}
     return f"{value!r} ({names.get(type(value), type(value).__name__)})"
 
