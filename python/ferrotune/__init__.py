@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ._native import FormatError
     from .commands.demo import demo
+    from .commands.evaluate import eval as eval  # a star import would hide the builtin
     from .commands.evaluate import evaluate
     from .commands.generate import generate
     from .commands.merge import merge
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     )
 
     __version__: str
-    eval = evaluate  # not in __all__: a star import would hide the builtin
 
 __all__ = [
     "DemoResult",
@@ -51,7 +51,7 @@ _EXPORTS = {
     "TrainResult": ("results", "TrainResult"),
     "__version__": ("version", "version"),
     "demo": ("commands.demo", "demo"),
-    "eval": ("commands.evaluate", "evaluate"),
+    "eval": ("commands.evaluate", "eval"),
     "evaluate": ("commands.evaluate", "evaluate"),
     "generate": ("commands.generate", "generate"),
     "merge": ("commands.merge", "merge"),

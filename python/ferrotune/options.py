@@ -77,8 +77,10 @@ def settings_of(function: Callable[..., Any]) -> Mapping[str, Setting]:
     hints = typing.get_type_hints(function, include_extras=True)
     found = {}
     for parameter in inspect.signature(function).parameters.values():
-        hint = hints.get(parameter.name)
-        if typing.get_origin(hint) is not Annotated:
+        # Python 3.10 makes `Annotated[T, …] = None` an Optional[Annotated[T, …]].
+        parts = _members(hints.get(parameter.name))
+        hint = next((part for part in parts if typing.get_origin(part) is Annotated), None)
+        if hint is None:
             continue
         annotated, *extras = typing.get_args(hint)
         option = next((extra for extra in extras if isinstance(extra, Option)), None)

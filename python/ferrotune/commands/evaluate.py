@@ -84,3 +84,6 @@ def evaluate(
         display.close()
     names = ("loss", "perplexity", "bits_per_byte", "tokens", "seconds", "tokens_per_second")
     return EvaluateResult(**{name: found[name] for name in names})
+
+
+eval = evaluate
