@@ -75,6 +75,7 @@ def test_sentences() -> None:
     assert sentence({"event": "eval", "step": 5, "loss": 2.0, "best": True}) == (
         "held-out loss at step 5: 2.000 nats per token, best so far"
     )
+    assert sentence({"event": "warning", "message": "x"}) == "warning: x"
     assert sentence(step(1)) is None
 
 

@@ -84,12 +84,14 @@ def test_cards(train: Train) -> None:
         assert {"qlora", "base_model:adapter:org/base-1B"} <= set(found["tags"])
         for part in (
             "| held-out loss | 5.580 → ", "| held-out tokens | 10,000 |", "split by `book`",
-            "1 records were skipped and 2 truncated", "| max_seconds | 60.0 |", "| `d.jsonl` |",
-            "PeftModel.from_pretrained(base, 'run/adapter')", 'bnb_4bit_quant_type="nf4"',
-            "ferrotune.generate('m', \"…\", 'run/adapter', quant_type=\"nf4\")",
+            "skipped: 1; truncated: 2", "| max_seconds | 60.0 |", "| `d.jsonl` |",
+            'bnb_4bit_quant_type="nf4"', "PeftModel.from_pretrained(base, '",
         ):  # fmt: skip
             assert part in text, part
     assert "](curves.png)" in run
+    assert "ferrotune.generate('m', \"…\", 'run/adapter', quant_type=\"nf4\")" in run
+    assert "from_pretrained('org/base-1B', quantization_config=quantization)" in adapter
+    assert "from_pretrained(base, 'path/to/this/adapter')" in adapter
     assert "curves.png" not in adapter
 
 

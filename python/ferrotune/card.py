@@ -42,7 +42,7 @@ def render(
         f"# {_title(base, settings['method'])}\n\n{_summary(result, settings, base)}",
         f"## Results\n\n{_results(result).markdown()}{curves}",
         f"## Limits\n\n{_limits(result, settings)}",
-        f"## Use\n\n{_use(result, settings)}",
+        f"## Use\n\n{_use(result, settings, in_weights)}",
         f"## Data\n\n{_data(result, files)}",
         f"## Settings\n\n{_settings(settings).markdown()}",
     )
@@ -129,7 +129,7 @@ def _limits(result: TrainResult, settings: Mapping[str, Any]) -> str:
     skipped, cut = result.data.get("skipped_total") or 0, result.data.get("truncated") or 0
     if skipped or cut:
         limits.append(
-            f"{tables.count(skipped)} records were skipped and {tables.count(cut)} truncated."
+            f"Records that were skipped: {tables.count(skipped)}; truncated: {tables.count(cut)}."
         )
     if result.stop_reason != "finished":
         limits.append(f"Training ended before its last planned step: {result.stop_reason}.")
@@ -141,8 +141,13 @@ def _limits(result: TrainResult, settings: Mapping[str, Any]) -> str:
     return "\n".join(f"- {limit}" for limit in limits)
 
 
-def _use(result: TrainResult, settings: Mapping[str, Any]) -> str:
+def _use(result: TrainResult, settings: Mapping[str, Any], in_weights: bool) -> str:
+    """The run's card names the paths of the run; the weights' card travels, and cannot."""
     model, weights = str(settings["model"]), str(result.weights)
+    if in_weights:
+        base = base_name(model)
+        model = base if "/" in base else f"path/to/{base}"
+        weights = f"path/to/this/{result.weights.name}"
     if settings["method"] == "full":
         transformers = (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

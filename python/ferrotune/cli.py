@@ -32,8 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show an arrow shows "?"
             stream.reconfigure(errors="replace")
     try:
-        _run(words)
-        sys.stdout.flush()
+        try:
+            _run(words)
+        finally:  # --help leaves by SystemExit
+            sys.stdout.flush()
     except KeyboardInterrupt as stop:
         _complain(f"interrupted{f': {stop}' if str(stop) else ''}", words)
         return EXIT_INTERRUPTED

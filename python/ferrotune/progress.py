@@ -133,7 +133,9 @@ class BarDisplay(Display):
         first.add_column(no_wrap=True)
         first.add_column(ratio=1)
         first.add_column(no_wrap=True, justify="right")
-        bar = ProgressBar(total=1.0, completed=status.fraction, complete_style="cyan")
+        bar = ProgressBar(
+            total=1.0, completed=status.fraction, complete_style="cyan", finished_style="green"
+        )
         end = f"{status.fraction:4.0%}  {status.left_text()}"
         first.add_row(Text(status.steps_text()), bar, Text(end))
         second = Text("  ").join(

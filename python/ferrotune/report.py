@@ -25,7 +25,7 @@ class Fingerprint:
 
 def fingerprints(settings: Mapping[str, Any]) -> list[Fingerprint]:
     """Of every data file of the run. Raises OSError."""
-    paths = [*settings["data"], *(settings["heldout_data"] or [])]
+    paths = [*settings["data"], *settings["heldout_data"]]
     return [Fingerprint(path, *fingerprint(Path(path))) for path in paths]
 
 

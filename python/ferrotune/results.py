@@ -136,7 +136,7 @@ class TrainResult(Result):
             ("trained parameters", self.parameters_text()),
             ("steps", tables.count(self.steps) + (f" ({notes})" if notes else "")),
             ("training tokens", tables.count(self.tokens)),
-            ("time", f"{tables.duration(self.seconds)} ({speed})"),
+            ("training time", f"{tables.duration(self.seconds)} ({speed})"),
             ("output", str(self.output)),
         )
 

@@ -85,6 +85,8 @@ def sentence(event: Mapping[str, Any]) -> str | None:
         return (
             f"held-out loss at step {count(event.get('step', 0))}: {loss:.3f} nats per token{best}"
         )
+    if kind == "warning":
+        return f"warning: {event['message']}"
     if kind == "stop" and event.get("reason") == "early_stopping":
         return f"stopped early: the best held-out loss was at step {event.get('best_step')}"
     return None

@@ -23,15 +23,15 @@ class Table:
         )
 
     def rich(self) -> "RichTable":
-        from rich import box
         from rich.table import Table as RichTable
         from rich.text import Text
 
         table = RichTable(
             title=Text(self.title, style="bold"),
             title_justify="left",
-            box=box.SIMPLE_HEAD,
+            box=None,
             show_header=False,
+            padding=(0, 2, 0, 0),
         )
         table.add_column(style="cyan", no_wrap=True)
         table.add_column(overflow="fold")

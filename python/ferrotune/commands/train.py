@@ -115,7 +115,7 @@ def train(
     ] = 1,
     epochs: Annotated[float, Option("passes over the data", group=TRAINING)] = 1.0,
     max_steps: Annotated[
-        int | None, Option("end after this many steps", group=TRAINING, unset="no limit")
+        int | None, Option("steps to take, instead of epochs", group=TRAINING, unset="by epochs")
     ] = None,
     max_seconds: Annotated[
         float | None,
@@ -152,9 +152,8 @@ def train(
         float, Option("part of the records kept out of training", unit="share", group=HELDOUT)
     ] = 0.05,
     heldout_data: Annotated[
-        StrPaths | None,
-        Option("files to evaluate on instead of a part of the data", group=HELDOUT),
-    ] = None,
+        StrPaths, Option("files to evaluate on instead of a part of the data", group=HELDOUT)
+    ] = (),
     group: Annotated[
         str | None,
         Option("column whose equal values stay on one side of the split", group=HELDOUT),
@@ -199,8 +198,8 @@ def train(
         learning_rate: None is 2e-4 for lora and qlora (QLoRA's value) and 2e-5 for full; small
             models take more, 1e-3 and above.
         on_event: called with each event of the trainer (a dict told apart by its key "event":
-            data, model, step, eval, checkpoint, stop); returning False ends the run after this
-            step, with a checkpoint.
+            data, model, step, eval, checkpoint, warning, stop); returning False ends the run
+            after this step, with a checkpoint.
 
     Returns:
         A TrainResult: losses in nats per token, tokens, seconds, paths.
