@@ -158,6 +158,8 @@ def test_results_are_frozen_and_show_themselves(train: Train) -> None:
         ):  # fmt: skip
             assert part in text, part
     assert json.loads(json.dumps(result.to_dict()))["weights"] == "run/adapter"
+    worse = dataclasses.replace(result, best_step=0, stop_reason="early_stopping")
+    assert "120 (early stopping, none was better than before training)" in str(worse)
     assert result.best_step == 100
     assert "best weights from 100" in str(result)
     assert result.figure().get_axes()

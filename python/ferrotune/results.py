@@ -125,6 +125,8 @@ class TrainResult(Result):
         stopped = {"finished": "", "max_seconds": "time limit", "early_stopping": "early stopping"}
         reason = stopped.get(self.stop_reason, self.stop_reason)
         best = "" if self.best_step in (None, self.steps) else f"best weights from {self.best_step}"
+        if self.best_step == 0 and self.steps:
+            best = "none was better than before training"
         notes = ", ".join(note for note in (reason, best) if note)
         speed = f"{tables.compact(self.tokens_per_second)} tokens/s"
         return (
