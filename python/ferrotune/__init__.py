@@ -1,1 +1,74 @@
 """LoRA and QLoRA fine-tuning at the speed of the frozen model."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._native import FormatError
+    from .commands.demo import demo
+    from .commands.evaluate import eval as eval  # a star import would hide the builtin
+    from .commands.evaluate import evaluate
+    from .commands.generate import generate
+    from .commands.merge import merge
+    from .commands.train import train
+    from .options import SettingError
+    from .results import (
+        DemoResult,
+        EvaluateResult,
+        GenerateResult,
+        MergeResult,
+        TrainInterrupted,
+        TrainResult,
+    )
+
+    __version__: str
+
+__all__ = [
+    "DemoResult",
+    "EvaluateResult",
+    "FormatError",
+    "GenerateResult",
+    "MergeResult",
+    "SettingError",
+    "TrainInterrupted",
+    "TrainResult",
+    "demo",
+    "evaluate",
+    "generate",
+    "merge",
+    "train",
+]
+
+# Public name -> (module, name there). Nothing is imported before its first use, so that
+# `import ferrotune` stays a matter of milliseconds.
+_EXPORTS = {
+    "DemoResult": ("results", "DemoResult"),
+    "EvaluateResult": ("results", "EvaluateResult"),
+    "FormatError": ("_native", "FormatError"),
+    "GenerateResult": ("results", "GenerateResult"),
+    "MergeResult": ("results", "MergeResult"),
+    "SettingError": ("options", "SettingError"),
+    "TrainInterrupted": ("results", "TrainInterrupted"),
+    "TrainResult": ("results", "TrainResult"),
+    "__version__": ("version", "version"),
+    "demo": ("commands.demo", "demo"),
+    "eval": ("commands.evaluate", "eval"),
+    "evaluate": ("commands.evaluate", "evaluate"),
+    "generate": ("commands.generate", "generate"),
+    "merge": ("commands.merge", "merge"),
+    "train": ("commands.train", "train"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    module, attribute = _EXPORTS[name]
+    value = getattr(import_module(f"{__name__}.{module}"), attribute)
+    globals()[name] = value() if name == "__version__" else value
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

@@ -1,0 +1,7 @@
+"""`python -m ferrotune`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,232 @@
+"""Model cards: Markdown under the front matter that the Hugging Face Hub reads."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import tables
+from .results import TrainResult
+from .tables import Table
+from .version import version
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+# The settings that say something about the weights, in the order of train's signature.
+_SHOWN = (
+    "method", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "rank_pattern",
+    "alpha_pattern", "quant_type", "blocksize", "double_quant", "sequence_length", "packing",
+    "batch_size", "gradient_accumulation", "epochs", "max_steps", "max_seconds", "learning_rate",
+    "warmup_steps", "schedule", "min_learning_rate_ratio", "weight_decay", "beta1", "beta2", "eps",
+    "max_grad_norm", "seed", "heldout", "group", "eval_every", "eval_tokens", "patience",
+)  # fmt: skip
+_ADAPTERS_ALONE = set(_SHOWN[1:8])
+_QUANTISED_ALONE = {"quant_type", "blocksize", "double_quant"}
+
+
+def render(
+    result: TrainResult,
+    settings: Mapping[str, Any],
+    files: Sequence[tuple[str, int, str]],
+    in_weights: bool = True,
+) -> str:
+    """The card of a run; `in_weights` places it in the weights' folder, else in the run's.
+
+    `files` are the data's (path, bytes, SHA-256).
+    """
+    base = base_name(settings["model"])
+    curves = "" if in_weights else "\n\n![Loss curves](curves.png)"
+    sections = (
+        _front_matter(base, settings["method"]),
+        f"# {_title(base, settings['method'])}\n\n{_summary(result, settings, base)}",
+        f"## Results\n\n{_results(result).markdown()}{curves}",
+        f"## Limits\n\n{_limits(result, settings)}",
+        f"## Use\n\n{_use(result, settings, in_weights)}",
+        f"## Data\n\n{_data(result, files)}",
+        f"## Settings\n\n{_settings(settings).markdown()}",
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def base_name(model: str) -> str:
+    """The base model's name on the Hub where its config.json tells it, else its folder's name."""
+    folder = Path(model)
+    try:
+        name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        name = ""
+    if isinstance(name, str) and _HUB_NAME.fullmatch(name):
+        return name
+    return folder.resolve().name
+
+
+def _front_matter(base: str, method: str) -> str:
+    adapter = method != "full"
+    relation = "adapter" if adapter else "finetune"
+    tags = [method, "ferrotune", "llama", f"base_model:{relation}:{base}"]
+    lines = [
+        f"base_model: {json.dumps(base)}",
+        f"base_model_relation: {relation}",
+        f"library_name: {'peft' if adapter else 'transformers'}",
+        "pipeline_tag: text-generation",
+        "tags:",
+        *(f"- {json.dumps(tag)}" for tag in tags),
+    ]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _title(base: str, method: str) -> str:
+    return f"{base}, fine-tuned" if method == "full" else f"{base}, {method} adapter"
+
+
+def _summary(result: TrainResult, settings: Mapping[str, Any], base: str) -> str:
+    how = {
+        "lora": "LoRA adapters",
+        "qlora": f"LoRA adapters over {settings['quant_type'].upper()} weights",
+        "full": "every weight trained",
+    }[settings["method"]]
+    where = Path(settings["model"])
+    return (
+        f"{base} (`{where.name}`) fine-tuned with [ferrotune](https://pypi.org/project/ferrotune/) "
+        f"{version()}: {how}, {tables.count(result.steps)} steps over "
+        f"{tables.count(result.tokens)} tokens."
+    )
+
+
+def _results(result: TrainResult) -> Table:
+    last = tables.loss_text(result.heldout_loss_last)
+    rows = [row for row in result.rows() if row[0] != "output"]
+    rows.insert(2, ("held-out loss, last evaluation", f"{last} nats per token"))
+    if result.data.get("heldout_tokens") is not None:
+        rows.insert(3, ("held-out tokens", tables.count(result.data["heldout_tokens"])))
+    return Table("Results", tuple(rows))
+
+
+def _limits(result: TrainResult, settings: Mapping[str, Any]) -> str:
+    limits = []
+    if result.heldout_loss_before is None:
+        limits.append("No data was held out: nothing here says how the model does on new text.")
+    elif settings["heldout_data"]:
+        limits.append(
+            "The held-out loss is that of the files named below, which also chose the best "
+            "weights: expect a little more on other text."
+        )
+    else:
+        by = f"by `{settings['group']}`" if settings["group"] else "record by record"
+        limits.append(
+            f"The held-out text comes from the same files as the training text, split {by}, and "
+            "also chose the best weights: it says little about text from elsewhere."
+        )
+    limits.append(
+        f"One run with one seed ({settings['seed']}); an evaluation reads at most "
+        f"{tables.count(settings['eval_tokens'])} tokens."
+    )
+    limits.append(
+        "What the model lost of what it knew before was not measured, nor was anything but the "
+        "loss: no task, no safety, no bias."
+    )
+    skipped, cut = result.data.get("skipped_total") or 0, result.data.get("truncated") or 0
+    if skipped or cut:
+        limits.append(
+            f"Records that were skipped: {tables.count(skipped)}; truncated: {tables.count(cut)}."
+        )
+    if result.stop_reason != "finished":
+        limits.append(f"Training ended before its last planned step: {result.stop_reason}.")
+    if settings["method"] == "qlora":
+        limits.append(
+            f"The adapter was trained over the {settings['quant_type'].upper()} weights: over the "
+            "unquantised model its loss differs a little from the one above."
+        )
+    return "\n".join(f"- {limit}" for limit in limits)
+
+
+def _use(result: TrainResult, settings: Mapping[str, Any], in_weights: bool) -> str:
+    """The run's card names the paths of the run; the weights' card travels, and cannot."""
+    model, weights = str(settings["model"]), str(result.weights)
+    if in_weights:
+        base = base_name(model)
+        model = base if "/" in base else f"path/to/{base}"
+        weights = f"path/to/this/{result.weights.name}"
+    if settings["method"] == "full":
+        transformers = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f"model = AutoModelForCausalLM.from_pretrained({weights!r})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({weights!r})"
+        )
+        ours = f'ferrotune.generate({weights!r}, "…")'
+        return _code("With transformers", transformers) + "\n\n" + _ours(ours)
+    quantised = settings["method"] == "qlora"
+    extra = ", BitsAndBytesConfig" if quantised else ""
+    config = (
+        "quantization = BitsAndBytesConfig(\n"
+        "    load_in_4bit=True,\n"
+        f'    bnb_4bit_quant_type="{settings["quant_type"]}",\n'
+        f"    bnb_4bit_use_double_quant={settings['double_quant']},\n"
+        ")\n"
+        if quantised
+        else ""
+    )
+    argument = ", quantization_config=quantization" if quantised else ""
+    peft = (
+        "from peft import PeftModel\n"
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer{extra}\n\n"
+        f"{config}"
+        f"base = AutoModelForCausalLM.from_pretrained({model!r}{argument})\n"
+        f"model = PeftModel.from_pretrained(base, {weights!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({model!r})"
+    )
+    four_bit = f', quant_type="{settings["quant_type"]}"' if quantised else ""
+    ours = f'ferrotune.generate({model!r}, "…", {weights!r}{four_bit})'
+    note = (
+        "\n\nbitsandbytes' block size is 64 there; this run's was "
+        f"{settings['blocksize']}, so its 4-bit weights differ a little."
+        if quantised and settings["blocksize"] != 64
+        else ""
+    )
+    return _code("With PEFT", peft) + note + "\n\n" + _ours(ours)
+
+
+def _ours(call: str) -> str:
+    return _code("With ferrotune", f"import ferrotune\n\nprint({call}.text)")
+
+
+def _code(label: str, lines: str) -> str:
+    return f"{label}:\n\n```python\n{lines}\n```"
+
+
+def _data(result: TrainResult, files: Sequence[tuple[str, int, str]]) -> str:
+    found = result.data
+    facts = [
+        (label, found[key])
+        for key, label in (
+            ("train_records", "training records"),
+            ("train_tokens", "training tokens"),
+            ("heldout_records", "held-out records"),
+            ("heldout_tokens", "held-out tokens"),
+        )
+        if found.get(key) is not None
+    ]
+    counts = ", ".join(f"{tables.count(value)} {label}" for label, value in facts)
+    rows = (f"| `{Path(path).name}` | {size:,} | `{digest}` |" for path, size, digest in files)
+    table = "\n".join(["| file | bytes | SHA-256 |", "| --- | ---: | --- |", *rows])
+    return f"{counts}.\n\n{table}" if counts else table
+
+
+def _settings(settings: Mapping[str, Any]) -> Table:
+    hidden = set() if settings["method"] != "full" else set(_ADAPTERS_ALONE)
+    hidden |= _QUANTISED_ALONE if settings["method"] != "qlora" else set()
+    rows = [
+        (name, _shown(settings[name]))
+        for name in _SHOWN
+        if name not in hidden and settings[name] is not None and settings[name] != {}
+    ]
+    return Table("Settings", tuple(rows))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={item}" for key, item in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

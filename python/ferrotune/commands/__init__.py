@@ -1,0 +1,1 @@
+"""One module a subcommand: its function, with its settings, registers itself."""

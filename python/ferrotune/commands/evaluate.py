@@ -1,0 +1,89 @@
+"""`ferrotune eval`."""
+
+from typing import Annotated
+
+from ..options import Option, collect
+from ..registry import command
+from ..results import EvaluateResult
+from ..shared import (
+    DATA,
+    Adapter,
+    BatchSize,
+    Blocksize,
+    CompletionColumn,
+    Data,
+    DoubleQuant,
+    LoadedQuantType,
+    Model,
+    Progress,
+    PromptColumn,
+    SequenceLength,
+    TextColumn,
+    Threads,
+)
+
+
+@command(
+    "eval",
+    examples=(
+        "ferrotune eval --model llama/ --data test.jsonl",
+        "ferrotune eval --model llama/ --adapter my-run/adapter --quant-type nf4 --data test.txt",
+    ),
+)
+def evaluate(
+    model: Model,
+    data: Data,
+    adapter: Adapter = None,
+    *,
+    quant_type: LoadedQuantType = None,
+    blocksize: Blocksize = 64,
+    double_quant: DoubleQuant = True,
+    text_column: TextColumn = None,
+    prompt_column: PromptColumn = None,
+    completion_column: CompletionColumn = None,
+    sequence_length: SequenceLength = 128,
+    packing: Annotated[
+        bool,
+        Option("several records in one row; attention never crosses between them", group=DATA),
+    ] = True,
+    batch_size: BatchSize = 16,
+    eval_tokens: Annotated[
+        int | None, Option("most tokens to read", unit="tokens", group=DATA, unset="all")
+    ] = None,
+    threads: Threads = None,
+    progress: Progress = True,
+) -> EvaluateResult:
+    """Measure a model's loss, perplexity and bits per byte on text files.
+
+    An adapter from method "qlora" was trained over a 4-bit model: `quant_type="nf4"` evaluates
+    it over the same weights. `ferrotune.eval` is the same function.
+
+    Returns:
+        An EvaluateResult: the loss is the mean in nats per token over every token with a loss.
+
+    Raises:
+        SettingError, ValueError, FormatError, OSError, NotImplementedError: as in
+        `ferrotune.train`.
+    """
+    arguments = locals()
+    import json
+
+    from .. import _native
+    from ..progress import open_display
+
+    settings = collect(evaluate, arguments)
+    display = open_display(settings.pop("progress"), "evaluation")
+
+    def relay(line: str) -> bool:
+        display.event(json.loads(line))
+        return True
+
+    try:
+        found = json.loads(_native.evaluate(json.dumps(settings), relay))
+    finally:
+        display.close()
+    names = ("loss", "perplexity", "bits_per_byte", "tokens", "seconds", "tokens_per_second")
+    return EvaluateResult(**{name: found[name] for name in names})
+
+
+eval = evaluate

@@ -1,0 +1,221 @@
+"""`ferrotune train`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from ..kinds import NO_TABLE, StrPath, StrPaths
+from ..options import Option, collect
+from ..registry import Invocation, command
+from ..results import TrainResult
+from ..shared import (
+    DATA,
+    HELDOUT,
+    MODEL,
+    RUN,
+    TRAINING,
+    BatchSize,
+    Blocksize,
+    CompletionColumn,
+    Data,
+    DoubleQuant,
+    Model,
+    Progress,
+    PromptColumn,
+    SequenceLength,
+    TextColumn,
+    Threads,
+)
+
+DEFAULT_OUTPUT = "ferrotune-run"
+
+# QLoRA's 2e-4 (Dettmers et al. 2023, table 9) moves the few adapter weights; all weights at once
+# want about a tenth of it.
+_LEARNING_RATES = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}
+
+
+def _call(invocation: Invocation) -> TrainResult:
+    """A config file from an earlier run names that run's folder: run again, beside it."""
+    import sys
+
+    from .. import files
+
+    values = dict(invocation.values)
+    if "output" in invocation.from_file and not values.get("resume"):
+        named = Path(values["output"])
+        values["output"] = files.free_sibling(named)
+        if values["output"] != named:
+            print(f"{named} holds a run already: writing {values['output']}", file=sys.stderr)
+    return train(**values)
+
+
+@command(
+    "train",
+    examples=(
+        "ferrotune train --model llama/ --data train.jsonl --method qlora --epochs 2",
+        "ferrotune train --model llama/ --data a.txt b.txt --max-seconds 600 --output my-run",
+        "ferrotune train --config my-run/config.toml --resume",
+    ),
+    run=_call,
+)
+def train(
+    model: Model,
+    data: Data,
+    output: Annotated[
+        StrPath | None,
+        Option(
+            "folder of the run; must be new or empty unless the run is resumed",
+            group=RUN,
+            unset=f"{DEFAULT_OUTPUT}, numbered if taken",
+        ),
+    ] = None,
+    *,
+    method: Annotated[
+        Literal["lora", "qlora", "full"],
+        Option("adapters, adapters over a 4-bit model, or every weight", group=MODEL),
+    ] = "qlora",
+    r: Annotated[int, Option("rank of the adapters", group=MODEL)] = 16,
+    lora_alpha: Annotated[
+        float, Option("numerator of the adapters' scaling, lora_alpha / r", group=MODEL)
+    ] = 32.0,
+    lora_dropout: Annotated[
+        float, Option("dropout before the adapters", unit="probability", group=MODEL)
+    ] = 0.0,
+    use_rslora: Annotated[bool, Option("scale by lora_alpha / sqrt(r)", group=MODEL)] = False,
+    target_modules: Annotated[
+        str | Sequence[str],
+        Option(
+            "linear layers that get an adapter: all-linear, name suffixes, or one regular "
+            "expression for the whole name",
+            group=MODEL,
+        ),
+    ] = "all-linear",
+    rank_pattern: Annotated[
+        Mapping[str, int], Option("r for modules whose name matches", group=MODEL)
+    ] = NO_TABLE,
+    alpha_pattern: Annotated[
+        Mapping[str, float], Option("lora_alpha for modules whose name matches", group=MODEL)
+    ] = NO_TABLE,
+    quant_type: Annotated[
+        Literal["nf4", "fp4"], Option("4-bit type of the frozen weights in qlora", group=MODEL)
+    ] = "nf4",
+    blocksize: Blocksize = 64,
+    double_quant: DoubleQuant = True,
+    text_column: TextColumn = None,
+    prompt_column: PromptColumn = None,
+    completion_column: CompletionColumn = None,
+    sequence_length: SequenceLength = 128,
+    packing: Annotated[
+        bool,
+        Option("several records in one row; attention never crosses between them", group=DATA),
+    ] = True,
+    batch_size: BatchSize = 16,
+    gradient_accumulation: Annotated[
+        int, Option("batches whose gradients make one step", unit="batches", group=TRAINING)
+    ] = 1,
+    epochs: Annotated[float, Option("passes over the data", group=TRAINING)] = 1.0,
+    max_steps: Annotated[
+        int | None, Option("steps to take, instead of epochs", group=TRAINING, unset="by epochs")
+    ] = None,
+    max_seconds: Annotated[
+        float | None,
+        Option("end after this long", unit="seconds", group=TRAINING, unset="no limit"),
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        Option("highest learning rate", group=TRAINING, unset="2e-4; 2e-5 for full"),
+    ] = None,
+    warmup_steps: Annotated[
+        int, Option("steps of linear warm-up from 0", unit="steps", group=TRAINING)
+    ] = 20,
+    schedule: Annotated[
+        Literal["cosine", "linear", "constant"],
+        Option("course of the learning rate after the warm-up", group=TRAINING),
+    ] = "cosine",
+    min_learning_rate_ratio: Annotated[
+        float,
+        Option("where the schedule ends", unit="share of the learning rate", group=TRAINING),
+    ] = 0.1,
+    weight_decay: Annotated[
+        float, Option("AdamW's decoupled weight decay", unit="per learning rate", group=TRAINING)
+    ] = 0.0,
+    beta1: Annotated[float, Option("AdamW's decay of the mean", group=TRAINING)] = 0.9,
+    beta2: Annotated[float, Option("AdamW's decay of the square", group=TRAINING)] = 0.999,
+    eps: Annotated[float, Option("AdamW's epsilon", group=TRAINING)] = 1e-8,
+    max_grad_norm: Annotated[
+        float, Option("clip the gradient to this global norm; 0 for never", group=TRAINING)
+    ] = 1.0,
+    seed: Annotated[
+        int, Option("of the split, the order, the adapters and dropout", group=TRAINING)
+    ] = 0,
+    heldout: Annotated[
+        float, Option("part of the records kept out of training", unit="share", group=HELDOUT)
+    ] = 0.05,
+    heldout_data: Annotated[
+        StrPaths, Option("files to evaluate on instead of a part of the data", group=HELDOUT)
+    ] = (),
+    group: Annotated[
+        str | None,
+        Option("column whose equal values stay on one side of the split", group=HELDOUT),
+    ] = None,
+    eval_every: Annotated[
+        int, Option("steps between evaluations", unit="steps", group=HELDOUT)
+    ] = 50,
+    eval_tokens: Annotated[
+        int, Option("most tokens that an evaluation reads", unit="tokens", group=HELDOUT)
+    ] = 32768,
+    patience: Annotated[
+        int | None,
+        Option(
+            "stop after this many evaluations without a new best",
+            unit="evaluations",
+            group=HELDOUT,
+            unset="never",
+        ),
+    ] = None,
+    checkpoint_every: Annotated[
+        int, Option("steps between checkpoints", unit="steps", group=RUN)
+    ] = 200,
+    resume: Annotated[
+        bool, Option("go on from the checkpoint in the output folder", group=RUN)
+    ] = False,
+    threads: Threads = None,
+    progress: Progress = True,
+    on_event: Callable[[dict[str, Any]], bool | None] | None = None,
+) -> TrainResult:
+    """Fine-tune a Llama-architecture model on text files, on the CPU.
+
+    Every setting is also an option of `ferrotune train` (`ferrotune train --help` lists them with
+    their units) and a key of its TOML config. The data is split by record, or by `group`; the
+    model is evaluated on the held-out part before the first step, every `eval_every` steps and at
+    the end, and the weights with the lowest held-out loss are kept.
+
+    The run's folder holds `config.toml` (every setting, ready to run again), `metrics.jsonl`,
+    `adapter/` in PEFT's format (`model/`, a Hugging Face folder, for method "full"),
+    `checkpoint/`, `curves.png`, `results.json` and a model card, `README.md`.
+
+    Args:
+        learning_rate: None is 2e-4 for lora and qlora (QLoRA's value) and 2e-5 for full; small
+            models take more, 1e-3 and above.
+        on_event: called with each event of the trainer (a dict told apart by its key "event":
+            data, model, step, eval, checkpoint, warning, stop); returning False ends the run
+            after this step, with a checkpoint.
+
+    Returns:
+        A TrainResult: losses in nats per token, tokens, seconds, paths.
+
+    Raises:
+        SettingError, ValueError: a setting that cannot be used.
+        FormatError: a file whose content is not what its format requires (a ValueError).
+        OSError: a file that cannot be read or written; what was written before stays whole.
+        NotImplementedError: an architecture or type that the engine has no code for.
+        RuntimeError: a run that failed, for example a loss that is no longer finite.
+        TrainInterrupted: Ctrl-C, after a checkpoint was written (a KeyboardInterrupt).
+    """
+    arguments = locals()
+    from ..training import run
+
+    settings = collect(train, arguments)
+    if settings["learning_rate"] is None:
+        settings["learning_rate"] = _LEARNING_RATES[method]
+    return run(settings, DEFAULT_OUTPUT, on_event)

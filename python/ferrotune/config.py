@@ -1,0 +1,34 @@
+"""TOML files of settings: read, and written so that reading gives the same settings again."""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .options import SettingError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The keys and values of a TOML file. Raises OSError, and SettingError where it is not TOML."""
+    data = Path(path).read_bytes()
+    try:
+        return tomllib.loads(data.decode())
+    except UnicodeDecodeError as error:
+        raise SettingError(f"{os.fspath(path)}: not UTF-8 at byte {error.start}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingError(f"{os.fspath(path)}: not TOML: {error}") from None
+
+
+def to_toml(settings: Mapping[str, Any], header: str = "") -> str:
+    """Settings as TOML under `header`, each line of it a comment. None is an absent key."""
+    import tomli_w
+
+    comment = "".join(f"# {line}".rstrip() + "\n" for line in header.splitlines())
+    present = {name: value for name, value in settings.items() if value is not None}
+    return comment + tomli_w.dumps(present)

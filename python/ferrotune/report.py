@@ -1,0 +1,81 @@
+"""What a finished run leaves beside its weights: settings, results, curves, and the model cards."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import card
+from .config import to_toml
+from .files import fingerprint, write_atomic
+from .history import History
+from .results import TrainResult
+from .version import version
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """A data file as it was when the run began: size in bytes, SHA-256 of its content."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+def fingerprints(settings: Mapping[str, Any]) -> list[Fingerprint]:
+    """Of every data file of the run. Raises OSError."""
+    paths = [*settings["data"], *settings["heldout_data"]]
+    return [Fingerprint(path, *fingerprint(Path(path))) for path in paths]
+
+
+def write_config(folder: Path, settings: Mapping[str, Any]) -> None:
+    """`config.toml`: every setting, so that `ferrotune train --config` runs it again."""
+    header = (
+        f"ferrotune {version()}\n"
+        f"again:    ferrotune train --config {folder / 'config.toml'}\n"
+        f"continue: ferrotune train --config {folder / 'config.toml'} --resume"
+    )
+    stored = {**settings, "resume": False}
+    write_atomic(folder / "config.toml", to_toml(stored, header))
+
+
+def write(
+    result: TrainResult,
+    settings: Mapping[str, Any],
+    history: History,
+    data: Sequence[Fingerprint],
+) -> None:
+    """Writes results.json, curves.png and the cards of the run and of its weights."""
+    from .plots import save_curves
+
+    folder = result.output
+    title = f"{result.method} fine-tuning of {Path(settings['model']).name}"
+    write_atomic(folder / "results.json", results_json(result, settings, data))
+    save_curves(history, folder / "curves.png", title)
+    files = [(one.path, one.size, one.sha256) for one in data]
+    write_atomic(folder / "README.md", card.render(result, settings, files, in_weights=False))
+    if result.weights.is_dir() and result.weights != folder:
+        write_atomic(result.weights / "README.md", card.render(result, settings, files))
+
+
+def results_json(
+    result: TrainResult, settings: Mapping[str, Any], data: Sequence[Fingerprint]
+) -> str:
+    """The result, the settings and the data's fingerprints as one JSON object."""
+    files = [{"path": one.path, "bytes": one.size, "sha256": one.sha256} for one in data]
+    content = {
+        "ferrotune": version(),
+        "result": {
+            **result.to_dict(),
+            "perplexity_before": _finite(result.perplexity_before),
+            "perplexity_best": _finite(result.perplexity_best),
+        },
+        "settings": dict(settings),
+        "files": files,
+    }
+    return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and value < float("inf") else None

@@ -1,0 +1,296 @@
+"""What the functions return: frozen, typed, and shown as a small table wherever they are shown."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import tables
+from .tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import RenderableType
+
+
+class TrainInterrupted(KeyboardInterrupt):
+    """Ctrl-C during training, after the checkpoint was written.
+
+    `output` is the run's folder; `ferrotune.train(..., output=output, resume=True)` goes on.
+    """
+
+    def __init__(self, message: str, output: Path) -> None:
+        super().__init__(message)
+        self.output = output
+
+
+class Result:
+    """How every result shows itself; a result says what its table holds."""
+
+    def table(self) -> Table:
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them: paths as text, numbers that are not finite as None."""
+        assert dataclasses.is_dataclass(self)
+        return {
+            field.name: _jsonable(getattr(self, field.name)) for field in dataclasses.fields(self)
+        }
+
+    def __str__(self) -> str:
+        return self.table().text()
+
+    def __rich__(self) -> "RenderableType":
+        return self.table().rich()
+
+    def _repr_html_(self) -> str:
+        return self.table().html()
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Result):
+        return value.to_dict()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult(Result):
+    """A finished training run. Losses are means in nats per token, None where not measured.
+
+    `heldout_loss_before` is the model's before the first step, `heldout_loss_best` that of the
+    weights which were kept, `heldout_loss_last` that of the last evaluation. `stop_reason` is
+    "finished", "early_stopping", "max_seconds" or "interrupted". `tokens` counts the training
+    tokens read, `seconds` the training alone. `weights` is the folder a user takes away: a PEFT
+    adapter, or a whole model for method "full" (`adapter` is then None). `model` and `data` are
+    what the engine reported of them.
+    """
+
+    method: str
+    steps: int
+    best_step: int | None
+    heldout_loss_before: float | None
+    heldout_loss_best: float | None
+    heldout_loss_last: float | None
+    train_loss_last: float | None
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    stop_reason: str
+    output: Path
+    weights: Path
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+
+    @property
+    def adapter(self) -> Path | None:
+        return None if self.method == "full" else self.weights
+
+    @property
+    def perplexity_before(self) -> float | None:
+        return tables.perplexity(self.heldout_loss_before)
+
+    @property
+    def perplexity_best(self) -> float | None:
+        return tables.perplexity(self.heldout_loss_best)
+
+    @classmethod
+    def from_native(cls, method: str, found: Mapping[str, Any]) -> "TrainResult":
+        """From the JSON object that the engine returns."""
+        output = Path(found["output"])
+        kept = found.get("adapter") or output / ("model" if method == "full" else "adapter")
+        same = {"steps", "best_step", "train_loss_last", "tokens", "seconds", "stop_reason"}
+        same |= {"heldout_loss_before", "heldout_loss_best", "heldout_loss_last"}
+        same |= {"tokens_per_second", "model", "data"}
+        fields = {name: found[name] for name in same}
+        return cls(method=method, output=output, weights=Path(kept), **fields)
+
+    def table(self) -> Table:
+        return Table(f"{self.method} fine-tuning", self.rows())
+
+    def rows(self) -> tuple[tuple[str, str], ...]:
+        loss = _change(tables.loss_text, self.heldout_loss_before, self.heldout_loss_best)
+        if self.heldout_loss_before is not None and self.heldout_loss_best is not None:
+            difference = self.heldout_loss_best - self.heldout_loss_before
+            loss += f" nats per token ({difference:+.3f})"
+        stopped = {"finished": "", "max_seconds": "time limit", "early_stopping": "early stopping"}
+        reason = stopped.get(self.stop_reason, self.stop_reason)
+        best = "" if self.best_step in (None, self.steps) else f"best weights from {self.best_step}"
+        if self.best_step == 0 and self.steps:
+            best = "none was better than before training"
+        notes = ", ".join(note for note in (reason, best) if note)
+        speed = f"{tables.compact(self.tokens_per_second)} tokens/s"
+        return (
+            ("held-out loss", loss),
+            (
+                "held-out perplexity",
+                _change(tables.perplexity_text, self.perplexity_before, self.perplexity_best),
+            ),
+            ("trained parameters", self.parameters_text()),
+            ("steps", tables.count(self.steps) + (f" ({notes})" if notes else "")),
+            ("training tokens", tables.count(self.tokens)),
+            ("training time", f"{tables.duration(self.seconds)} ({speed})"),
+            ("output", str(self.output)),
+        )
+
+    def parameters_text(self) -> str:
+        trainable, total = self.model.get("trainable"), self.model.get("parameters")
+        if trainable is None:
+            return "not reported"
+        share = f" of {tables.count(total)} ({trainable / total:.2%})" if total else ""
+        return tables.count(trainable) + share
+
+    def figure(self) -> "Figure":
+        """The run's loss curves, as a matplotlib figure."""
+        from .history import History
+        from .plots import curves_figure
+
+        return curves_figure(History.read(self.output / "metrics.jsonl"), self.method)
+
+
+def _change(show: Any, before: float | None, after: float | None) -> str:
+    return f"{show(before)} → {show(after)}" if before is not None else str(show(after))
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluateResult(Result):
+    """A model's loss on data: `loss` in nats per token, `bits_per_byte` of the text's UTF-8."""
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float | None
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+
+    def table(self) -> Table:
+        per_byte = "not measured" if self.bits_per_byte is None else f"{self.bits_per_byte:.3f}"
+        speed = f"{tables.compact(self.tokens_per_second)} tokens/s"
+        return Table(
+            "evaluation",
+            (
+                ("loss", f"{self.loss:.4f} nats per token"),
+                ("perplexity", tables.perplexity_text(self.perplexity)),
+                ("bits per byte", per_byte),
+                ("tokens", tables.count(self.tokens)),
+                ("time", f"{tables.duration(self.seconds)} ({speed})"),
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateResult(Result):
+    """Generated text, without the prompt; `tokens` counts the generated ones."""
+
+    prompt: str
+    text: str
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+
+    def table(self) -> Table:
+        speed = f"{tables.compact(self.tokens_per_second)} tokens/s"
+        return Table(
+            "generation",
+            (
+                ("prompt", self.prompt),
+                ("text", self.text),
+                ("time", f"{self.tokens} tokens in {tables.duration(self.seconds)} ({speed})"),
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MergeResult(Result):
+    """A merged Hugging Face folder: its files' names, and how many modules had an adapter."""
+
+    output: Path
+    files: tuple[str, ...]
+    merged_modules: int
+
+    def table(self) -> Table:
+        return Table(
+            "merge",
+            (
+                ("merged modules", tables.count(self.merged_modules)),
+                ("files", ", ".join(self.files)),
+                ("output", str(self.output)),
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What one prompt continues to, before and after training."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult(Result):
+    """The demo's run, samples of its text, and the seconds that everything took together."""
+
+    train: TrainResult
+    samples: tuple[Sample, ...]
+    seconds: float
+
+    def table(self) -> Table:
+        rows = [row for row in self.train.rows() if row[0] != "output"]
+        output = self.train.output
+        places = (
+            ("total time", tables.duration(self.seconds)),
+            ("adapter (PEFT)", str(self.train.weights)),
+            ("loss curves", str(output / "curves.png")),
+            ("metrics", str(output / "metrics.jsonl")),
+            ("settings", str(output / "config.toml")),
+            ("model card", str(output / "README.md")),
+        )
+        return Table("ferrotune demo", (*rows, *places))
+
+    def __str__(self) -> str:
+        parts = [f"{_one_line(sample)}\n" for sample in self.samples]
+        return "\n".join([*parts, self.table().text()])
+
+    def __rich__(self) -> "RenderableType":
+        from rich.console import Group
+        from rich.text import Text
+
+        lines: list[RenderableType] = []
+        for sample in self.samples:
+            for label, text in (("before", sample.before), ("after", sample.after)):
+                shown = Text.assemble((f"{label:<7}", "cyan"), (sample.prompt, "bold"))
+                lines.append(shown.append(_flat(text)))
+            lines.append(Text())
+        return Group(*lines, self.table().rich())
+
+    def _repr_html_(self) -> str:
+        import html
+
+        shown = "".join(
+            f"<p><small>{label}</small><br><b>{html.escape(sample.prompt)}</b>"
+            f"{html.escape(_flat(text))}</p>"
+            for sample in self.samples
+            for label, text in (("before", sample.before), ("after", sample.after))
+        )
+        return shown + self.table().html()
+
+
+def _flat(text: str) -> str:
+    return text.replace("\r", "").replace("\n", " / ")
+
+
+def _one_line(sample: Sample) -> str:
+    return (
+        f"before {sample.prompt}{_flat(sample.before)}\nafter  {sample.prompt}{_flat(sample.after)}"
+    )
