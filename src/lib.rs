@@ -22,4 +22,6 @@ mod python;
 mod native {
     #[pymodule_export]
     use crate::error::FormatError;
+    #[pymodule_export]
+    use crate::python::adapter::{match_targets, read_adapter, write_adapter};
 }
