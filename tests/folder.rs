@@ -4,12 +4,13 @@ use std::borrow::Cow;
 use std::fs;
 use std::path::Path;
 
-use ferrotune::dtype::DType;
+use ferrotune::dtype::{DType, QuantType};
 use ferrotune::error::{Error, Result};
 use ferrotune::folder::{
     ConfigFile, ModelFolder, Staging, Tensor, Weights, tokenizer_file, write_model,
     write_safetensors,
 };
+use ferrotune::quant::{dequantize_4bit, to_tensors};
 use half::{bf16, f16};
 use proptest::prelude::*;
 use safetensors::Dtype;
@@ -441,4 +442,96 @@ fn a_failed_write_leaves_the_old_model() {
         assert_eq!(&fs::read(dir.path().join(name)).unwrap(), content, "{name}");
     }
     assert_eq!(names(dir.path()).len(), before.len());
+}
+
+/// Written by bitsandbytes: tests/data/make_bitsandbytes.py.
+#[test]
+fn bitsandbytes_weights_are_read_and_written_back() {
+    let path =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/bitsandbytes_4bit.safetensors");
+    let weights = Weights::open_file(&path).unwrap();
+    for (name, quant_type, dtype) in [
+        ("nf4_double", QuantType::Nf4, DType::BF16),
+        ("fp4_plain", QuantType::Fp4, DType::F16),
+    ] {
+        let weight = format!("{name}.weight");
+        let quantized = weights.quantized(&weight).unwrap().expect("4-bit");
+        let state = &quantized.state;
+        assert_eq!(
+            (state.quant_type, state.dtype, &state.shape[..]),
+            (quant_type, dtype, &[20, 48][..])
+        );
+        let expected = weights.to_f32(&format!("{name}.expected")).unwrap();
+        let found: Vec<f32> = if dtype == DType::BF16 {
+            let mut out = vec![bf16::ZERO; 960];
+            dequantize_4bit(&quantized.packed, state, &mut out).unwrap();
+            out.iter().map(|x| x.to_f32()).collect()
+        } else {
+            let mut out = vec![f16::ZERO; 960];
+            dequantize_4bit(&quantized.packed, state, &mut out).unwrap();
+            out.iter().map(|x| x.to_f32()).collect()
+        };
+        assert_eq!(found, expected);
+
+        // Through our writer, the quant state in another shard than the weight.
+        let dir = folder();
+        let config = base(dir.path());
+        let tensors = to_tensors("w", &quantized).unwrap();
+        let tensors = tensors
+            .iter()
+            .map(|t| Tensor::from_bytes(&t.name, t.dtype, &t.shape, &t.bytes));
+        write_model(
+            dir.path(),
+            model(&config, dir.path(), tensors.collect(), 500),
+        )
+        .unwrap();
+        let back = Weights::open(dir.path()).unwrap();
+        assert_ne!(back.file_of("w"), back.file_of("w.quant_map"));
+        assert_eq!(back.quantized("w").unwrap().unwrap(), quantized);
+    }
+    assert_eq!(weights.quantized("nf4_double.expected").unwrap(), None);
+}
+
+#[test]
+fn four_bit_weights_with_parts_missing() {
+    let path =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/bitsandbytes_4bit.safetensors");
+    let weights = Weights::open_file(&path).unwrap();
+    let without = |part: &str| {
+        let dir = folder();
+        let all = weights
+            .names()
+            .filter(|name| name.starts_with("nf4_double.weight") && !name.ends_with(part));
+        let tensors = all.map(|name| {
+            let view = weights.get(name).unwrap();
+            Tensor::from_bytes(name, view.dtype, view.shape, view.bytes)
+        });
+        write_safetensors(
+            &dir.path().join("model.safetensors"),
+            tensors.collect(),
+            &[],
+        )
+        .unwrap();
+        Weights::open(dir.path())
+            .unwrap()
+            .quantized("nf4_double.weight")
+    };
+    for part in [
+        ".weight.absmax",
+        ".quant_map",
+        ".nested_absmax",
+        ".nested_quant_map",
+    ] {
+        assert_says(
+            without(part),
+            &[
+                "model.safetensors",
+                &format!("nf4_double.weight{}", part.trim_start_matches(".weight")),
+            ],
+        );
+    }
+    assert_says(
+        without("bitsandbytes__nf4"),
+        &["'nf4_double.weight' has an absmax but no"],
+    );
 }

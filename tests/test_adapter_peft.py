@@ -135,7 +135,7 @@ def test_peft_reads_what_is_written_here(settings_: dict[str, Any], tmp_path: Pa
     theirs = get_peft_model(model, config)
     randomise(theirs)
     expected = logits(theirs)
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     text, modules, notes = _native.read_adapter(tmp_path / "theirs")
     assert notes == []
     assert {m: (a.shape[0], b.shape[1]) for m, (a, b) in modules.items()} == {
@@ -157,7 +157,7 @@ def test_peft_reads_what_is_written_here(settings_: dict[str, Any], tmp_path: Pa
                 fields[name] = [fields[name]]
     assert ours == his
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)  # what PEFT says of an adapter it does not fully understand
         loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "ours"))
     assert (logits(loaded) == expected).all()
 
@@ -174,7 +174,7 @@ def merged(model: Any, deltas: dict[str, Any]) -> Any:
 PART = st.sampled_from(["a", "b", "ab", "q_proj", "k_proj", "layers", "h", "0", "1", "12", "mlp", "experts"])
 NAME = st.lists(PART, min_size=1, max_size=6).map(".".join)
 PATTERN = st.sampled_from(
-    ["a", ".*", "q_proj", r".*\.q_proj", r"(a|b)\..*", r"a|b", r"layers\.\d+\.mlp", r"^(?!.*a).*$", r"(?i)A.*", r"\w+", ""]
+    ["a", ".*", "q_proj", r".*\.q_proj", r"(a|b)\..*", r"a|b", r"layers\.\d+\.mlp", r"^(?!.*a).*$", r"\w+", ""]
 )
 LAYERS_PATTERN = st.sampled_from(["layers", "h", ["layers", "h"], ["experts", "layers"], "a|h", "(layers|h)", "lay.*"])
 
@@ -182,7 +182,7 @@ LAYERS_PATTERN = st.sampled_from(["layers", "h", ["layers", "h"], ["experts", "l
 @settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     modules=st.lists(NAME, min_size=1, max_size=12, unique=True),
-    target=st.one_of(st.lists(NAME, min_size=1, max_size=4), PATTERN),
+    target=st.one_of(st.lists(NAME, min_size=1, max_size=4), PATTERN, st.just(r"(?i)A.*")),
     exclude=st.one_of(st.none(), st.lists(NAME, max_size=2), PATTERN),
     layers=st.one_of(st.none(), st.integers(0, 13), st.lists(st.integers(-1, 13), max_size=3)),
     layers_pattern=st.one_of(st.none(), LAYERS_PATTERN),
@@ -255,7 +255,7 @@ def test_what_is_not_supported_is_a_value_error(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs.save_pretrained(tmp_path)
-    with pytest.raises(_native.FormatError, match="unexpected tensor"):
+    with pytest.raises(_native.FormatError, match=r"unexpected tensor.*(embeddings|base weight)"):
         _native.read_adapter(tmp_path)
     with pytest.raises(FileNotFoundError):
         _native.read_adapter(tmp_path / "nowhere")

@@ -37,7 +37,7 @@ pub struct AdapterConfig {
     /// Per-module `lora_alpha`, likewise.
     pub alpha_pattern: Vec<(String, f64)>,
     /// `task_type`, `base_model_name_or_path`, `revision`, `auto_mapping`, `init_lora_weights` and the configurations
-    /// of initialisations.
+    /// of initialisations, where they differ from PEFT's default.
     pub kept: Map<String, Value>,
 }
 
@@ -237,12 +237,8 @@ fn parse(map: &Map<String, Value>) -> Parsed<(AdapterConfig, Vec<String>)> {
     let mut config = AdapterConfig::new(target_modules);
     config.kept = fields::KEPT
         .iter()
-        .filter_map(|&name| {
-            Some((
-                name.to_owned(),
-                map.get(name).filter(|value| !value.is_null())?.clone(),
-            ))
-        })
+        .filter_map(|&name| Some((name.to_owned(), map.get(name)?.clone())))
+        .filter(|(name, value)| !value.is_null() && *value != default_of(name))
         .collect();
     if let Some(r) = field(map, "r", "a whole number of at least 1", rank)? {
         config.r = r;

@@ -184,6 +184,8 @@ fn split_name(name: &str) -> std::result::Result<(Option<&str>, String), String>
         "lora_bias is not supported"
     } else if name.contains("lora_magnitude_vector") {
         "DoRA (use_dora) is not supported"
+    } else if name.ends_with(".base_layer.weight") || name.ends_with("embed_tokens.weight") {
+        "it replaces a base weight, which is not supported; save with save_embedding_layers=False"
     } else {
         "expected base_model.model.<module>.lora_A.weight and .lora_B.weight only"
     };

@@ -4,7 +4,6 @@
 //! Writing goes to files aside that are renamed once all of them are complete.
 
 mod config;
-mod four_bit;
 mod header;
 mod model;
 mod staging;
@@ -13,7 +12,6 @@ mod write;
 
 pub(crate) use config::kind;
 pub use config::{ConfigFile, tokenizer_file};
-pub use four_bit::FourBitParts;
 pub use model::{MAX_SHARD_SIZE, ModelFolder, write_model};
 pub use staging::Staging;
 pub use weights::{TensorView, Weights};

@@ -13,6 +13,7 @@ use super::header::SafetensorsFile;
 use super::listing;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::quant::{self, Quantized4bit, TensorBytes};
 
 #[cfg(target_endian = "big")]
 compile_error!("safetensors is little-endian and its bytes are used in place");
@@ -216,7 +217,7 @@ impl Weights {
         })
     }
 
-    pub(super) fn find(&self, name: &str) -> Option<TensorView<'_>> {
+    fn find(&self, name: &str) -> Option<TensorView<'_>> {
         let (info, bytes) = self.files[*self.place.get(name)?].tensor(name)?;
         Some(TensorView {
             dtype: info.dtype,
@@ -247,6 +248,31 @@ impl Weights {
                 ),
             )
         })
+    }
+
+    /// The 4-bit weight that bitsandbytes saved as `name` and its companions (`name.absmax`, `name.quant_map`, …);
+    /// `None` if `name` is not 4-bit.
+    ///
+    /// # Errors
+    /// `Format` if a companion is missing or does not fit.
+    pub fn quantized(&self, name: &str) -> Result<Option<Quantized4bit>> {
+        let path = self.file_of(name);
+        let found = quant::from_tensors(path, name, |key| {
+            self.find(key).map(|view| TensorBytes {
+                dtype: view.dtype,
+                shape: view.shape,
+                bytes: view.bytes,
+            })
+        })?;
+        if found.is_none() && self.contains(&format!("{name}.absmax")) {
+            return Err(Error::format(
+                path,
+                format!(
+                    "'{name}' has an absmax but no '{name}.quant_state.bitsandbytes__nf4' or '…__fp4': not a 4-bit weight as bitsandbytes saves it"
+                ),
+            ));
+        }
+        Ok(found)
     }
 }
 
