@@ -459,15 +459,15 @@ fn bitsandbytes_weights_are_read_and_written_back() {
         let state = &quantized.state;
         assert_eq!(
             (state.quant_type, state.dtype, &state.shape[..]),
-            (quant_type, dtype, &[20, 48][..])
+            (quant_type, dtype, &[20, 64][..])
         );
         let expected = weights.to_f32(&format!("{name}.expected")).unwrap();
         let found: Vec<f32> = if dtype == DType::BF16 {
-            let mut out = vec![bf16::ZERO; 960];
+            let mut out = vec![bf16::ZERO; 1280];
             dequantize_4bit(&quantized.packed, state, &mut out).unwrap();
             out.iter().map(|x| x.to_f32()).collect()
         } else {
-            let mut out = vec![f16::ZERO; 960];
+            let mut out = vec![f16::ZERO; 1280];
             dequantize_4bit(&quantized.packed, state, &mut out).unwrap();
             out.iter().map(|x| x.to_f32()).collect()
         };
