@@ -25,4 +25,10 @@ mod python;
 mod native {
     #[pymodule_export]
     use crate::error::FormatError;
+    #[pymodule_export]
+    use crate::python::adapter::{match_targets, read_adapter, write_adapter};
+    #[pymodule_export]
+    use crate::python::quant::{
+        dequantize_4bit, quant_state_from_tensors, quant_state_to_tensors, quantize_4bit,
+    };
 }

@@ -1,10 +1,17 @@
+"""The Rust extension's functions. stubtest holds this file to the code."""
+
 from collections.abc import Callable
+from os import PathLike
+
+import numpy as np
+import numpy.typing as npt
 
 __version__: str
 
 class FormatError(ValueError): ...
 
-# Jobs. `config` is a JSON object with every setting of the Python function of the same name.
+# ---- jobs
+# `config` is a JSON object with every setting of the Python function of the same name.
 #
 # `on_event` receives one JSON object a call, told apart by its key "event": data, model, step,
 # eval, checkpoint, warning or stop. It returns True to go on and False to stop after this step,
@@ -15,3 +22,23 @@ def train(config: str, on_event: Callable[[str], bool]) -> str: ...
 def evaluate(config: str, on_event: Callable[[str], bool]) -> str: ...
 def generate(config: str, on_text: Callable[[str], bool] | None) -> str: ...
 def merge(config: str) -> str: ...
+
+# ---- adapter
+_Pair = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+
+def read_adapter(folder: str | PathLike[str]) -> tuple[str, dict[str, _Pair], list[str]]: ...
+def write_adapter(
+    folder: str | PathLike[str],
+    config: str,
+    modules: dict[str, _Pair],
+    *,
+    dtype: str = "float32",
+    model_card: str = "",
+) -> list[str]: ...
+def match_targets(
+    config: str,
+    linear: list[str],
+    *,
+    other: list[str] = ...,
+    output: str | None = None,
+) -> tuple[list[tuple[str, tuple[int, float, float]]], list[str]]: ...

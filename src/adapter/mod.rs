@@ -1,1 +1,15 @@
-//! PEFT's adapter folder: adapter_config.json and adapter_model.safetensors.
+//! PEFT's adapter folder: adapter_config.json and adapter_model.safetensors, read, written, and matched to a model.
+
+mod config;
+mod fields;
+mod file;
+mod pattern;
+mod rules;
+mod selector;
+mod target;
+
+pub use config::{AdapterConfig, CONFIG_FILE, PEFT_VERSION};
+pub use file::{Adapter, LoraPair, WEIGHTS_FILE, read, write};
+pub use rules::Rules;
+pub use selector::Selector;
+pub use target::{Modules, Selection, Target, select};

@@ -26,7 +26,7 @@ impl FrozenWeight {
             Self::F32(values) => values.len(),
             Self::F16(values) => values.len(),
             Self::BF16(values) => values.len(),
-            Self::FourBit(weight) => weight.state.len(),
+            Self::FourBit(weight) => weight.state.elements(),
         }
     }
 
@@ -40,7 +40,7 @@ impl FrozenWeight {
             Self::F32(values) => values.len() * 4,
             Self::F16(values) => values.len() * 2,
             Self::BF16(values) => values.len() * 2,
-            Self::FourBit(weight) => weight.bytes(),
+            Self::FourBit(weight) => weight.state.bytes(),
         }
     }
 

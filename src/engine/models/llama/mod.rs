@@ -247,5 +247,3 @@ impl Model for Llama {
     }
 }
 
-#[cfg(test)]
-mod tests;
