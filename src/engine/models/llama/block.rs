@@ -5,8 +5,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor};
 
-use super::attention::Attention;
-use super::mlp::Mlp;
 use crate::engine::ops::attention::document_starts;
 use crate::engine::ops::norm::{rms_norm, rms_norm_backward};
 use crate::error::Result;
@@ -126,8 +124,6 @@ pub struct Block<I: Inner> {
     train: bool,
 }
 
-pub type AttentionBlock = Block<Attention>;
-pub type MlpBlock = Block<Mlp>;
 
 
 impl<I: Inner> Block<I> {
