@@ -1,4 +1,4 @@
-"""What every benchmark here shares: interleaved timing, the record of the machine, and the result files."""
+"""What every benchmark shares: interleaved timing, the record of the machine, result files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """One promise and whether this run kept it: ``value`` is to be at least (or at most) ``limit``."""
+    """One promise: ``value`` is to be at least (or at most) ``limit``."""
 
     name: str
     value: float
@@ -49,7 +49,7 @@ class Bar:
 def interleave(
     contenders: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2
 ) -> dict[str, Timing]:
-    """Times the contenders in turn, round after round, so that a slow spell of the machine hits all alike."""
+    """Times the contenders in turn, so that a slow spell of the machine hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for i in range(warmup + rounds):
         for name, run in contenders.items():
@@ -129,13 +129,17 @@ def bar_table(bars: Sequence[Bar]) -> str:
 
 
 def write(name: str, title: str, record: Mapping[str, Any], body: str, bars: Sequence[Bar]) -> bool:
-    """Writes ``results/<name>.json`` (``record`` and the bars) and ``.md`` (for people), prints the latter, and
-    returns whether every bar was met."""
+    """Writes ``results/<name>.json`` (``record`` and the bars) and ``.md`` (for people).
+
+    Prints the latter, and returns whether every bar was met.
+    """
     where = record["machine"]
     versions = ", ".join(f"{key} {value}" for key, value in where["versions"].items())
     head = (
-        f"# {title}\n\n{where['date']}, commit {where['commit']}; {where['cpu']}, {where['threads']} threads of"
-        f" {where['cores']} cores, load {where['load_before']} before; Python {where['python']}, {versions}.\n"
+        f"# {title}\n\n"
+        f"{where['date']}, commit {where['commit']}; {where['cpu']}, {where['threads']} threads of "
+        f"{where['cores']} cores, load {where['load_before']} before; Python {where['python']}, "
+        f"{versions}.\n"
         "Median of the rounds with the first and third quartile; the contenders took turns.\n"
     )
     markdown = f"{head}\n{body}\n\n{bar_table(bars)}\n"

@@ -27,8 +27,7 @@ DTYPES = ["float32", "float16", "bfloat16"]
 
 @pytest.fixture(autouse=True, scope="module")
 def _threads() -> Any:
-    """bitsandbytes compiles its code for odd shapes, once a shape: eager gives the same values sooner. Sums of many
-    values depend on the threads, of which torch and rayon must have alike."""
+    """bitsandbytes compiles its code for odd shapes, once a shape: eager gives the same sooner."""
     torch.compiler.set_stance("force_eager")
     yield
     torch.compiler.set_stance("default")
@@ -49,8 +48,11 @@ def same_bits(a: Array, b: Array) -> bool:
 
 
 def reference(q: Any, state: Any) -> Any:
-    """bitsandbytes' values. Flattened where its AVX-512 code would take the wrong block's absmax: rows of a multiple
-    of 16 elements that blocks straddle."""
+    """bitsandbytes' values.
+
+    Flattened where its AVX-512 code would take the wrong block's absmax: rows of a multiple of 16
+    elements that blocks straddle.
+    """
     shape = state.shape
     if len(shape) > 1 and shape[-1] % 16 == 0 and shape[-1] % state.blocksize:
         state.shape = torch.Size([shape.numel()])
@@ -69,7 +71,8 @@ def check(x: Any, blocksize: int, quant_type: str, double_quant: bool) -> None:
     assert same_bits(ours.packed, q.numpy().reshape(-1))
     assert same_bits(ours.absmax, state.absmax.numpy())
     if double_quant:
-        assert ours.nested_absmax is not None and ours.nested_quant_map is not None
+        assert ours.nested_absmax is not None
+        assert ours.nested_quant_map is not None
         assert np.float32(ours.nested_offset).tobytes() == state.offset.numpy().tobytes()
         assert same_bits(ours.nested_absmax, state.state2.absmax.numpy())
         assert same_bits(ours.nested_quant_map, state.state2.code.numpy())
@@ -83,7 +86,7 @@ def check(x: Any, blocksize: int, quant_type: str, double_quant: bool) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("blocksize", BLOCKSIZES)
 def test_parity(dtype: str, blocksize: int, quant_type: str, double_quant: bool) -> None:
-    # Rows that blocks divide, straddle and exceed; odd and tiny sizes; last dimensions of each of its code paths.
+    # Rows that blocks divide, straddle and exceed; odd sizes; each of bitsandbytes' code paths.
     for shape in [
         (64, 128),
         (33, 96),
@@ -93,14 +96,14 @@ def test_parity(dtype: str, blocksize: int, quant_type: str, double_quant: bool)
         (4099,),
         (1,),
         (2, 3, 50),
-        (130, 4096),
+        (5, 4096),
     ]:
         check(tensor(shape, dtype), blocksize, quant_type, double_quant)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parity_at_size(dtype: str) -> None:
-    """More than 32,768 blocks, where torch splits the sum behind the nested offset over its threads."""
+    """More than 32,768 blocks: torch splits the sum behind the nested offset over its threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(_rayon_threads())
     try:
@@ -137,8 +140,11 @@ def test_zero_blocks(quant_type: str, double_quant: bool) -> None:
 
 
 def test_tiny_values() -> None:
-    """Absmax below 1e-38, where the scale stops growing."""
-    check(tensor((4, 64), "float32") * 1e-38, 64, "nf4", False)
+    """Absmax below 1e-38, where the scale stops growing.
+
+    Rows of 66 keep bitsandbytes from the code that flushes subnormal bfloat16 to zero.
+    """
+    check(tensor((4, 66), "float32") * 1e-38, 64, "nf4", False)
     check(tensor((3, 33), "float32") * 1e-37, 64, "fp4", False)
 
 
@@ -215,7 +221,7 @@ def test_state_dict_is_bitsandbytes(quant_type: str, double_quant: bool) -> None
 
 def test_state_dict_errors() -> None:
     tensors = quantize_4bit(np.ones((8, 64), np.float32)).state_dict("a.weight")
-    with pytest.raises(KeyError, match="no 4-bit weight 'b.weight'"):
+    with pytest.raises(KeyError, match=r"no 4-bit weight 'b\.weight'"):
         Quantized4bit.from_state_dict(tensors, "b.weight")
     for name in tensors:
         if "quant_state" not in name:
@@ -263,7 +269,8 @@ def test_views_and_other_orders_are_read_as_they_look() -> None:
 
 def test_empty() -> None:
     weight = quantize_4bit(np.empty((0, 5), np.float32))
-    assert weight.packed.size == weight.absmax.size == 0 and weight.shape == (0, 5)
+    assert weight.packed.size == weight.absmax.size == 0
+    assert weight.shape == (0, 5)
     assert dequantize_4bit(weight).shape == (0, 5)
 
 

@@ -20,15 +20,16 @@ DType = Literal["float32", "float16", "bfloat16"]
 class Quantized4bit:
     """A tensor in 4 bits an element.
 
-    The tensor is flattened row-major into blocks of ``blocksize`` elements. Element 2i is the high nibble of
-    ``packed[i]``, element 2i + 1 the low one. Block b is scaled by ``absmax[b]`` or, double-quantised, by
+    The tensor is flattened row-major into blocks of ``blocksize`` elements. Element 2i is the high
+    nibble of ``packed[i]``, element 2i + 1 the low one. Block b is scaled by ``absmax[b]`` or,
+    double-quantised, by
     ``nested_quant_map[absmax[b]] * nested_absmax[b // nested_blocksize] + nested_offset``.
     """
 
     packed: npt.NDArray[np.uint8]
     """Codes, two a byte: [ceil(elements / 2)]."""
     absmax: npt.NDArray[np.float32] | npt.NDArray[np.uint8]
-    """Largest magnitude of each block, float32, or its 8-bit code with double quantisation: [blocks]."""
+    """Largest magnitude of each block, or its 8-bit code with double quantisation: [blocks]."""
     quant_type: QuantType
     blocksize: int
     """Elements a block: 32, 64, 128, 256, 512, 1024, 2048 or 4096."""
@@ -67,8 +68,8 @@ class Quantized4bit:
     ) -> Quantized4bit:
         """Reads a weight that bitsandbytes stored under the name ``prefix``.
 
-        Raises ``KeyError`` if no 4-bit weight has that name, and ``FormatError``, naming the tensor, if one of its
-        tensors is missing or does not fit.
+        Raises ``KeyError`` if no 4-bit weight has that name, and ``FormatError``, naming the
+        tensor, if one of its tensors is missing or does not fit.
         """
         import numpy as np
 
@@ -86,7 +87,7 @@ class Quantized4bit:
         fields = _native.quant_state_from_tensors(prefix, found)
         if fields is None:
             raise KeyError(
-                f"no 4-bit weight '{prefix}': there is no tensor '{prefix}.quant_state.bitsandbytes__nf4'"
+                f"no 4-bit weight '{prefix}': '{prefix}.quant_state.bitsandbytes__nf4' is missing"
             )
         return cls(**fields)
 
@@ -100,12 +101,12 @@ def quantize_4bit(
 ) -> Quantized4bit:
     """Quantises ``array`` to 4 bits an element, on all cores.
 
-    ``array`` is float32, float16, or bfloat16: ml_dtypes' type, or uint16 for bfloat16's bits. ``blocksize`` is the
-    elements that share an absmax (32 to 4096, powers of two). ``double_quant`` quantises the absmax too, to 8 bits:
-    0.127 bits an element instead of 0.5 at blocksize 64.
+    ``array`` is float32, float16, or bfloat16: ml_dtypes' type, or uint16 for bfloat16's bits.
+    ``blocksize`` is the elements that share an absmax (32 to 4096, powers of two). ``double_quant``
+    quantises the absmax too, to 8 bits: 0.127 bits an element instead of 0.5 at blocksize 64.
 
-    Raises ``TypeError`` for another type, and ``ValueError`` for another block size or type of code, and for a NaN or
-    an infinity, naming its place.
+    Raises ``TypeError`` for another type, and ``ValueError`` for another block size or type of
+    code, and for a NaN or an infinity, naming its place.
     """
     from ferrotune import _native
 
@@ -129,8 +130,8 @@ def dequantize_4bit(
 ) -> npt.NDArray[Any]:
     """The values of ``weight``, as ``dtype`` (its own unless given); bfloat16 comes as uint16 bits.
 
-    ``out`` is an array to fill instead of a new one: contiguous, of the weight's shape, and of ``dtype`` (its own
-    type decides where ``dtype`` is not given). It is returned.
+    ``out`` is an array to fill instead of a new one: contiguous, of the weight's shape, and of
+    ``dtype`` (its own type decides where ``dtype`` is not given). It is returned.
 
     Raises ``TypeError`` or ``ValueError`` if ``out`` or a field of ``weight`` does not fit.
     """
@@ -164,7 +165,7 @@ def _dtype_of(array: npt.NDArray[Any]) -> DType:
     if name in ("bfloat16", "uint16"):
         return "bfloat16"
     raise TypeError(
-        f"the array must be float32, float16 or bfloat16 (or uint16 for bfloat16's bits), not {name}"
+        f"the array must be float32, float16, bfloat16 or uint16 (bfloat16's bits), not {name}"
     )
 
 

@@ -75,7 +75,7 @@ fn encode_takes_the_nearest_value() {
 fn dynamic_map_is_ascending_and_nearly_odd() {
     let map = dynamic_map();
     assert!(map.is_sorted());
-    assert_eq!((map[127], map[255], map[128]), (0.0, 1.0, 5.5e-7));
+    assert_eq!((map[127], map[255], map[128]), (0.0, 1.0, 5.500_000_4e-7));
     for i in 0..127 {
         assert_eq!(map[i].to_bits(), (-map[254 - i]).to_bits());
     }
