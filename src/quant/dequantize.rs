@@ -104,7 +104,7 @@ fn decode_chunk<T: Element>(
     }
     let (scales, last_scale) = scales.split_at(full);
     let from = start + head;
-    let packed_middle = &packed[from / 2..(from + middle.len()) / 2];
+    let packed_middle = &packed[from / 2..][..middle.len() / 2];
     isa.dequantize(lut, packed_middle, scales, blocksize, middle);
     if let (false, [scale]) = (last.is_empty(), last_scale) {
         portable::dequantize_part(lut, packed, *scale, from + full * blocksize, last);
