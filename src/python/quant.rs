@@ -1,5 +1,7 @@
 //! 4-bit quantisation on numpy arrays. `ferrotune.quant` flattens arrays and views 16-bit floats as uint16 bits.
 
+#![allow(clippy::needless_pass_by_value)] // pyo3 hands over what it converted
+
 use std::collections::HashMap;
 
 use half::{bf16, f16};

@@ -109,7 +109,7 @@ pub fn dynamic_map() -> &'static [f32; 256] {
             let scale = 10.0_f64.powi(exponent as i32 - 6) as f32;
             let steps = 1_usize << exponent;
             for i in 0..steps {
-                let value = scale * ((boundary(i, steps) + boundary(i + 1, steps)) / 2.0);
+                let value = scale * f32::midpoint(boundary(i, steps), boundary(i + 1, steps));
                 map[next] = value;
                 map[next + 1] = -value;
                 next += 2;

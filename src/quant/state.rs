@@ -170,7 +170,7 @@ pub(super) fn checked_elements(shape: &[usize]) -> Result<usize> {
     shape
         .iter()
         .try_fold(1_usize, |product, size| product.checked_mul(*size))
-        .filter(|elements| *elements <= isize::MAX as usize)
+        .filter(|elements| isize::try_from(*elements).is_ok())
         .ok_or_else(|| {
             Error::argument(format!("shape {shape:?} has more elements than memory can"))
         })

@@ -1,5 +1,6 @@
 //! The loops for AVX2 with F16C: eight values a step; 16-bit results are looked up as two bytes each.
 
+#[allow(clippy::wildcard_imports)] // half a hundred intrinsics
 use std::arch::x86_64::*;
 
 use super::MIN_SCALE;

@@ -1,5 +1,6 @@
 //! The loops for AVX-512 F and BW: sixteen values a step, codes looked up in a register.
 
+#[allow(clippy::wildcard_imports)] // half a hundred intrinsics
 use std::arch::x86_64::*;
 
 use super::MIN_SCALE;
@@ -121,7 +122,7 @@ fn ranks(x: __m512, tree: __m512) -> __m128i {
         let twice = _mm512_add_epi32(i, i);
         i = _mm512_mask_add_epi32(twice, above, twice, one);
     }
-    // The top bits would make the byte shuffle write zero; it reads the low four alone.
+    // 16..32, of which the byte shuffle reads the low four bits: the rank.
     _mm512_cvtepi32_epi8(i)
 }
 
