@@ -1,11 +1,10 @@
 //! Quantisation: values to codes and absmax.
 
-use rayon::prelude::*;
-
 use super::codebook::Codebook;
 use super::element::Element;
 use super::kernels::{Isa, MIN_SCALE};
 use super::nested;
+use super::parallel;
 use super::state::{Absmax, QuantState, Quantized4bit, check_blocksize, checked_elements};
 use crate::dtype::QuantType;
 use crate::error::{Error, Result};
@@ -81,20 +80,20 @@ pub(super) fn encode<T: Element>(
 ) -> (Vec<u8>, Vec<f32>) {
     let mut packed = vec![0_u8; values.len().div_ceil(2)];
     let mut absmax = vec![0.0_f32; values.len().div_ceil(blocksize)];
-    values
-        .par_chunks(CHUNK)
-        .zip(packed.par_chunks_mut(CHUNK / 2))
-        .zip(absmax.par_chunks_mut(CHUNK / blocksize))
-        .for_each(|((values, packed), absmax)| {
-            let full = values.len() / blocksize;
-            let (values, rest) = values.split_at(full * blocksize);
-            let (packed, packed_rest) = packed.split_at_mut(full * blocksize / 2);
-            let (absmax, absmax_rest) = absmax.split_at_mut(full);
-            isa.quantize(values, book, blocksize, packed, absmax);
-            if let Some(absmax) = absmax_rest.first_mut() {
-                *absmax = encode_rest(rest, book, packed_rest);
-            }
-        });
+    let tasks = values
+        .chunks(CHUNK)
+        .zip(packed.chunks_mut(CHUNK / 2))
+        .zip(absmax.chunks_mut(CHUNK / blocksize));
+    parallel::for_each(tasks, |((values, packed), absmax)| {
+        let full = values.len() / blocksize;
+        let (values, rest) = values.split_at(full * blocksize);
+        let (packed, packed_rest) = packed.split_at_mut(full * blocksize / 2);
+        let (absmax, absmax_rest) = absmax.split_at_mut(full);
+        isa.quantize(values, book, blocksize, packed, absmax);
+        if let Some(absmax) = absmax_rest.first_mut() {
+            *absmax = encode_rest(rest, book, packed_rest);
+        }
+    });
     (packed, absmax)
 }
 

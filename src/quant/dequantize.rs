@@ -1,11 +1,10 @@
 //! Dequantisation: codes and absmax to values, into the caller's memory.
 
-use rayon::prelude::*;
-
 use super::blockwise::CHUNK;
 use super::element::Element;
 use super::kernels::{Isa, portable};
 use super::nested;
+use super::parallel;
 use super::state::QuantState;
 use crate::error::{Error, Result};
 
@@ -69,14 +68,9 @@ pub(super) fn decode<T: Element>(
         task(start, first);
         return;
     }
-    rayon::join(
-        || task(start, first),
-        || {
-            rest.par_chunks_mut(CHUNK)
-                .enumerate()
-                .for_each(|(i, out)| task(after + i * CHUNK, out));
-        },
-    );
+    let starts = (after..).step_by(CHUNK);
+    let tasks = std::iter::once((start, first)).chain(starts.zip(rest.chunks_mut(CHUNK)));
+    parallel::for_each(tasks, |(start, out)| task(start, out));
 }
 
 /// At most CHUNK elements; both ends may lie inside a block, and the end on an odd element.
@@ -110,13 +104,8 @@ fn decode_chunk<T: Element>(
     }
     let (scales, last_scale) = scales.split_at(full);
     let from = start + head;
-    isa.dequantize(
-        lut,
-        &packed[from / 2..(from + middle.len()) / 2],
-        scales,
-        blocksize,
-        middle,
-    );
+    let packed_middle = &packed[from / 2..(from + middle.len()) / 2];
+    isa.dequantize(lut, packed_middle, scales, blocksize, middle);
     if let (false, [scale]) = (last.is_empty(), last_scale) {
         portable::dequantize_part(lut, packed, *scale, from + full * blocksize, last);
     }

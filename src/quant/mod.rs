@@ -19,6 +19,7 @@ mod element;
 mod kernels;
 mod mean;
 mod nested;
+mod parallel;
 mod state;
 #[cfg(test)]
 mod tests;

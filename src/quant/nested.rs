@@ -79,13 +79,15 @@ pub(super) fn expand(absmax: &Absmax, blocks: std::ops::Range<usize>, out: &mut 
             offset,
             blocksize,
         } => {
-            let first = blocks.start;
-            out.extend(
-                codes[blocks]
-                    .iter()
-                    .enumerate()
-                    .map(|(i, q)| code[usize::from(*q)] * absmax[(first + i) / blocksize] + offset),
-            );
+            let mut from = blocks.start;
+            while from < blocks.end {
+                let group = from / blocksize;
+                let to = blocks.end.min((group + 1) * blocksize);
+                let scale = absmax[group];
+                let values = codes[from..to].iter();
+                out.extend(values.map(|q| code[usize::from(*q)] * scale + offset));
+                from = to;
+            }
         }
     }
 }

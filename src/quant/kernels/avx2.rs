@@ -224,7 +224,7 @@ unsafe fn dequantize_16<const KIND: u8>(
 #[target_feature(enable = "avx2,f16c")]
 fn round<const KIND: u8>(values: __m256) -> __m128i {
     if KIND == F16 {
-        return _mm256_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(values);
+        return _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(values);
     }
     let bits = _mm256_castps_si256(values);
     let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
