@@ -1,5 +1,8 @@
 //! Adapter folders and target matching for Python: numpy arrays by module, configurations as JSON text.
 
+// pyo3 hands arguments over by value.
+#![allow(clippy::needless_pass_by_value)]
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
@@ -34,7 +37,7 @@ fn array(
         .map_err(|error| Error::run(error.to_string()))
 }
 
-fn values(array: ArrayView2<f32>) -> Vec<f32> {
+fn values(array: &ArrayView2<f32>) -> Vec<f32> {
     array.iter().copied().collect()
 }
 
@@ -73,8 +76,8 @@ pub fn write_adapter(
             r: a.shape()[0],
             in_features: a.shape()[1],
             out_features: b.shape()[0],
-            lora_a: values(a.as_array()),
-            lora_b: values(b.as_array()),
+            lora_a: values(&a.as_array()),
+            lora_b: values(&b.as_array()),
         };
         (module, pair)
     });
