@@ -1,0 +1,73 @@
+//! Text from a model.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
+
+use super::{plan, quantize, tokenizer, with_threads};
+use crate::engine::generate::{Sampling, generate as sample};
+use crate::engine::models::llama::{Decoder, Llama, LlamaConfig};
+use crate::error::Result;
+
+/// Settings of a generation; every one of them must be named.
+#[derive(Debug, Clone, Deserialize)]
+pub struct GenerateConfig {
+    pub model: PathBuf,
+    pub adapter: Option<PathBuf>,
+    pub prompt: String,
+    pub quant_type: Option<String>,
+    pub blocksize: usize,
+    pub double_quant: bool,
+    #[serde(flatten)]
+    pub sampling: Sampling,
+    pub threads: Option<usize>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct GenerateResult {
+    pub text: String,
+    pub tokens: usize,
+    /// Loading left out.
+    pub seconds: f64,
+    pub tokens_per_second: f64,
+}
+
+/// # Errors
+/// `Argument` and `Format` for bad input.
+pub fn generate(
+    config: &GenerateConfig,
+    on_text: impl FnMut(&str) -> Result<bool> + Send,
+) -> Result<GenerateResult> {
+    config.sampling.validate()?;
+    with_threads(config.threads, || run(config, on_text))
+}
+
+fn run(
+    config: &GenerateConfig,
+    on_text: impl FnMut(&str) -> Result<bool>,
+) -> Result<GenerateResult> {
+    let model_config = LlamaConfig::read(&config.model)?;
+    let how = quantize(config.quant_type.as_deref(), config.blocksize, config.double_quant)?;
+    let positions = model_config.max_position_embeddings;
+    let (plan, _) = plan(&model_config, config.adapter.as_deref(), how, positions)?;
+    let tokenizer = tokenizer(&config.model, &model_config)?;
+    let eos = model_config.eos_token_ids.clone();
+    let model = Llama::load(&config.model, model_config, &plan)?;
+    let begin = Instant::now();
+    let made = sample(
+        Decoder::new(&model)?,
+        &tokenizer,
+        &eos,
+        &config.prompt,
+        &config.sampling,
+        on_text,
+    )?;
+    let seconds = begin.elapsed().as_secs_f64();
+    Ok(GenerateResult {
+        text: made.text,
+        tokens: made.tokens,
+        seconds,
+        tokens_per_second: made.tokens as f64 / seconds,
+    })
+}
