@@ -1,5 +1,7 @@
 //! Reading, splitting, tokenising and packing of training text.
 
 mod batch;
+mod source;
 
 pub use batch::{Batch, IGNORE};
+pub use source::BatchSource;

@@ -1,7 +1,35 @@
 //! The torch-free fine-tuning engine, on candle and the CPU.
 
+mod best;
+mod checkpoint;
+mod config;
+mod evaluate;
+mod events;
+pub mod generate;
+mod gradients;
+pub mod jobs;
 mod model;
 pub mod models;
 pub mod ops;
+mod optimizer;
+mod plan;
+mod progress;
+mod run_folder;
+mod schedule;
+mod state;
+mod trainer;
+mod validate;
+mod weights;
 
+pub use config::{Method, ScheduleKind, TargetModules, TrainConfig};
+pub use evaluate::{Evaluation, evaluate};
+pub use events::{
+    Control, DataEvent, EvalEvent, Event, Hooks, ModelEvent, Skip, StepEvent, StopReason,
+    TrainResult,
+};
+pub use gradients::Gradients;
 pub use model::{Mode, Model, Parameter, Segment};
+pub use optimizer::{AdamW, AdamWSettings, Moments, clip_factor};
+pub use run_folder::RunFolder;
+pub use schedule::Schedule;
+pub use trainer::{train, train_in};

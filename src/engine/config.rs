@@ -1,0 +1,191 @@
+//! The settings of a training run.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::dtype::QuantType;
+use crate::error::{Error, Result};
+
+/// What is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// LoRA beside frozen weights in their own dtype.
+    Lora,
+    /// LoRA beside frozen 4-bit weights.
+    Qlora,
+    /// Every weight.
+    Full,
+}
+
+/// How the learning rate moves after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ScheduleKind {
+    Cosine,
+    Constant,
+    Linear,
+}
+
+/// Which layers get an adapter, in PEFT's sense.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum TargetModules {
+    /// `all-linear`, or a regular expression that matches a whole module name.
+    Pattern(String),
+    /// Module names or their last parts.
+    Names(Vec<String>),
+}
+
+/// Every setting of a run. JSON must name each of them: the caller's signature owns the defaults.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainConfig {
+    pub model: PathBuf,
+    pub data: Vec<PathBuf>,
+    /// The run's folder.
+    pub output: PathBuf,
+    pub method: Method,
+
+    pub r: usize,
+    pub lora_alpha: f64,
+    /// Probability, in [0, 1).
+    pub lora_dropout: f64,
+    pub use_rslora: bool,
+    pub target_modules: TargetModules,
+    pub rank_pattern: BTreeMap<String, usize>,
+    pub alpha_pattern: BTreeMap<String, f64>,
+
+    #[serde(with = "quant_type")]
+    pub quant_type: QuantType,
+    /// Elements that share an absmax.
+    pub blocksize: usize,
+    pub double_quant: bool,
+
+    /// Passes over the training data, where `max_steps` does not say otherwise.
+    pub epochs: f64,
+    /// Optimiser steps; replaces `epochs`.
+    #[serde(deserialize_with = "present")]
+    pub max_steps: Option<usize>,
+    /// Seconds that training and its evaluations may take, resumed parts included.
+    #[serde(deserialize_with = "present")]
+    pub max_seconds: Option<f64>,
+    /// Rows of a micro-batch.
+    pub batch_size: usize,
+    /// Micro-batches of an optimiser step.
+    pub gradient_accumulation: usize,
+    /// Tokens of a row.
+    pub sequence_length: usize,
+    pub packing: bool,
+
+    pub learning_rate: f64,
+    pub warmup_steps: usize,
+    pub schedule: ScheduleKind,
+    /// The learning rate at the end, as a part of `learning_rate`.
+    pub min_learning_rate_ratio: f64,
+    pub weight_decay: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    /// Gradients of a larger L2 norm are scaled down to it; 0 switches this off.
+    pub max_grad_norm: f64,
+    pub seed: u64,
+
+    /// Part of the records that is held out, where `heldout_data` is empty.
+    pub heldout: f64,
+    pub heldout_data: Vec<PathBuf>,
+    /// Column whose equal values stay on one side of the split.
+    #[serde(deserialize_with = "present")]
+    pub group: Option<String>,
+    #[serde(deserialize_with = "present")]
+    pub text_column: Option<String>,
+    #[serde(deserialize_with = "present")]
+    pub prompt_column: Option<String>,
+    #[serde(deserialize_with = "present")]
+    pub completion_column: Option<String>,
+
+    /// Steps between evaluations.
+    pub eval_every: usize,
+    /// Held-out tokens an evaluation reads at most.
+    pub eval_tokens: usize,
+    /// Evaluations without a new best after which training stops.
+    #[serde(deserialize_with = "present")]
+    pub patience: Option<usize>,
+    /// Steps between checkpoints.
+    pub checkpoint_every: usize,
+    pub resume: bool,
+    /// Threads to use; null for all.
+    #[serde(deserialize_with = "present")]
+    pub threads: Option<usize>,
+}
+
+/// Settings that a checkpoint may be continued under another value of: they change where a run
+/// writes, looks and ends, never what it computes. Data is compared by its fingerprint, the model
+/// by a loss, the length by the schedule's steps.
+const FREE: [&str; 12] = [
+    "model",
+    "data",
+    "heldout_data",
+    "output",
+    "resume",
+    "threads",
+    "epochs",
+    "max_steps",
+    "max_seconds",
+    "eval_every",
+    "patience",
+    "checkpoint_every",
+];
+
+impl TrainConfig {
+    /// Reads and validates settings.
+    ///
+    /// # Errors
+    /// `Argument` naming the setting that is missing, unknown, of the wrong type or out of range.
+    pub fn from_json(text: &str) -> Result<Self> {
+        let mut json = serde_json::Deserializer::from_str(text);
+        let config: Self = serde_path_to_error::deserialize(&mut json)
+            .map_err(|error| Error::argument(format!("training settings: {error}")))?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// The settings that decide a run's numbers, for comparison with a checkpoint's.
+    pub(super) fn fingerprint(&self) -> Result<serde_json::Map<String, serde_json::Value>> {
+        match serde_json::to_value(self) {
+            Ok(serde_json::Value::Object(mut settings)) => {
+                settings.retain(|name, _| !FREE.contains(&name.as_str()));
+                Ok(settings)
+            }
+            Ok(_) => Err(Error::run("settings are not a JSON object")),
+            Err(error) => Err(Error::argument(format!("training settings: {error}"))),
+        }
+    }
+}
+
+/// An `Option` whose key must be there: serde takes a missing one for null.
+fn present<'de, T, D>(deserializer: D) -> std::result::Result<Option<T>, D::Error>
+where
+    T: Deserialize<'de>,
+    D: serde::Deserializer<'de>,
+{
+    Option::deserialize(deserializer)
+}
+
+mod quant_type {
+    use serde::{Deserialize, Deserializer, Serializer, de};
+
+    use crate::dtype::QuantType;
+
+    // The reference is serde's: `with` hands fields over so.
+    #[allow(clippy::trivially_copy_pass_by_ref)]
+    pub fn serialize<S: Serializer>(value: &QuantType, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(value.name())
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<QuantType, D::Error> {
+        QuantType::from_name(&String::deserialize(deserializer)?).map_err(de::Error::custom)
+    }
+}

@@ -1,0 +1,109 @@
+//! The loss on text that is not trained on.
+
+use super::{Mode, Model};
+use crate::data::{Batch, BatchSource, IGNORE};
+use crate::error::{Error, Result};
+
+/// What an evaluation found.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Evaluation {
+    /// Mean over the tokens predicted, nats.
+    pub loss: f64,
+    /// Tokens predicted.
+    pub tokens: usize,
+}
+
+/// Reads `source` from its start until exactly `max_tokens` tokens are predicted, or to its end:
+/// the same tokens every time. `proceed` is asked between batches; None is returned where it says no.
+///
+/// # Errors
+/// `Run` if nothing is predicted or the loss is not finite.
+pub fn evaluate(
+    model: &dyn Model,
+    source: &dyn BatchSource,
+    max_tokens: usize,
+    mut proceed: impl FnMut() -> Result<bool>,
+) -> Result<Option<Evaluation>> {
+    let mut sum = 0.0;
+    let mut tokens = 0;
+    for index in 0..source.batches_per_epoch() {
+        if tokens == max_tokens {
+            break;
+        }
+        let batch = leading(source.batch(0, index)?, max_tokens - tokens);
+        if batch.rows == 0 {
+            continue;
+        }
+        if !proceed()? {
+            return Ok(None);
+        }
+        let (loss, count) = model.loss(&batch, Mode::Eval)?;
+        sum += scalar(&loss)?;
+        tokens += count;
+    }
+    if tokens == 0 {
+        return Err(Error::run(
+            "the held-out part has no token to predict; hold out more records",
+        ));
+    }
+    let loss = sum / tokens as f64;
+    if !loss.is_finite() {
+        return Err(Error::run(format!("the held-out loss is {loss}")));
+    }
+    Ok(Some(Evaluation { loss, tokens }))
+}
+
+/// The rows of `batch` up to its `max_tokens`th target; targets after that one are ignored.
+pub(super) fn leading(mut batch: Batch, max_tokens: usize) -> Batch {
+    let mut left = max_tokens;
+    let mut end = 0;
+    for (index, target) in batch.targets.iter_mut().enumerate() {
+        if *target == IGNORE {
+            continue;
+        }
+        if left == 0 {
+            *target = IGNORE;
+            continue;
+        }
+        left -= 1;
+        end = index + 1;
+    }
+    batch.rows = end.div_ceil(batch.columns.max(1));
+    let kept = batch.rows * batch.columns;
+    batch.ids.truncate(kept);
+    batch.targets.truncate(kept);
+    batch.positions.truncate(kept);
+    batch
+}
+
+/// The value of a loss.
+pub(super) fn scalar(loss: &candle_core::Tensor) -> Result<f64> {
+    Ok(loss.to_dtype(candle_core::DType::F64)?.to_scalar::<f64>()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn leading_keeps_exactly_the_first_targets() {
+        let batch = Batch {
+            rows: 3,
+            columns: 3,
+            ids: (0..9).collect(),
+            targets: vec![1, IGNORE, 3, 4, 5, IGNORE, 7, 8, 9],
+            positions: vec![0, 1, 2, 0, 1, 2, 0, 1, 2],
+        };
+        for limit in 0..=7 {
+            let cut = leading(batch.clone(), limit);
+            assert_eq!(cut.target_count(), limit);
+            assert_eq!(cut.rows, [0, 1, 1, 2, 2, 3, 3, 3][limit]);
+            assert_eq!(cut.ids, batch.ids[..cut.rows * 3]);
+        }
+        assert_eq!(
+            leading(batch.clone(), 3).targets,
+            [1, IGNORE, 3, 4, IGNORE, IGNORE]
+        );
+        assert_eq!(leading(batch.clone(), 100), batch);
+    }
+}

@@ -1,0 +1,137 @@
+//! The ranges of the settings.
+
+use std::fmt::Display;
+
+use super::config::{Method, TrainConfig};
+use crate::error::{Error, Result};
+
+impl TrainConfig {
+    /// # Errors
+    /// `Argument` naming the first setting out of its range, its value and the range.
+    pub fn validate(&self) -> Result<()> {
+        self.validate_places()?;
+        if self.method != Method::Full {
+            self.validate_lora()?;
+        }
+        if self.method == Method::Qlora {
+            let blocksize = self.blocksize;
+            within(
+                "blocksize",
+                blocksize,
+                blocksize.is_power_of_two() && (32..=4096).contains(&blocksize),
+                "a power of two from 32 to 4096",
+            )?;
+        }
+        self.validate_length()?;
+        self.validate_optimizer()?;
+        self.validate_evaluation()
+    }
+
+    fn validate_places(&self) -> Result<()> {
+        for (name, path) in [("model", &self.model), ("output", &self.output)] {
+            within(name, "''", !path.as_os_str().is_empty(), "a folder's path")?;
+        }
+        within("data", "[]", !self.data.is_empty(), "at least one file")
+    }
+
+    fn validate_lora(&self) -> Result<()> {
+        at_least_one("r", self.r)?;
+        positive("lora_alpha", self.lora_alpha)?;
+        below_one("lora_dropout", self.lora_dropout)?;
+        for (pattern, &r) in &self.rank_pattern {
+            at_least_one(&format!("rank_pattern['{pattern}']"), r)?;
+        }
+        for (pattern, &alpha) in &self.alpha_pattern {
+            positive(&format!("alpha_pattern['{pattern}']"), alpha)?;
+        }
+        let named = match &self.target_modules {
+            super::TargetModules::Pattern(pattern) => !pattern.is_empty(),
+            super::TargetModules::Names(names) => {
+                !names.is_empty() && names.iter().all(|name| !name.is_empty())
+            }
+        };
+        within(
+            "target_modules",
+            "empty",
+            named,
+            "'all-linear', a list of module names or a regular expression",
+        )
+    }
+
+    fn validate_length(&self) -> Result<()> {
+        positive("epochs", self.epochs)?;
+        if let Some(steps) = self.max_steps {
+            at_least_one("max_steps", steps)?;
+        }
+        if let Some(seconds) = self.max_seconds {
+            positive("max_seconds", seconds)?;
+        }
+        at_least_one("batch_size", self.batch_size)?;
+        at_least_one("gradient_accumulation", self.gradient_accumulation)?;
+        let length = self.sequence_length;
+        within("sequence_length", length, length >= 2, "at least 2 tokens")?;
+        self.threads
+            .map_or(Ok(()), |threads| at_least_one("threads", threads))
+    }
+
+    fn validate_optimizer(&self) -> Result<()> {
+        positive("learning_rate", self.learning_rate)?;
+        let ratio = self.min_learning_rate_ratio;
+        within(
+            "min_learning_rate_ratio",
+            ratio,
+            (0.0..=1.0).contains(&ratio),
+            "from 0 to 1",
+        )?;
+        not_negative("weight_decay", self.weight_decay)?;
+        below_one("beta1", self.beta1)?;
+        below_one("beta2", self.beta2)?;
+        positive("eps", self.eps)?;
+        not_negative("max_grad_norm", self.max_grad_norm)
+    }
+
+    fn validate_evaluation(&self) -> Result<()> {
+        if self.heldout_data.is_empty() {
+            let heldout = self.heldout;
+            within(
+                "heldout",
+                heldout,
+                heldout > 0.0 && heldout < 1.0,
+                "above 0 and below 1 (a part of the records)",
+            )?;
+        }
+        at_least_one("eval_every", self.eval_every)?;
+        at_least_one("eval_tokens", self.eval_tokens)?;
+        at_least_one("checkpoint_every", self.checkpoint_every)?;
+        self.patience
+            .map_or(Ok(()), |patience| at_least_one("patience", patience))
+    }
+}
+
+fn within(name: &str, value: impl Display, fits: bool, range: &str) -> Result<()> {
+    if fits {
+        return Ok(());
+    }
+    Err(Error::argument(format!(
+        "{name} must be {range}, not {value}"
+    )))
+}
+
+fn at_least_one(name: &str, value: usize) -> Result<()> {
+    within(name, value, value >= 1, "at least 1")
+}
+
+fn positive(name: &str, value: f64) -> Result<()> {
+    let fits = value > 0.0 && value.is_finite();
+    within(name, value, fits, "a finite number above 0")
+}
+
+fn not_negative(name: &str, value: f64) -> Result<()> {
+    let fits = value >= 0.0 && value.is_finite();
+    within(name, value, fits, "a finite number of at least 0")
+}
+
+fn below_one(name: &str, value: f64) -> Result<()> {
+    let fits = (0.0..1.0).contains(&value);
+    within(name, value, fits, "at least 0 and below 1")
+}
