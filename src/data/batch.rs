@@ -18,6 +18,9 @@ pub struct Batch {
 impl Batch {
     /// Number of trained positions.
     pub fn target_count(&self) -> usize {
-        self.targets.iter().filter(|&&target| target != IGNORE).count()
+        self.targets
+            .iter()
+            .filter(|&&target| target != IGNORE)
+            .count()
     }
 }
