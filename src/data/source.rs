@@ -1,6 +1,8 @@
 //! Where a trainer's batches come from.
 
-use super::Batch;
+use super::batch::Batch;
+use super::batches::Batches;
+use super::pack::Packed;
 use crate::error::Result;
 
 /// A data set that has been cut into micro-batches, and can give any one of them at any time.
@@ -16,4 +18,82 @@ pub trait BatchSource {
 
     /// A digest of the tokens and of all that decides their order.
     fn fingerprint(&self) -> String;
+}
+
+/// Micro-batches of training: the rows in another order each epoch.
+pub struct Shuffled<'a> {
+    packed: &'a Packed,
+    batch_size: usize,
+    seed: u64,
+}
+
+impl<'a> Shuffled<'a> {
+    /// # Errors
+    /// [`crate::error::Error::Argument`] for a `batch_size` of 0 and for no rows.
+    pub fn new(packed: &'a Packed, batch_size: usize, seed: u64) -> Result<Self> {
+        Batches::new(packed, batch_size, seed, 0, 0)?;
+        Ok(Self {
+            packed,
+            batch_size,
+            seed,
+        })
+    }
+}
+
+impl BatchSource for Shuffled<'_> {
+    fn batches_per_epoch(&self) -> usize {
+        self.packed.rows().div_ceil(self.batch_size)
+    }
+
+    fn batch(&self, epoch: usize, index: usize) -> Result<Batch> {
+        let mut batches =
+            Batches::new(self.packed, self.batch_size, self.seed, epoch as u64, index)?;
+        Ok(batches.next_batch())
+    }
+
+    fn fingerprint(&self) -> String {
+        format!(
+            "{} by {} from {}",
+            self.packed.fingerprint(),
+            self.batch_size,
+            self.seed
+        )
+    }
+}
+
+/// Micro-batches of evaluation: the rows in their stored order, every epoch alike.
+pub struct Sequential<'a> {
+    packed: &'a Packed,
+    batch_size: usize,
+}
+
+impl<'a> Sequential<'a> {
+    /// # Errors
+    /// [`crate::error::Error::Argument`] for a `batch_size` of 0.
+    pub fn new(packed: &'a Packed, batch_size: usize) -> Result<Self> {
+        if batch_size == 0 {
+            return Err(crate::error::Error::argument(
+                "batch_size must be at least 1, not 0",
+            ));
+        }
+        Ok(Self { packed, batch_size })
+    }
+}
+
+impl BatchSource for Sequential<'_> {
+    fn batches_per_epoch(&self) -> usize {
+        self.packed.rows().div_ceil(self.batch_size)
+    }
+
+    fn batch(&self, _epoch: usize, index: usize) -> Result<Batch> {
+        let rows = self.packed.rows();
+        let start = (index * self.batch_size).min(rows);
+        let end = (start + self.batch_size).min(rows);
+        let rows: Vec<u32> = (start as u32..end as u32).collect();
+        Ok(self.packed.batch(&rows))
+    }
+
+    fn fingerprint(&self) -> String {
+        format!("{} by {}", self.packed.fingerprint(), self.batch_size)
+    }
 }

@@ -1,0 +1,115 @@
+//! `.txt`: running text in paragraphs, or lines where the file has no blank ones.
+
+use std::path::Path;
+
+use super::lines::Lines;
+use crate::data::columns::{Columns, check};
+use crate::data::reader::{MAX_RECORD_BYTES, Reader};
+use crate::data::record::{Content, Item, Record, Skip};
+use crate::error::{Error, Result};
+
+/// What a skipped paragraph's text is called in its reason.
+const NAME: &str = "text";
+
+pub struct Text {
+    lines: Lines,
+    paragraphs: bool,
+    number: usize,
+}
+
+impl Text {
+    /// Reads the file once up to its first inner blank line to see whether it has paragraphs.
+    pub fn open(path: &Path, columns: &Columns) -> Result<Self> {
+        if columns.any_named() {
+            return Err(Error::format(
+                path,
+                "a .txt file has no columns: text_column, prompt_column, completion_column and group need .jsonl, .csv or .parquet",
+            ));
+        }
+        Ok(Self {
+            paragraphs: has_paragraphs(path)?,
+            lines: Lines::open(path)?,
+            number: 0,
+        })
+    }
+
+    /// The lines of the next paragraph, joined by `\n`.
+    fn paragraph(&mut self) -> Result<Option<String>> {
+        let mut text = String::new();
+        while let Some(line) = self.lines.next()? {
+            if line.trim().is_empty() {
+                if text.is_empty() {
+                    continue;
+                }
+                break;
+            }
+            if !text.is_empty() {
+                text.push('\n');
+            }
+            text.push_str(line);
+            if !self.paragraphs {
+                break;
+            }
+            if text.len() > MAX_RECORD_BYTES {
+                return Err(Error::format(
+                    self.lines.path(),
+                    format!(
+                        "the paragraph that reaches line {} is longer than {} MiB; separate records by blank lines",
+                        self.lines.number(),
+                        MAX_RECORD_BYTES >> 20
+                    ),
+                ));
+            }
+        }
+        Ok((!text.is_empty()).then_some(text))
+    }
+
+    fn item(&mut self) -> Result<Option<Item>> {
+        let Some(text) = self.paragraph()? else {
+            return Ok(None);
+        };
+        self.number += 1;
+        Ok(Some(match check(text, NAME, false) {
+            Ok(text) => Item::Record(Record {
+                content: Content::Text(text),
+                group: None,
+                file: 0,
+                number: self.number,
+            }),
+            Err(reason) => Item::Skip(Skip {
+                file: 0,
+                number: self.number,
+                reason,
+            }),
+        }))
+    }
+}
+
+/// Whether a blank line stands between two lines of text.
+fn has_paragraphs(path: &Path) -> Result<bool> {
+    let mut lines = Lines::open(path)?;
+    let (mut text, mut gap) = (false, false);
+    while let Some(line) = lines.next()? {
+        let blank = line.trim().is_empty();
+        if gap && !blank {
+            return Ok(true);
+        }
+        text |= !blank;
+        gap = text && blank;
+    }
+    Ok(false)
+}
+
+impl Iterator for Text {
+    type Item = Result<Item>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.item().transpose()
+    }
+}
+
+impl Reader for Text {
+    fn path(&self) -> &Path {
+        self.lines.path()
+    }
+}

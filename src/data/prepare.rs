@@ -1,0 +1,330 @@
+//! From files to rows that can be trained on, with a report of what became of every record.
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use super::columns::Columns;
+use super::pack::{Packed, Packing};
+use super::reader::Files;
+use super::record::{Digest, Item, Reason, Record};
+use super::split::{Split, split};
+use super::tokenizer::Tokenizer;
+use crate::error::{Error, Result};
+
+/// Skipped records that a report names; the others are only counted.
+const REPORTED_SKIPS: usize = 20;
+
+/// The settings of a run that concern its data; other settings beside them are passed over.
+#[derive(Debug, Clone, Deserialize)]
+pub struct DataConfig {
+    /// Files and folders to train on.
+    pub data: Vec<PathBuf>,
+    /// Fraction of the records held out, where `heldout_data` names no files.
+    pub heldout: f64,
+    #[serde(default)]
+    pub heldout_data: Vec<PathBuf>,
+    #[serde(flatten)]
+    pub columns: Columns,
+    /// Tokens in a row.
+    pub sequence_length: usize,
+    pub packing: bool,
+    pub seed: u64,
+}
+
+/// What became of the records.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DataReport {
+    /// Records that are trained on or held out.
+    pub records: usize,
+    pub train_records: usize,
+    pub heldout_records: usize,
+    /// Tokens a model reads in one pass over the rows, padding not counted.
+    pub train_tokens: usize,
+    pub heldout_tokens: usize,
+    /// Tokens a model is to predict.
+    pub train_targets: usize,
+    pub heldout_targets: usize,
+    pub train_rows: usize,
+    pub heldout_rows: usize,
+    /// Records that lost tokens because they are longer than a row.
+    pub truncated: usize,
+    /// Records that continue in another row, or further on in the same.
+    pub split: usize,
+    /// The first records that were left out.
+    pub skipped: Vec<Skipped>,
+    pub skipped_total: usize,
+    /// SHA-256 of every record read, in order, as hexadecimal digits: equal fingerprints are equal data.
+    pub fingerprint: String,
+}
+
+/// A record that was left out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Skipped {
+    pub file: PathBuf,
+    /// Number in the file, from 1; 0 for the whole file.
+    pub record: usize,
+    pub reason: String,
+}
+
+/// Data ready for a run.
+#[derive(Debug, Clone)]
+pub struct Prepared {
+    pub train: Packed,
+    pub heldout: Packed,
+    pub report: DataReport,
+}
+
+/// Reads, splits, tokenises and packs what `config` names.
+///
+/// # Errors
+/// Bad settings, files or columns; data without records, that cannot be split, or without a trained token on one side.
+pub fn prepare(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
+    let mut skips = Skips::default();
+    let mut fingerprint = Sha256::new();
+    let mut train = Source::read(&config.data, &config.columns, &mut skips)?;
+    train.hash(&mut fingerprint);
+    let heldout = if config.heldout_data.is_empty() {
+        train.split(config)?
+    } else {
+        let heldout = Source::read(&config.heldout_data, &config.columns, &mut skips)?;
+        heldout.hash(&mut fingerprint);
+        train.remove(&heldout, &mut skips);
+        if train.records.is_empty() {
+            return Err(Error::argument(format!(
+                "every record of {} is in the held-out data as well{}",
+                listed(&config.data),
+                skips.example()
+            )));
+        }
+        heldout
+    };
+
+    let mut truncated = 0;
+    let mut split = 0;
+    let mut side = |source: &Source, name: &str| {
+        let (packing, records) = source.pack(config, tokenizer, &mut skips)?;
+        if packing.packed.targets() == 0 {
+            return Err(Error::argument(format!(
+                "the {name} data have no trained token{}",
+                skips.example()
+            )));
+        }
+        truncated += packing.truncated;
+        split += packing.split;
+        Ok((packing.packed, records))
+    };
+    let (train, train_records) = side(&train, "training")?;
+    let (heldout, heldout_records) = side(&heldout, "held-out")?;
+    let report = DataReport {
+        records: train_records + heldout_records,
+        train_records,
+        heldout_records,
+        train_tokens: train.tokens(),
+        heldout_tokens: heldout.tokens(),
+        train_targets: train.targets(),
+        heldout_targets: heldout.targets(),
+        train_rows: train.rows(),
+        heldout_rows: heldout.rows(),
+        truncated,
+        split,
+        skipped: skips.first,
+        skipped_total: skips.total,
+        fingerprint: hexadecimal(&fingerprint.finalize()),
+    };
+    Ok(Prepared {
+        train,
+        heldout,
+        report,
+    })
+}
+
+/// Records of one side, with the files they came from.
+pub(super) struct Source {
+    paths: Vec<PathBuf>,
+    pub(super) records: Vec<Record>,
+    /// Of each record.
+    digests: Vec<Digest>,
+}
+
+impl Source {
+    pub(super) fn read(paths: &[PathBuf], columns: &Columns, skips: &mut Skips) -> Result<Self> {
+        let mut files = Files::open(paths, columns)?;
+        let mut records = Vec::new();
+        while let Some(item) = files.next().transpose()? {
+            match item {
+                Item::Record(record) => records.push(record),
+                Item::Skip(skip) => skips.add(&files.paths()[skip.file], skip.number, &skip.reason),
+            }
+        }
+        if records.is_empty() {
+            return Err(Error::argument(format!(
+                "no record can be used in {}{}",
+                listed(paths),
+                skips.example()
+            )));
+        }
+        let digests = records.par_iter().map(Record::digest).collect();
+        Ok(Self {
+            paths: files.paths().to_vec(),
+            records,
+            digests,
+        })
+    }
+
+    /// Takes the held-out records out.
+    fn split(&mut self, config: &DataConfig) -> Result<Self> {
+        let how = match config.columns.group_column {
+            Some(_) => Split::Group,
+            None => Split::Random,
+        };
+        let sides = split(
+            &self.records,
+            &self.digests,
+            how,
+            config.heldout,
+            config.seed,
+        )?;
+        let mut held = vec![false; self.records.len()];
+        for &index in &sides.heldout {
+            held[index] = true;
+        }
+        Ok(self.extract(&held))
+    }
+
+    /// Moves the records marked in `taken` into a source of their own.
+    fn extract(&mut self, taken: &[bool]) -> Self {
+        let mut other = Self {
+            paths: self.paths.clone(),
+            records: Vec::new(),
+            digests: Vec::new(),
+        };
+        let records = std::mem::take(&mut self.records);
+        let digests = std::mem::take(&mut self.digests);
+        for ((record, digest), &taken) in records.into_iter().zip(digests).zip(taken) {
+            let to = if taken { &mut other } else { &mut *self };
+            to.records.push(record);
+            to.digests.push(digest);
+        }
+        other
+    }
+
+    /// Drops what would leak into `heldout`: its texts, and its groups.
+    fn remove(&mut self, heldout: &Self, skips: &mut Skips) {
+        let texts: HashSet<&Digest> = heldout.digests.iter().collect();
+        let held = heldout.records.iter();
+        let groups: HashSet<&str> = held.filter_map(|record| record.group.as_deref()).collect();
+        let mut leaks = vec![false; self.records.len()];
+        for (index, record) in self.records.iter().enumerate() {
+            let group = record
+                .group
+                .as_deref()
+                .filter(|group| groups.contains(group));
+            let reason = if texts.contains(&self.digests[index]) {
+                Reason::HeldOutText
+            } else if let Some(group) = group {
+                Reason::HeldOutGroup(group.to_owned())
+            } else {
+                continue;
+            };
+            leaks[index] = true;
+            skips.add(&self.paths[record.file], record.number, &reason);
+        }
+        self.extract(&leaks);
+    }
+
+    /// Feeds every record, in order and after their number, to a fingerprint.
+    fn hash(&self, hash: &mut Sha256) {
+        hash.update((self.records.len() as u64).to_le_bytes());
+        for (record, digest) in self.records.iter().zip(&self.digests) {
+            hash.update(digest);
+            let group = record.group.as_deref().unwrap_or_default();
+            hash.update((group.len() as u64).to_le_bytes());
+            hash.update(group);
+        }
+    }
+
+    /// The packed rows, and how many records are in them.
+    pub(super) fn pack(
+        &self,
+        config: &DataConfig,
+        tokenizer: &Tokenizer,
+        skips: &mut Skips,
+    ) -> Result<(Packing, usize)> {
+        let records: Vec<&Record> = self.records.iter().collect();
+        let mut skip = |record: &Record, reason: &Reason| {
+            skips.add(&self.paths[record.file], record.number, reason);
+        };
+        let mut examples = Vec::new();
+        let mut kept = Vec::new();
+        for (record, example) in records.iter().zip(tokenizer.examples(&records)) {
+            match example {
+                Ok(example) => {
+                    examples.push(example);
+                    kept.push(*record);
+                }
+                Err(reason) => skip(record, &reason),
+            }
+        }
+        let count = kept.len();
+        let packing = Packed::new(
+            examples,
+            config.sequence_length,
+            config.packing,
+            config.seed,
+        )?;
+        for &index in &packing.untrained {
+            skip(kept[index], &Reason::Untrained(config.sequence_length));
+        }
+        let records = count - packing.untrained.len();
+        Ok((packing, records))
+    }
+}
+
+/// Records left out: the first ones and the number of all.
+#[derive(Default)]
+pub(super) struct Skips {
+    first: Vec<Skipped>,
+    total: usize,
+}
+
+impl Skips {
+    fn add(&mut self, file: &std::path::Path, record: usize, reason: &Reason) {
+        self.total += 1;
+        if self.first.len() < REPORTED_SKIPS {
+            self.first.push(Skipped {
+                file: file.to_owned(),
+                record,
+                reason: reason.to_string(),
+            });
+        }
+    }
+
+    /// For an error: what was skipped, if anything was.
+    pub(super) fn example(&self) -> String {
+        let Some(skipped) = self.first.last() else {
+            return String::new();
+        };
+        let (file, reason) = (skipped.file.display(), &skipped.reason);
+        let place = match skipped.record {
+            0 => String::new(),
+            number => format!(", record {number}"),
+        };
+        format!("; {} skipped, such as {file}{place}: {reason}", self.total)
+    }
+}
+
+fn listed(paths: &[PathBuf]) -> String {
+    let names: Vec<String> = paths
+        .iter()
+        .map(|path| path.display().to_string())
+        .collect();
+    names.join(", ")
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

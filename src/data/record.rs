@@ -1,0 +1,98 @@
+//! One record of training text, and why a record was left out.
+
+use sha2::{Digest as _, Sha256};
+
+/// What a record trains on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Content {
+    /// Running text: every token is trained.
+    Text(String),
+    /// The prompt is read, the completion is trained.
+    Completion { prompt: String, completion: String },
+}
+
+/// One record as it was read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record {
+    pub content: Content,
+    /// Value of the group column: a split keeps all records of one group on one side.
+    pub group: Option<String>,
+    /// Index of its file among those being read.
+    pub file: usize,
+    /// Its number in that file, from 1: paragraph (.txt), line (.jsonl), row below the header (.csv), row (.parquet).
+    pub number: usize,
+}
+
+/// 128 bits of SHA-256: records with equal digests are the same text.
+pub type Digest = [u8; 16];
+
+impl Record {
+    /// Identifies the content, surrounding white space aside; the group, file and number play no part.
+    pub fn digest(&self) -> Digest {
+        let mut hash = Sha256::new();
+        let mut part = |tag: u8, text: &str| {
+            let text = text.trim();
+            hash.update([tag]);
+            hash.update((text.len() as u64).to_le_bytes());
+            hash.update(text);
+        };
+        match &self.content {
+            Content::Text(text) => part(0, text),
+            Content::Completion { prompt, completion } => {
+                part(1, prompt);
+                part(2, completion);
+            }
+        }
+        let mut digest = Digest::default();
+        digest.copy_from_slice(&hash.finalize()[..16]);
+        digest
+    }
+}
+
+/// What a reader yields.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Item {
+    Record(Record),
+    Skip(Skip),
+}
+
+/// A record that was left out, to be counted and reported.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Skip {
+    /// As in [`Record`].
+    pub file: usize,
+    /// As in [`Record`]; 0 stands for the whole file.
+    pub number: usize,
+    pub reason: Reason,
+}
+
+/// Why a record was left out.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Reason {
+    #[error("the file holds no records")]
+    EmptyFile,
+    #[error("no `{0}` in this record")]
+    Missing(String),
+    #[error("`{0}` is null")]
+    Null(String),
+    #[error("`{0}` is empty")]
+    Empty(String),
+    #[error("`{0}` contains a NUL byte, which no text has")]
+    Nul(String),
+    #[error("the same text is in the held-out data")]
+    HeldOutText,
+    #[error("its group `{0}` is in the held-out data")]
+    HeldOutGroup(String),
+    #[error("the tokenizer cannot encode it: {0}")]
+    Tokenizer(String),
+    #[error("the tokenizer gives no tokens for it")]
+    NoTokens,
+    #[error("the tokenizer gives only unknown tokens for it")]
+    UnknownTokens,
+    #[error(
+        "the tokenizer gives token {id}, outside the model's vocabulary of {vocab_size}: tokenizer and model do not belong together"
+    )]
+    OutsideVocabulary { id: u32, vocab_size: usize },
+    #[error("no trained token in its first {0} tokens (sequence_length)")]
+    Untrained(usize),
+}

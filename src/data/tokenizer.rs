@@ -1,0 +1,202 @@
+//! A model folder's tokenizer.json, and how a record becomes tokens.
+
+use std::path::Path;
+
+use rayon::prelude::*;
+use serde::Deserialize;
+
+use super::example::Example;
+use super::record::{Content, Reason, Record};
+use crate::error::{Error, Result};
+
+/// A tokenizer with the special tokens a document begins and ends with.
+///
+/// Special tokens come from the model's configuration alone: the post-processor, truncation and padding of
+/// tokenizer.json are not applied. Text that spells a special token is that token, as in transformers.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    bos: Option<u32>,
+    eos: Option<u32>,
+    unknown: Option<u32>,
+    /// Ids the model has embeddings for: `0..vocab_size`.
+    vocab_size: usize,
+}
+
+/// The part of tokenizer.json that names the token for what the vocabulary lacks.
+#[derive(Deserialize)]
+struct Unknown {
+    model: UnknownModel,
+}
+
+#[derive(Deserialize)]
+struct UnknownModel {
+    unk_token: Option<String>,
+    unk_id: Option<u32>,
+}
+
+impl Tokenizer {
+    /// Reads `folder/tokenizer.json`. `bos` and `eos` are put around every document where given; `vocab_size` is the
+    /// number of rows in the model's embedding.
+    ///
+    /// # Errors
+    /// A missing or broken tokenizer.json; `bos` or `eos` outside the vocabulary.
+    pub fn from_folder(
+        folder: &Path,
+        bos: Option<u32>,
+        eos: Option<u32>,
+        vocab_size: Option<usize>,
+    ) -> Result<Self> {
+        let path = folder.join("tokenizer.json");
+        let bytes = std::fs::read(&path).map_err(|error| {
+            if error.kind() == std::io::ErrorKind::NotFound && folder.is_dir() {
+                Error::format(
+                    folder,
+                    "the model folder has no tokenizer.json; save the tokenizer in its fast form (`AutoTokenizer.from_pretrained(…).save_pretrained(…)`)",
+                )
+            } else {
+                Error::io(&path)(error)
+            }
+        })?;
+        let broken = |error: &dyn std::fmt::Display| {
+            Error::format(&path, format!("not a tokenizer that can be read: {error}"))
+        };
+        let mut inner =
+            tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| broken(&error))?;
+        inner
+            .with_truncation(None)
+            .map_err(|error| broken(&error))?;
+        inner.with_padding(None);
+        let Unknown { model } = serde_json::from_slice(&bytes).map_err(|error| broken(&error))?;
+        let unknown = model
+            .unk_id
+            .or_else(|| inner.token_to_id(&model.unk_token?));
+
+        let vocab_size = vocab_size
+            .unwrap_or(i32::MAX as usize)
+            .min(i32::MAX as usize);
+        for (name, id) in [("bos_token_id", bos), ("eos_token_id", eos)] {
+            if let Some(id) = id
+                && id as usize >= vocab_size
+            {
+                return Err(Error::argument(format!(
+                    "{name} {id} is outside the model's vocabulary of {vocab_size}"
+                )));
+            }
+        }
+        Ok(Self {
+            inner,
+            bos,
+            eos,
+            unknown,
+            vocab_size,
+        })
+    }
+
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    pub fn eos(&self) -> Option<u32> {
+        self.eos
+    }
+
+    /// The text's own tokens, without `bos` and `eos`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for text that the tokenizer refuses.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        self.ids(text)
+            .map_err(|reason| Error::argument(reason.to_string()))
+    }
+
+    /// What a model is given to continue `text`: `bos` and the text's tokens, as a prompt is in training.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`], and a token outside the model's vocabulary.
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids: Vec<u32> = self.bos.into_iter().collect();
+        ids.extend(self.encode(text)?);
+        self.check(&ids)
+            .map_err(|reason| Error::argument(reason.to_string()))?;
+        Ok(ids)
+    }
+
+    /// The text of `ids`, special tokens left out.
+    ///
+    /// # Errors
+    /// [`Error::Run`] for ids that the tokenizer does not know how to spell.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.inner
+            .decode(ids, true)
+            .map_err(|error| Error::run(format!("the tokenizer cannot decode: {error}")))
+    }
+
+    /// Tokenises a document: `bos`, its tokens, `eos`.
+    ///
+    /// In a text every token is trained, `eos` too and `bos` not. Of a prompt with its completion, the completion's
+    /// tokens and `eos` are trained, and the boundary is exact: where the tokens of `prompt + completion` begin with
+    /// those of the prompt alone, they are taken and the rest is the completion; where a token would straddle the
+    /// boundary, prompt and completion are tokenised apart. Either way the prompt's tokens are those of
+    /// [`Tokenizer::encode_prompt`], which the model sees when it generates.
+    ///
+    /// # Errors
+    /// The reason to skip the record.
+    pub fn example(&self, content: &Content) -> std::result::Result<Example, Reason> {
+        let mut ids: Vec<u32> = self.bos.into_iter().collect();
+        let start = match content {
+            Content::Text(text) => {
+                ids.extend(self.ids(text)?);
+                self.bos.map_or(0, |_| 1)
+            }
+            Content::Completion { prompt, completion } => {
+                let before = self.ids(prompt)?;
+                let whole = self.ids(&format!("{prompt}{completion}"))?;
+                let start = ids.len() + before.len();
+                if whole.starts_with(&before) {
+                    ids.extend(whole);
+                } else {
+                    ids.extend(before);
+                    ids.extend(self.ids(completion)?);
+                }
+                start
+            }
+        };
+        if ids.len() == start {
+            return Err(Reason::NoTokens);
+        }
+        if ids[start..].iter().all(|id| Some(*id) == self.unknown) {
+            return Err(Reason::UnknownTokens);
+        }
+        self.check(&ids)?;
+        ids.extend(self.eos);
+        let end = ids.len();
+        Ok(Example::new(ids, [start..end]))
+    }
+
+    /// Tokenises records on rayon's threads, in order. Every thread works on records of its own: the tokenizers crate's
+    /// inner parallelism (`TOKENIZERS_PARALLELISM`) is not used.
+    pub fn examples(&self, records: &[&Record]) -> Vec<std::result::Result<Example, Reason>> {
+        records
+            .par_iter()
+            .map(|record| self.example(&record.content))
+            .collect()
+    }
+
+    fn ids(&self, text: &str) -> std::result::Result<Vec<u32>, Reason> {
+        if text.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.inner
+            .encode_fast(text, false)
+            .map(|encoding| encoding.get_ids().to_vec())
+            .map_err(|error| Reason::Tokenizer(error.to_string()))
+    }
+
+    fn check(&self, ids: &[u32]) -> std::result::Result<(), Reason> {
+        let vocab_size = self.vocab_size;
+        match ids.iter().find(|id| **id as usize >= vocab_size) {
+            Some(&id) => Err(Reason::OutsideVocabulary { id, vocab_size }),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! Files and tokenizers made on the spot.
+#![allow(dead_code)] // each test binary uses its own part
+
+use std::path::{Path, PathBuf};
+
+use ferrotune::data::{Columns, Content, Files, Item, Record, Skip, Tokenizer};
+use ferrotune::error::Result;
+use tokenizers::models::TrainerWrapper;
+use tokenizers::models::bpe::{BPE, BpeTrainer};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+
+pub const BOS: u32 = 256;
+pub const EOS: u32 = 257;
+
+pub fn write(folder: &Path, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+    let path = folder.join(name);
+    std::fs::write(&path, content).unwrap();
+    path
+}
+
+/// Records and skips of some files.
+pub fn read(paths: &[PathBuf], columns: &Columns) -> Result<(Vec<Record>, Vec<Skip>)> {
+    let (mut records, mut skips) = (Vec::new(), Vec::new());
+    for item in Files::open(paths, columns)? {
+        match item? {
+            Item::Record(record) => records.push(record),
+            Item::Skip(skip) => skips.push(skip),
+        }
+    }
+    Ok((records, skips))
+}
+
+/// The texts of a file of texts.
+pub fn texts(path: &Path, columns: &Columns) -> Vec<String> {
+    let (records, skips) = read(&[path.to_owned()], columns).unwrap();
+    assert_eq!(skips, []);
+    let text = |record: Record| match record.content {
+        Content::Text(text) => text,
+        content => panic!("not a text: {content:?}"),
+    };
+    records.into_iter().map(text).collect()
+}
+
+/// The message of the one error a file gives.
+pub fn error(path: &Path, columns: &Columns) -> String {
+    read(&[path.to_owned()], columns).unwrap_err().to_string()
+}
+
+pub fn columns(text: Option<&str>, pair: Option<(&str, &str)>, group: Option<&str>) -> Columns {
+    Columns {
+        text_column: text.map(str::to_owned),
+        prompt_column: pair.map(|(prompt, _)| prompt.to_owned()),
+        completion_column: pair.map(|(_, completion)| completion.to_owned()),
+        group_column: group.map(str::to_owned),
+    }
+}
+
+/// A byte-level BPE with `merges` merges learned from `corpus`, saved as `folder/tokenizer.json`: ids 0..256 are bytes,
+/// then the two special tokens, then the merges.
+pub fn byte_level(folder: &Path, corpus: &str, merges: usize) {
+    let special = |text: &str| tokenizers::AddedToken::from(text, true);
+    let trainer = BpeTrainer::builder()
+        .vocab_size(258 + merges)
+        .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+        .show_progress(false)
+        .min_frequency(1)
+        .build();
+    let mut tokenizer = tokenizers::Tokenizer::new(BPE::default());
+    tokenizer
+        .with_pre_tokenizer(Some(ByteLevel::default().add_prefix_space(false)))
+        .with_decoder(Some(ByteLevel::default()));
+    let mut trainer = TrainerWrapper::BpeTrainer(trainer);
+    tokenizer.train(&mut trainer, corpus.lines()).unwrap();
+    tokenizer
+        .add_special_tokens([special("<bos>"), special("<eos>")])
+        .unwrap();
+    tokenizer
+        .save(folder.join("tokenizer.json"), false)
+        .unwrap();
+}
+
+/// A tokenizer whose tokens are bytes, without special tokens unless given.
+pub fn bytes(folder: &Path, bos: Option<u32>, eos: Option<u32>) -> Tokenizer {
+    byte_level(folder, "", 0);
+    Tokenizer::from_folder(folder, bos, eos, Some(258)).unwrap()
+}
+
+pub fn text(content: &str) -> Record {
+    Record {
+        content: Content::Text(content.to_owned()),
+        group: None,
+        file: 0,
+        number: 1,
+    }
+}
