@@ -27,8 +27,15 @@ mod native {
     use crate::error::FormatError;
     #[pymodule_export]
     use crate::python::adapter::{match_targets, read_adapter, write_adapter};
+    #[cfg(feature = "engine")]
+    #[pymodule_export]
+    use crate::python::engine::{compute, evaluate, generate, merge, train};
     #[pymodule_export]
     use crate::python::quant::{
         dequantize_4bit, quant_state_from_tensors, quant_state_to_tensors, quantize_4bit,
     };
+
+    #[pymodule_export]
+    #[expect(non_upper_case_globals, reason = "Python's name for it")]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
 }

@@ -1,5 +1,7 @@
 //! Where a trainer's batches come from.
 
+use sha2::{Digest as _, Sha256};
+
 use super::batch::Batch;
 use super::batches::Batches;
 use super::pack::Packed;
@@ -54,7 +56,7 @@ impl BatchSource for Shuffled<'_> {
     fn fingerprint(&self) -> String {
         format!(
             "{} by {} from {}",
-            self.packed.fingerprint(),
+            digest(self.packed),
             self.batch_size,
             self.seed
         )
@@ -94,6 +96,19 @@ impl BatchSource for Sequential<'_> {
     }
 
     fn fingerprint(&self) -> String {
-        format!("{} by {}", self.packed.fingerprint(), self.batch_size)
+        format!("{} by {}", digest(self.packed), self.batch_size)
     }
+}
+
+/// SHA-256 of every row's ids, targets and positions, as hexadecimal digits.
+fn digest(packed: &Packed) -> String {
+    let mut hash = Sha256::new();
+    for row in 0..packed.rows() as u32 {
+        let batch = packed.batch(&[row]);
+        hash.update((batch.columns as u64).to_le_bytes());
+        hash.update(bytemuck::cast_slice::<u32, u8>(&batch.ids));
+        hash.update(bytemuck::cast_slice::<i32, u8>(&batch.targets));
+        hash.update(bytemuck::cast_slice::<u32, u8>(&batch.positions));
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -1,10 +1,14 @@
 //! Jobs of the engine: settings and results as JSON, events through a callback.
 
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use numpy::{PyArray1, PyReadonlyArray2};
 use pyo3::prelude::*;
 use serde::Serialize;
 
+use crate::data::Batch;
 use crate::engine::jobs;
 use crate::engine::{Control, Event, Hooks, TrainConfig};
 use crate::error::{Error, Result};
@@ -38,7 +42,7 @@ fn interrupted(py: Python<'_>, error: PyErr) -> Error {
 
 impl Hooks for PythonHooks {
     fn on_event(&mut self, event: &Event) -> Result<Control> {
-        let line = serde_json::to_string(event)?;
+        let line = to_json(event)?;
         Python::attach(|py| {
             let answer = self
                 .on_event
@@ -65,12 +69,16 @@ impl Hooks for PythonHooks {
     }
 }
 
+fn settings(error: serde_json::Error) -> Error {
+    Error::argument(format!("settings: {error}"))
+}
+
 fn to_json<T: Serialize>(value: &T) -> Result<String> {
-    Ok(serde_json::to_string(value)?)
+    serde_json::to_string(value).map_err(settings)
 }
 
 fn from_json<'a, T: serde::Deserialize<'a>>(text: &'a str) -> Result<T> {
-    Ok(serde_json::from_str(text)?)
+    serde_json::from_str(text).map_err(settings)
 }
 
 #[pyfunction]
@@ -114,4 +122,47 @@ pub fn merge(py: Python<'_>, config: &str) -> PyResult<String> {
     let config: jobs::MergeConfig = from_json(config)?;
     let result = py.detach(move || jobs::merge(&config))?;
     Ok(to_json(&result)?)
+}
+
+/// What the engine computes for one batch: tests and users hold it against another implementation.
+///
+/// `loss` is the sum over the targets, in nats; `gradients` are those of that sum, by tensor name,
+/// flat. Without a method nothing is trained and there are none.
+type Computed<'py> = (
+    Bound<'py, PyArray1<f32>>,
+    f64,
+    BTreeMap<String, Bound<'py, PyArray1<f32>>>,
+);
+
+#[pyfunction]
+#[pyo3(signature = (model, ids, targets, positions, *, adapter=None, full=false, quant_type=None, seed=None))]
+pub fn compute<'py>(
+    py: Python<'py>,
+    model: PathBuf,
+    ids: PyReadonlyArray2<'py, u32>,
+    targets: PyReadonlyArray2<'py, i32>,
+    positions: PyReadonlyArray2<'py, u32>,
+    adapter: Option<PathBuf>,
+    full: bool,
+    quant_type: Option<&str>,
+    seed: Option<u64>,
+) -> PyResult<Computed<'py>> {
+    let shape = ids.as_array().dim();
+    if targets.as_array().dim() != shape || positions.as_array().dim() != shape {
+        return Err(Error::argument("ids, targets and positions must have one shape").into());
+    }
+    let batch = Batch {
+        rows: shape.0,
+        columns: shape.1,
+        ids: ids.as_array().iter().copied().collect(),
+        targets: targets.as_array().iter().copied().collect(),
+        positions: positions.as_array().iter().copied().collect(),
+    };
+    let (logits, loss, gradients) =
+        py.detach(|| jobs::compute(&model, &batch, adapter.as_deref(), full, quant_type, seed))?;
+    let gradients = gradients
+        .into_iter()
+        .map(|(name, values)| (name, PyArray1::from_vec(py, values)))
+        .collect();
+    Ok((PyArray1::from_vec(py, logits), loss, gradients))
 }

@@ -1,4 +1,6 @@
 //! The pyo3 faces, one file a subject. They convert arguments, call the core and convert results.
 
 pub mod adapter;
+#[cfg(feature = "engine")]
+pub mod engine;
 pub mod quant;

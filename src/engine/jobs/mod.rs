@@ -1,5 +1,6 @@
 //! The commands a user gives: train, evaluate, generate, merge, each from its settings alone.
 
+mod compute;
 mod evaluate;
 mod generate;
 mod merge;
@@ -7,6 +8,7 @@ mod train;
 
 use std::path::Path;
 
+pub use compute::compute;
 pub use evaluate::{EvaluateConfig, EvaluateResult, evaluate};
 pub use generate::{GenerateConfig, GenerateResult, generate};
 pub use merge::{MergeConfig, MergeResult, merge};

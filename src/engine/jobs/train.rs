@@ -13,7 +13,7 @@ use crate::engine::{
     DataEvent, Event, Hooks, Method, ModelEvent, RunFolder, Skip, TargetModules, TrainConfig,
     TrainResult, train_in,
 };
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// How a run ended, and what it worked on.
 #[derive(Debug, Clone, Serialize)]
@@ -144,9 +144,7 @@ fn model_event(config: &TrainConfig, model: &Llama) -> ModelEvent {
     let mut details = Map::new();
     if config.method != Method::Full {
         let names = Names::new(&model.config);
-        let adapted = model
-            .adapter_modules()
-            .len();
+        let adapted = model.adapter_modules().len();
         details.insert("adapted_modules".to_owned(), json!(adapted));
         details.insert("linear_modules".to_owned(), json!(names.linear.len() - 1));
     }
@@ -159,8 +157,3 @@ fn model_event(config: &TrainConfig, model: &Llama) -> ModelEvent {
     }
 }
 
-impl From<serde_json::Error> for Error {
-    fn from(error: serde_json::Error) -> Self {
-        Self::argument(format!("settings: {error}"))
-    }
-}

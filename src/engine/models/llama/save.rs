@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::head::{Table, widened};
+use super::head::widened;
 use super::{Llama, linear_modules};
 use crate::adapter::{self, LoraPair};
 use crate::dtype::DType;
@@ -182,9 +182,13 @@ impl Llama {
         Ok(merged)
     }
 
-    /// Whether the token table is trained.
-    pub fn trains_everything(&self) -> bool {
-        matches!(*self.embedding, Table::Trained(_))
+    /// Names of the modules that have an adapter.
+    pub fn adapter_modules(&self) -> Vec<&str> {
+        self.groups()
+            .flat_map(|group| &group.members)
+            .filter(|member| member.adapter.is_some())
+            .map(|member| member.name.as_str())
+            .collect()
     }
 }
 
