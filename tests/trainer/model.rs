@@ -23,12 +23,12 @@ pub enum Fault {
 
 /// logits = dropout(embedding[id]) · weightᵀ + bias; `base` is a frozen shift of the logits.
 pub struct Tiny {
-    parameters: Vec<Parameter>,
+    pub parameters: Vec<Parameter>,
     pub dropout: f64,
     pub base: f32,
     pub fault: Fault,
     pub pause: std::time::Duration,
-    calls: AtomicUsize,
+    pub calls: AtomicUsize,
 }
 
 fn segment(name: &str, offset: usize, shape: &[usize], decay: bool) -> Segment {
@@ -149,7 +149,8 @@ impl Model for Tiny {
             }
             if self.fault == Fault::Gradient(call) {
                 // The root's value is 0, its slope infinite.
-                loss = (loss + (self.parameters[1].var.sum_all()? * 0.0)?.sqrt()?)?;
+                let sum = self.parameters[1].var.sum_all()?;
+                loss = (loss + (&sum - sum.detach())?.sqrt()?)?;
             }
             if self.fault == Fault::Detached {
                 loss = self.parameters[0].var.sqr()?.sum_all()?;

@@ -21,7 +21,11 @@ fn cut(batch_size: usize) -> Rows {
 
 #[test]
 fn accumulated_gradients_are_those_of_one_large_batch() {
-    let model = Tiny::new();
+    // The frozen shift makes some rows much harder than others.
+    let model = Tiny {
+        base: 0.3,
+        ..Tiny::new()
+    };
     let gradients = |rows: &Rows, count| {
         let mut gradients = Gradients::new(model.parameters());
         let mut means = Vec::new();
