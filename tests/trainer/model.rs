@@ -28,6 +28,8 @@ pub struct Tiny {
     pub base: f32,
     pub fault: Fault,
     pub pause: std::time::Duration,
+    /// What saving takes: the trainer then saves seldom.
+    pub save_pause: std::time::Duration,
     pub calls: AtomicUsize,
 }
 
@@ -69,6 +71,7 @@ impl Tiny {
             base: 0.0,
             fault: Fault::None,
             pause: std::time::Duration::ZERO,
+            save_pause: std::time::Duration::ZERO,
             calls: AtomicUsize::new(0),
         }
     }
@@ -160,6 +163,7 @@ impl Model for Tiny {
     }
 
     fn save(&self, folder: &Path) -> Result<()> {
+        std::thread::sleep(self.save_pause);
         std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
         let path = folder.join("weights");
         let bytes: Vec<u8> = self.values().iter().flat_map(|v| v.to_le_bytes()).collect();
