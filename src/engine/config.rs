@@ -12,9 +12,9 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Method {
-    /// LoRA beside frozen weights in their own dtype.
+    /// Adapters beside frozen weights in their own dtype.
     Lora,
-    /// LoRA beside frozen 4-bit weights.
+    /// Adapters beside frozen 4-bit weights.
     Qlora,
     /// Every weight.
     Full,
@@ -42,6 +42,7 @@ pub enum TargetModules {
 /// Every setting of a run. JSON must name each of them: the caller's signature owns the defaults.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[allow(clippy::struct_excessive_bools)] // settings, not states
 pub struct TrainConfig {
     pub model: PathBuf,
     pub data: Vec<PathBuf>,

@@ -135,12 +135,11 @@ mod tests {
 
     #[test]
     fn the_norm_is_exact_to_f64_and_blind_to_threads() {
-        let values: Vec<f32> = (0..100_003)
-            .map(|i| ((i * 37 % 1001) as f32 - 500.0) * 1e-3)
-            .collect();
-        let expected: f64 = values.iter().map(|&v| f64::from(v).powi(2)).sum();
+        let whole = |i: i64| i * 37 % 1001 - 500;
+        let values: Vec<f32> = (0..100_003).map(|i| whole(i) as f32 / 1024.0).collect();
+        let expected = (0..100_003).map(|i| whole(i).pow(2)).sum::<i64>() as f64;
         let found = sum_of_squares(&values);
-        assert!((found / expected - 1.0).abs() < 1e-13);
+        assert_eq!(found, expected / f64::from(1 << 20));
         for threads in [1, 2, 5] {
             let pool = rayon::ThreadPoolBuilder::new()
                 .num_threads(threads)

@@ -1,4 +1,4 @@
-//! AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", algorithm 2), with torch's arithmetic.
+//! `AdamW` (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", algorithm 2), with torch's arithmetic.
 
 use std::ops::Range;
 

@@ -45,7 +45,7 @@ impl Plan {
     }
 }
 
-/// The seed of dropout in one micro-batch: SplitMix64's finaliser over seed, step and micro-batch in turn.
+/// The seed of dropout in one micro-batch: `SplitMix64`'s finaliser over seed, step and micro-batch in turn.
 pub fn dropout_seed(seed: u64, step: usize, micro: usize) -> u64 {
     [seed, step as u64, micro as u64]
         .into_iter()

@@ -45,6 +45,7 @@ impl Schedule {
 }
 
 #[cfg(test)]
+#[allow(clippy::unreadable_literal)] // values as transformers prints them
 mod tests {
     use super::*;
 

@@ -50,7 +50,7 @@ pub fn train_in(
 ) -> Result<TrainResult> {
     config.validate()?;
     let mut run = Run::start(folder, config, model, train, heldout, hooks)?;
-    match run.to_the_end() {
+    match run.finish() {
         Ok(reason) => run.result(reason),
         Err(error) => {
             // The first error is the one to tell.
@@ -131,7 +131,7 @@ impl<'a> Run<'a> {
         })
     }
 
-    fn to_the_end(&mut self) -> Result<StopReason> {
+    fn finish(&mut self) -> Result<StopReason> {
         self.warn()?;
         let reason = self.steps()?;
         self.checkpoint()?;

@@ -1,4 +1,4 @@
-//! AdamW against torch's values and against float64.
+//! The optimiser against torch's values and against float64.
 
 use candle_core::{Device, Var};
 use ferrotune::engine::{AdamW, AdamWSettings, Parameter, Segment, clip_factor};
@@ -20,7 +20,7 @@ fn parameter(values: Vec<f32>, segments: &[(usize, usize, bool)]) -> Parameter {
     }
 }
 
-/// torch 2.15: AdamW(lr=0.01, betas=(0.9, 0.99), eps=1e-8), weight_decay 0.1 on the first four
+/// torch 2.15: AdamW(lr=0.01, betas=(0.9, 0.99), eps=1e-8), `weight_decay` 0.1 on the first four
 /// values and 0 on the others, gradients clipped to a norm of 0.75.
 #[test]
 fn six_clipped_steps_give_torchs_values() {

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use ferrotune::error::Error;
 use serde_json::json;
@@ -15,6 +16,8 @@ const CALL: usize = 9;
 fn failing(fault: Fault, output: &Path) -> (String, Tiny) {
     let model = Tiny {
         fault,
+        // Saving after step 2 makes saving after step 4 wait: until the failure.
+        save_pause: Duration::from_millis(200),
         ..Tiny::new()
     };
     let changes = json!({"checkpoint_every": 3, "eval_every": 2});

@@ -23,12 +23,14 @@ pub enum Fault {
 
 /// logits = dropout(embedding[id]) · weightᵀ + bias; `base` is a frozen shift of the logits.
 pub struct Tiny {
-    parameters: Vec<Parameter>,
+    pub parameters: Vec<Parameter>,
     pub dropout: f64,
     pub base: f32,
     pub fault: Fault,
     pub pause: std::time::Duration,
-    calls: AtomicUsize,
+    /// What saving takes: the trainer then saves seldom.
+    pub save_pause: std::time::Duration,
+    pub calls: AtomicUsize,
 }
 
 fn segment(name: &str, offset: usize, shape: &[usize], decay: bool) -> Segment {
@@ -69,6 +71,7 @@ impl Tiny {
             base: 0.0,
             fault: Fault::None,
             pause: std::time::Duration::ZERO,
+            save_pause: std::time::Duration::ZERO,
             calls: AtomicUsize::new(0),
         }
     }
@@ -149,7 +152,8 @@ impl Model for Tiny {
             }
             if self.fault == Fault::Gradient(call) {
                 // The root's value is 0, its slope infinite.
-                loss = (loss + (self.parameters[1].var.sum_all()? * 0.0)?.sqrt()?)?;
+                let sum = self.parameters[1].var.sum_all()?;
+                loss = (loss + (&sum - sum.detach())?.sqrt()?)?;
             }
             if self.fault == Fault::Detached {
                 loss = self.parameters[0].var.sqr()?.sum_all()?;
@@ -159,6 +163,7 @@ impl Model for Tiny {
     }
 
     fn save(&self, folder: &Path) -> Result<()> {
+        std::thread::sleep(self.save_pause);
         std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
         let path = folder.join("weights");
         let bytes: Vec<u8> = self.values().iter().flat_map(|v| v.to_le_bytes()).collect();

@@ -127,7 +127,7 @@ fn an_interrupted_evaluation_is_made_up_for() {
         let config = config(&output, json!({}));
         let result = run(&config, &Tiny::with_dropout(DROPOUT), &mut listener).unwrap();
         assert_eq!(result.stop_reason, StopReason::Interrupted);
-        interruptions += usize::from(result.steps % 4 == 0);
+        interruptions += usize::from(result.steps.is_multiple_of(4));
         assert_eq!(resumed(&output), expected, "interrupted at poll {poll}");
     }
     assert!(interruptions > 2, "no evaluation was interrupted");

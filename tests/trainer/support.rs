@@ -12,7 +12,7 @@ pub use crate::model::{Fault, Tiny};
 pub const VOCABULARY: usize = 24;
 pub const COLUMNS: usize = 12;
 
-/// SplitMix64.
+/// `SplitMix64`.
 pub struct Random(pub u64);
 
 impl Random {
