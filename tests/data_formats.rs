@@ -17,6 +17,7 @@ use ferrotune::data::{Columns, Content, MAX_RECORD_BYTES, Reason, expand, open};
 use ferrotune::error::Error;
 use parquet::arrow::ArrowWriter;
 use parquet::file::properties::WriterProperties;
+use proptest::prelude::*;
 use tempfile::tempdir;
 
 fn auto() -> Columns {
@@ -342,9 +343,15 @@ fn a_json_line_that_does_not_parse() {
             "{message}"
         );
     }
-    let deep = format!("{{\"other\": {}1", "[".repeat(100_000));
-    let path = write(folder.path(), "a.jsonl", deep);
-    assert!(error(&path, &auto()).contains("recursion limit exceeded"));
+    // Depth costs nothing: what is not wanted is never built.
+    let deep = |close: &str| {
+        let nested = "[".repeat(100_000) + &close.repeat(100_000);
+        format!("{{\"other\": {nested}, \"text\": \"x\"}}")
+    };
+    let path = write(folder.path(), "deep.jsonl", deep("]"));
+    assert_eq!(texts(&path, &auto()), ["x"]);
+    let path = write(folder.path(), "deep.jsonl", deep(""));
+    assert!(error(&path, &auto()).contains("line 1, column 100011: not valid JSON"));
 
     let path = write(folder.path(), "a.jsonl", "{\"text\": 5}");
     assert!(error(&path, &auto()).ends_with("line 1: `text` is a number, not a string"));
@@ -494,4 +501,40 @@ fn records_that_are_too_long() {
     let strings: ArrayRef = Arc::new(StringArray::from(vec!["x", &long]));
     let path = write_parquet(folder.path(), "a.parquet", vec![("text", strings)]);
     assert!(error(&path, &auto()).contains("`text` of row 2 is longer than 32 MiB"));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    /// Whatever bytes a file is damaged with, reading ends in records, skips or one error, about its format, never in a panic.
+    #[test]
+    fn damaged_files_do_not_panic(
+        kind in 0usize..4,
+        damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..12),
+        keep: prop::sample::Index,
+        cut: bool,
+    ) {
+        let folder = tempdir().unwrap();
+        let strings: ArrayRef = Arc::new(StringArray::from_iter_values((0..40).map(|row| format!("row {}", row % 9))));
+        let path = match kind {
+            0 => write(folder.path(), "a.txt", "One\nmore.\n\nTwo é.\n".repeat(3)),
+            1 => write(folder.path(), "a.jsonl", "{\"text\": \"One \\u00e9\", \"n\": [1, {}]}\n".repeat(3)),
+            2 => write(folder.path(), "a.csv", "id,text\n1,\"a \"\"b\"\"\nc\"\n2,é\n"),
+            _ => write_parquet(folder.path(), "a.parquet", vec![("id", strings.clone()), ("text", strings)]),
+        };
+        let mut bytes = std::fs::read(&path).unwrap();
+        if cut {
+            bytes.truncate(keep.index(bytes.len()));
+        }
+        for (index, value) in damage {
+            if !bytes.is_empty() {
+                let at = index.index(bytes.len());
+                bytes[at] = value;
+            }
+        }
+        std::fs::write(&path, bytes).unwrap();
+        if let Err(error) = read(&[path], &auto()) {
+            prop_assert!(matches!(error, Error::Format { .. }), "{error:?}");
+        }
+    }
 }

@@ -12,13 +12,13 @@ fn documents(shapes: &[(usize, usize)]) -> Vec<Example> {
     let document = |&(length, masked): &(usize, usize)| {
         let ids: Vec<u32> = (next..next + length as u32).collect();
         next += length as u32;
-        Example::new(ids, [masked.min(length)..length])
+        Example::new(ids, Some(masked.min(length)..length))
     };
     shapes.iter().map(document).collect()
 }
 
 fn pack(examples: &[Example], length: usize, packing: bool) -> Packing {
-    Packed::new(examples.to_vec(), length, packing, 3).unwrap()
+    Packing::new(examples.to_vec(), length, packing, 3).unwrap()
 }
 
 fn all_rows(packed: &Packed) -> Batch {
@@ -247,7 +247,7 @@ fn evaluation_reads_the_first_rows_up_to_its_limit() {
 #[test]
 fn impossible_sizes() {
     let examples = documents(&[(5, 0)]);
-    let message = Packed::new(examples.clone(), 0, true, 0)
+    let message = Packing::new(examples.clone(), 0, true, 0)
         .unwrap_err()
         .to_string();
     assert_eq!(message, "sequence_length must be at least 1 token");

@@ -60,7 +60,7 @@ pub struct Packing {
     pub untrained: Vec<usize>,
 }
 
-impl Packed {
+impl Packing {
     /// Lays `examples` into rows, and the rows into an order drawn from `seed`, so that the first rows are a fair sample.
     ///
     /// With `packing`, rows hold several documents. One that fits into a row stays whole; a longer one is cut into pieces
@@ -76,7 +76,7 @@ impl Packed {
         sequence_length: usize,
         packing: bool,
         seed: u64,
-    ) -> Result<Packing> {
+    ) -> Result<Self> {
         if sequence_length == 0 {
             return Err(Error::argument("sequence_length must be at least 1 token"));
         }
@@ -109,15 +109,17 @@ impl Packed {
         } else {
             (0..pieces.len()).collect()
         };
-        let packed = Self::ordered(examples, &pieces, &row_of, sequence_length, seed);
-        Ok(Packing {
+        let packed = Packed::ordered(examples, &pieces, &row_of, sequence_length, seed);
+        Ok(Self {
             packed,
             truncated,
             split,
             untrained,
         })
     }
+}
 
+impl Packed {
     /// Gathers the pieces of each row, rows permuted.
     fn ordered(
         examples: Vec<Example>,
@@ -234,7 +236,8 @@ fn cut(
     packing: bool,
 ) -> Vec<Range<usize>> {
     if !packing {
-        return vec![inputs.start..inputs.end.min(inputs.start + length)];
+        let end = inputs.end.min(inputs.start + length);
+        return std::iter::once(inputs.start..end).collect();
     }
     let masked_start = example
         .trained()

@@ -133,7 +133,7 @@ pub fn prepare(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
         split,
         skipped: skips.first,
         skipped_total: skips.total,
-        fingerprint: hexadecimal(&fingerprint.finalize()),
+        fingerprint: format!("{:x}", fingerprint.finalize()),
     };
     Ok(Prepared {
         train,
@@ -270,7 +270,7 @@ impl Source {
             }
         }
         let count = kept.len();
-        let packing = Packed::new(
+        let packing = Packing::new(
             examples,
             config.sequence_length,
             config.packing,
@@ -323,8 +323,4 @@ fn listed(paths: &[PathBuf]) -> String {
         .map(|path| path.display().to_string())
         .collect();
     names.join(", ")
-}
-
-fn hexadecimal(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -170,7 +170,7 @@ impl Tokenizer {
         self.check(&ids)?;
         ids.extend(self.eos);
         let end = ids.len();
-        Ok(Example::new(ids, [start..end]))
+        Ok(Example::new(ids, Some(start..end)))
     }
 
     /// Tokenises records on rayon's threads, in order. Every thread works on records of its own: the tokenizers crate's

@@ -9,8 +9,8 @@ use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
-pub const BOS: u32 = 256;
-pub const EOS: u32 = 257;
+pub const BOS: u32 = 0;
+pub const EOS: u32 = 1;
 
 pub fn write(folder: &Path, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
     let path = folder.join(name);
@@ -36,7 +36,7 @@ pub fn texts(path: &Path, columns: &Columns) -> Vec<String> {
     assert_eq!(skips, []);
     let text = |record: Record| match record.content {
         Content::Text(text) => text,
-        content => panic!("not a text: {content:?}"),
+        content @ Content::Completion { .. } => panic!("not a text: {content:?}"),
     };
     records.into_iter().map(text).collect()
 }
@@ -55,13 +55,14 @@ pub fn columns(text: Option<&str>, pair: Option<(&str, &str)>, group: Option<&st
     }
 }
 
-/// A byte-level BPE with `merges` merges learned from `corpus`, saved as `folder/tokenizer.json`: ids 0..256 are bytes,
-/// then the two special tokens, then the merges.
+/// A byte-level BPE with `merges` merges learned from `corpus`, saved as `folder/tokenizer.json`: the ids are those
+/// of `<bos>` and `<eos>`, of the 256 bytes, and of the merges.
 pub fn byte_level(folder: &Path, corpus: &str, merges: usize) {
     let special = |text: &str| tokenizers::AddedToken::from(text, true);
     let trainer = BpeTrainer::builder()
         .vocab_size(258 + merges)
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+        .special_tokens(vec![special("<bos>"), special("<eos>")])
         .show_progress(false)
         .min_frequency(1)
         .build();
@@ -71,9 +72,6 @@ pub fn byte_level(folder: &Path, corpus: &str, merges: usize) {
         .with_decoder(Some(ByteLevel::default()));
     let mut trainer = TrainerWrapper::BpeTrainer(trainer);
     tokenizer.train(&mut trainer, corpus.lines()).unwrap();
-    tokenizer
-        .add_special_tokens([special("<bos>"), special("<eos>")])
-        .unwrap();
     tokenizer
         .save(folder.join("tokenizer.json"), false)
         .unwrap();

@@ -38,7 +38,7 @@ impl JsonLines {
     /// A line may lack the columns (writers drop nulls) and is then skipped; a file none of whose lines has them is an error.
     fn item(&mut self) -> Result<Option<Item>> {
         loop {
-            let Some(line) = self.lines.next()? else {
+            let Some(line) = self.lines.next_line()? else {
                 return self.end();
             };
             if line.trim().is_empty() {
@@ -63,17 +63,17 @@ impl JsonLines {
                     ));
                 }
             };
-            return self.assemble(values).map(Some);
+            return self.assemble(&values).map(Some);
         }
     }
 
-    fn assemble(&mut self, values: Vec<Value>) -> Result<Item> {
+    fn assemble(&mut self, values: &[Value]) -> Result<Item> {
         let number = self.lines.number();
-        let Some(selection) = self.selection(&values) else {
+        let Some(selection) = self.selection(values) else {
             let absent = self
                 .wanted
                 .iter()
-                .zip(&values)
+                .zip(values)
                 .find(|(_, value)| matches!(value, Value::Missing))
                 .map_or_else(String::new, |(name, _)| name.clone());
             return Ok(Item::Skip(Skip {

@@ -42,7 +42,7 @@ impl Lines {
     ///
     /// # Errors
     /// [`Error::Format`] for a line over [`MAX_RECORD_BYTES`] and for invalid UTF-8, with its byte offset.
-    pub fn next(&mut self) -> Result<Option<&str>> {
+    pub fn next_line(&mut self) -> Result<Option<&str>> {
         self.buffer.clear();
         let limit = MAX_RECORD_BYTES as u64 + 2;
         let read = (&mut self.reader)

@@ -36,7 +36,7 @@ impl Text {
     /// The lines of the next paragraph, joined by `\n`.
     fn paragraph(&mut self) -> Result<Option<String>> {
         let mut text = String::new();
-        while let Some(line) = self.lines.next()? {
+        while let Some(line) = self.lines.next_line()? {
             if line.trim().is_empty() {
                 if text.is_empty() {
                     continue;
@@ -89,7 +89,7 @@ impl Text {
 fn has_paragraphs(path: &Path) -> Result<bool> {
     let mut lines = Lines::open(path)?;
     let (mut text, mut gap) = (false, false);
-    while let Some(line) = lines.next()? {
+    while let Some(line) = lines.next_line()? {
         let blank = line.trim().is_empty();
         if gap && !blank {
             return Ok(true);
