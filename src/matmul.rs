@@ -214,8 +214,7 @@ mod tests {
                         let expected = if (2..2 + n).contains(&j) {
                             let dot: f64 = (0..k)
                                 .map(|l| {
-                                    f64::from(left[i * k + l])
-                                        * f64::from(right[(j - 2) * k + l])
+                                    f64::from(left[i * k + l]) * f64::from(right[(j - 2) * k + l])
                                 })
                                 .sum();
                             0.5 * dot + if into == Into::Accumulate { old } else { 0.0 }
@@ -223,7 +222,10 @@ mod tests {
                             old
                         };
                         let got = f64::from(out[i * width + j]);
-                        assert!((got - expected).abs() < 1e-5, "{m} {n} {k}: {got} {expected}");
+                        assert!(
+                            (got - expected).abs() < 1e-5,
+                            "{m} {n} {k}: {got} {expected}"
+                        );
                     }
                 }
             }

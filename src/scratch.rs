@@ -19,7 +19,9 @@ impl Scratch {
         let fit = idle
             .iter()
             .enumerate()
-            .filter(|(_, buffer)| buffer.capacity() >= len && buffer.capacity() / 2 <= len.max(1024))
+            .filter(|(_, buffer)| {
+                buffer.capacity() >= len && buffer.capacity() / 2 <= len.max(1024)
+            })
             .min_by_key(|(_, buffer)| buffer.capacity())
             .map(|(at, _)| at);
         let found = fit.map(|at| idle.swap_remove(at));
@@ -65,7 +67,5 @@ impl DerefMut for Scratch {
 
 /// Frees every idle buffer.
 pub fn release() {
-    IDLE.lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .clear();
+    IDLE.lock().unwrap_or_else(PoisonError::into_inner).clear();
 }

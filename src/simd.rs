@@ -131,7 +131,11 @@ mod tests {
         for length in [0, 1, 15, 16, 17, 100] {
             let a: Vec<f32> = (0..length).map(|i| (i as f32 * 0.37).sin()).collect();
             let b: Vec<f32> = (0..length).map(|i| (i as f32 * 0.73).cos()).collect();
-            let true_dot: f64 = a.iter().zip(&b).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum();
+            let true_dot: f64 = a
+                .iter()
+                .zip(&b)
+                .map(|(&x, &y)| f64::from(x) * f64::from(y))
+                .sum();
             let true_sum: f64 = a.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
             assert!((f64::from(dot(&a, &b)) - true_dot).abs() < 1e-5);
             assert!((f64::from(sum(&a, |x| x * x)) - true_sum).abs() < 1e-5);

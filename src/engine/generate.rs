@@ -95,8 +95,16 @@ pub fn generate(
         tokens += 1;
         all.push(next);
         let spelled = tokenizer.decode(&all)?;
-        spelled.get(shown..).unwrap_or_default().clone_into(&mut text);
-        if let Some(end) = sampling.stop.iter().filter_map(|stop| text.find(stop.as_str())).min() {
+        spelled
+            .get(shown..)
+            .unwrap_or_default()
+            .clone_into(&mut text);
+        if let Some(end) = sampling
+            .stop
+            .iter()
+            .filter_map(|stop| text.find(stop.as_str()))
+            .min()
+        {
             text.truncate(end);
             break;
         }
@@ -204,7 +212,10 @@ mod tests {
 
     #[test]
     fn sampling_follows_the_softmax() {
-        let expected: Vec<f64> = [0.0f64, 1.0, 2.0, -1.0].iter().map(|v| (v / 0.7).exp()).collect();
+        let expected: Vec<f64> = [0.0f64, 1.0, 2.0, -1.0]
+            .iter()
+            .map(|v| (v / 0.7).exp())
+            .collect();
         let total: f64 = expected.iter().sum();
         for (got, expected) in frequencies(&sampling(0.7, None, None)).iter().zip(expected) {
             assert!((got - expected / total).abs() < 0.015);

@@ -41,7 +41,9 @@ pub struct Parameter {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
     /// Dropout masks are drawn from `seed`; each micro-batch has its own.
-    Train { seed: u64 },
+    Train {
+        seed: u64,
+    },
     Eval,
 }
 

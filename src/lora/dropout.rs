@@ -78,7 +78,11 @@ impl Dropout {
                         );
                         for (lane, (out, &value)) in out.iter_mut().zip(values).enumerate() {
                             let uniform = words[lane / 2] >> (16 * (lane % 2)) & 0xFFFF;
-                            let kept = if uniform >= threshold { value * scale } else { 0.0 };
+                            let kept = if uniform >= threshold {
+                                value * scale
+                            } else {
+                                0.0
+                            };
                             *out = store(kept, *out);
                         }
                     }
@@ -116,7 +120,10 @@ mod tests {
             let out = mask(p, 7, 0, 1 << 18);
             let kept = out.iter().filter(|&&v| v != 0.0).count() as f64 / out.len() as f64;
             let sigma = (f64::from(p) * (1.0 - f64::from(p)) / out.len() as f64).sqrt();
-            assert!((kept - (1.0 - f64::from(p))).abs() < 4.0 * sigma + 1e-5, "{p}: {kept}");
+            assert!(
+                (kept - (1.0 - f64::from(p))).abs() < 4.0 * sigma + 1e-5,
+                "{p}: {kept}"
+            );
             assert!(out.iter().all(|&v| v == 0.0 || v == 1.0 / (1.0 - p)));
         }
     }
@@ -132,7 +139,11 @@ mod tests {
     #[test]
     fn streams_are_independent() {
         let (a, b) = (mask(0.5, 3, 0, 1 << 16), mask(0.5, 3, 1, 1 << 16));
-        let both = a.iter().zip(&b).filter(|(x, y)| **x != 0.0 && **y != 0.0).count();
+        let both = a
+            .iter()
+            .zip(&b)
+            .filter(|(x, y)| **x != 0.0 && **y != 0.0)
+            .count();
         let share = both as f64 / a.len() as f64;
         assert!((share - 0.25).abs() < 0.01, "{share}");
     }

@@ -202,7 +202,14 @@ impl Group {
                 matmul(out, Into::Overwrite, 1.0, h, b.t(), Threads::All);
             } else if rank > 0 {
                 let none = columns_of(&[], m, 0, 0..0);
-                matmul(out, Into::Overwrite, 1.0, none, Mat::new(&[], 0, member.n), Threads::All);
+                matmul(
+                    out,
+                    Into::Overwrite,
+                    1.0,
+                    none,
+                    Mat::new(&[], 0, member.n),
+                    Threads::All,
+                );
             }
         }
         let into = if rank > 0 {
@@ -296,10 +303,24 @@ impl Group {
                     let (da, _) = dtheta.split_at_mut(rank * k);
                     let g = Mat::new(&g, m, rank);
                     let out = MatMut::new(da, rank, k);
-                    matmul(out, Into::Overwrite, 1.0, g.t(), Mat::new(x, m, k), Threads::All);
+                    matmul(
+                        out,
+                        Into::Overwrite,
+                        1.0,
+                        g.t(),
+                        Mat::new(x, m, k),
+                        Threads::All,
+                    );
                     if let Some(dx) = dx.as_deref_mut() {
                         let a = Mat::new(&theta[..rank * k], rank, k);
-                        matmul(MatMut::new(dx, m, k), Into::Overwrite, 1.0, g, a, Threads::All);
+                        matmul(
+                            MatMut::new(dx, m, k),
+                            Into::Overwrite,
+                            1.0,
+                            g,
+                            a,
+                            Threads::All,
+                        );
                         filled = true;
                     }
                 }
@@ -398,7 +419,14 @@ impl Group {
             );
             if let Some(dx) = dx.as_deref_mut() {
                 let a = Mat::new(&theta[own], r, k);
-                matmul(MatMut::new(&mut work, m, k), Into::Overwrite, 1.0, g, a, Threads::All);
+                matmul(
+                    MatMut::new(&mut work, m, k),
+                    Into::Overwrite,
+                    1.0,
+                    g,
+                    a,
+                    Threads::All,
+                );
                 mask.apply_add(&work, dx);
             }
             row += r;

@@ -8,7 +8,10 @@ struct Random(u64);
 
 impl Random {
     fn next(&mut self) -> f32 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         ((self.0 >> 40) as f32 / (1u64 << 24) as f32 - 0.5) * 2.0
     }
 
@@ -44,7 +47,11 @@ fn transpose(values: &[f64], rows: usize, columns: usize) -> Vec<f64> {
 
 fn error(got: &[f32], truth: &[f64]) -> f64 {
     assert_eq!(got.len(), truth.len());
-    let difference: f64 = got.iter().zip(truth).map(|(&g, &t)| (f64::from(g) - t).powi(2)).sum();
+    let difference: f64 = got
+        .iter()
+        .zip(truth)
+        .map(|(&g, &t)| (f64::from(g) - t).powi(2))
+        .sum();
     let norm: f64 = truth.iter().map(|t| t * t).sum();
     (difference / norm.max(1e-30)).sqrt()
 }
@@ -54,7 +61,10 @@ fn dense(group: &Group, theta: &[f32]) -> (Vec<Vec<f64>>, Vec<Option<Vec<f64>>>)
     let mut weights = Vec::new();
     let mut biases = Vec::new();
     match &group.base {
-        Base::Frozen { weights: stored, biases: own } => {
+        Base::Frozen {
+            weights: stored,
+            biases: own,
+        } => {
             for (weight, bias) in stored.iter().zip(own) {
                 let mut out = vec![f32::NAN; weight.len()];
                 weight.widen_into(&mut out).unwrap();
@@ -92,7 +102,9 @@ fn check(group: &Group, m: usize, dropout: Option<Dropout>, seed: u64) {
     let (y, h) = group.forward(&x, &theta, dropout).unwrap();
     let mut dx = vec![f32::NAN; m * k];
     let mut dtheta = vec![f32::NAN; theta.len()];
-    group.backward(&x, &theta, &h, &dy, dropout, Some(&mut dx), &mut dtheta).unwrap();
+    group
+        .backward(&x, &theta, &h, &dy, dropout, Some(&mut dx), &mut dtheta)
+        .unwrap();
 
     let x64 = wide(&x);
     let mut true_y = vec![0.0; m * width];
@@ -137,9 +149,15 @@ fn check(group: &Group, m: usize, dropout: Option<Dropout>, seed: u64) {
             let mut mask = vec![1.0f32; m * k];
             if let Some(dropout) = dropout {
                 let ones = mask.clone();
-                dropout.stream(dropout.stream + at as u64).apply(&ones, &mut mask);
+                dropout
+                    .stream(dropout.stream + at as u64)
+                    .apply(&ones, &mut mask);
             }
-            let dropped: Vec<f64> = x64.iter().zip(&mask).map(|(v, &k)| v * f64::from(k)).collect();
+            let dropped: Vec<f64> = x64
+                .iter()
+                .zip(&mask)
+                .map(|(v, &k)| v * f64::from(k))
+                .collect();
             let xa = product(&dropped, &a, m, r, k);
             let delta = product(&xa, &b, m, n, r);
             for (y, d) in y_i.iter_mut().zip(&delta) {
@@ -176,7 +194,10 @@ fn check(group: &Group, m: usize, dropout: Option<Dropout>, seed: u64) {
         ("dtheta", &dtheta[..], &true_dtheta),
     ] {
         let error = error(got, truth);
-        assert!(error < 2e-6, "{what}: relative error {error:e} (m {m}, k {k})");
+        assert!(
+            error < 2e-6,
+            "{what}: relative error {error:e} (m {m}, k {k})"
+        );
     }
 }
 
@@ -190,12 +211,26 @@ fn member(name: &str, n: usize, adapter: Option<(usize, f32)>) -> Member {
 
 fn frozen(members: Vec<Member>, k: usize, bias: bool, seed: u64) -> Group {
     let mut random = Random(seed);
-    let weights = members.iter().map(|m| FrozenWeight::F32(random.vec(m.n * k))).collect();
-    let biases = members.iter().map(|m| bias.then(|| random.vec(m.n))).collect();
-    Group { k, members, base: Base::Frozen { weights, biases } }
+    let weights = members
+        .iter()
+        .map(|m| FrozenWeight::F32(random.vec(m.n * k)))
+        .collect();
+    let biases = members
+        .iter()
+        .map(|m| bias.then(|| random.vec(m.n)))
+        .collect();
+    Group {
+        k,
+        members,
+        base: Base::Frozen { weights, biases },
+    }
 }
 
-const DROPOUT: Dropout = Dropout { p: 0.2, seed: 99, stream: 40 };
+const DROPOUT: Dropout = Dropout {
+    p: 0.2,
+    seed: 99,
+    stream: 40,
+};
 
 #[test]
 fn dense_groups_of_every_kind() {
@@ -236,7 +271,10 @@ fn half_precision_and_four_bit_weights() {
         let group = Group {
             k,
             members: vec![member("w", n, Some((4, 1.5)))],
-            base: Base::Frozen { weights: vec![weight], biases: vec![None] },
+            base: Base::Frozen {
+                weights: vec![weight],
+                biases: vec![None],
+            },
         };
         check(&group, 17, Some(DROPOUT), 6);
     }
@@ -247,7 +285,9 @@ fn trained_weights_and_biases() {
     let group = Group {
         k: 13,
         members: vec![member("gate", 8, None), member("up", 5, None)],
-        base: Base::Trained { biases: vec![false, true] },
+        base: Base::Trained {
+            biases: vec![false, true],
+        },
     };
     check(&group, 21, None, 7);
 }
@@ -270,6 +310,8 @@ fn no_tokens() {
     let (y, h) = group.forward(&[], &theta, None).unwrap();
     assert!(y.is_empty() && h.is_empty());
     let mut dtheta = vec![f32::NAN; theta.len()];
-    group.backward(&[], &theta, &h, &[], None, Some(&mut []), &mut dtheta).unwrap();
+    group
+        .backward(&[], &theta, &h, &[], None, Some(&mut []), &mut dtheta)
+        .unwrap();
     assert!(dtheta.iter().all(|&v| v == 0.0));
 }

@@ -25,7 +25,9 @@ pub fn compute(
     seed: Option<u64>,
 ) -> Result<(Vec<f32>, f64, BTreeMap<String, Vec<f32>>)> {
     if full && adapter.is_some() {
-        return Err(Error::argument("full trains the model itself: give no adapter"));
+        return Err(Error::argument(
+            "full trains the model itself: give no adapter",
+        ));
     }
     let config = LlamaConfig::read(folder)?;
     let positions = config.max_position_embeddings;
@@ -48,9 +50,9 @@ pub fn compute(
     let (loss, _) = model.loss(batch, Mode::Train { seed })?;
     let mut store = loss.backward()?;
     for parameter in model.parameters() {
-        let gradient = store.remove(parameter.var.as_tensor()).ok_or_else(|| {
-            Error::run(format!("{} received no gradient", parameter.name))
-        })?;
+        let gradient = store
+            .remove(parameter.var.as_tensor())
+            .ok_or_else(|| Error::run(format!("{} received no gradient", parameter.name)))?;
         let values = gradient.to_vec1::<f32>()?;
         for segment in &parameter.segments {
             let part = &values[segment.offset..segment.offset + segment.len()];

@@ -48,10 +48,7 @@ pub struct EvaluateResult {
 
 /// # Errors
 /// `Argument` and `Format` for bad input; `Interrupted` when a hook says stop.
-pub fn evaluate(
-    config: &EvaluateConfig,
-    hooks: &mut (dyn Hooks + Send),
-) -> Result<EvaluateResult> {
+pub fn evaluate(config: &EvaluateConfig, hooks: &mut (dyn Hooks + Send)) -> Result<EvaluateResult> {
     for (name, value) in [
         ("sequence_length", config.sequence_length),
         ("batch_size", config.batch_size),
@@ -66,7 +63,11 @@ pub fn evaluate(
 
 fn run(config: &EvaluateConfig, hooks: &mut (dyn Hooks + Send)) -> Result<EvaluateResult> {
     let model_config = LlamaConfig::read(&config.model)?;
-    let how = quantize(config.quant_type.as_deref(), config.blocksize, config.double_quant)?;
+    let how = quantize(
+        config.quant_type.as_deref(),
+        config.blocksize,
+        config.double_quant,
+    )?;
     let (plan, warnings) = plan(
         &model_config,
         config.adapter.as_deref(),

@@ -48,7 +48,11 @@ fn run(
     on_text: impl FnMut(&str) -> Result<bool>,
 ) -> Result<GenerateResult> {
     let model_config = LlamaConfig::read(&config.model)?;
-    let how = quantize(config.quant_type.as_deref(), config.blocksize, config.double_quant)?;
+    let how = quantize(
+        config.quant_type.as_deref(),
+        config.blocksize,
+        config.double_quant,
+    )?;
     let positions = model_config.max_position_embeddings;
     let (plan, _) = plan(&model_config, config.adapter.as_deref(), how, positions)?;
     let tokenizer = tokenizer(&config.model, &model_config)?;

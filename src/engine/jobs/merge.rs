@@ -30,7 +30,11 @@ pub struct MergeResult {
 /// # Errors
 /// `Argument` and `Format` for bad input; `Io` if the folder cannot be written.
 pub fn merge(config: &MergeConfig) -> Result<MergeResult> {
-    let dtype = config.dtype.as_deref().map(DType::from_torch_name).transpose()?;
+    let dtype = config
+        .dtype
+        .as_deref()
+        .map(DType::from_torch_name)
+        .transpose()?;
     let taken = std::fs::read_dir(&config.output).is_ok_and(|mut entries| entries.next().is_some());
     if taken {
         return Err(Error::argument(format!(

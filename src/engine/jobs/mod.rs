@@ -79,7 +79,11 @@ fn select(
 ) -> Result<(adapter::AdapterConfig, adapter::Selection)> {
     let names = Names::new(model);
     let selection = adapter::select(config, names.modules())?;
-    if selection.targets.iter().any(|target| target.module == "lm_head") {
+    if selection
+        .targets
+        .iter()
+        .any(|target| target.module == "lm_head")
+    {
         return Err(Error::unsupported(
             "target_modules chooses lm_head; the engine adapts the layers' linear modules only",
         ));

@@ -156,4 +156,3 @@ fn model_event(config: &TrainConfig, model: &Llama) -> ModelEvent {
         details,
     }
 }
-

@@ -76,7 +76,14 @@ pub fn attention(qkv: &[f32], heads: Heads, starts: &[u32], out: &mut [f32], lse
                 let tile = Mat::new(&q[first * d..(first + rows) * d], rows, d);
                 let k = Mat::new(&k[from * d..(from + keys) * d], keys, d);
                 let into = MatMut::new(scores, rows, keys);
-                matmul(into, Into::Overwrite, scale(heads), tile, k.t(), Threads::One);
+                matmul(
+                    into,
+                    Into::Overwrite,
+                    scale(heads),
+                    tile,
+                    k.t(),
+                    Threads::One,
+                );
                 vectorized(|| {
                     for (at, row) in scores.chunks_exact_mut(keys).enumerate() {
                         let visible = starts[first + at] as usize - from..first + at + 1 - from;

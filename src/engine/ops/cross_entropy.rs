@@ -59,9 +59,7 @@ pub fn linear_cross_entropy(
         let losses: Vec<f32> = logits
             .par_chunks_mut(vocabulary)
             .zip(part)
-            .map(|(logits, &row)| {
-                vectorized(|| loss_and_gradient(logits, targets[row] as usize))
-            })
+            .map(|(logits, &row)| vectorized(|| loss_and_gradient(logits, targets[row] as usize)))
             .collect();
         total += losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
         if let Some(gradients) = &mut gradients {

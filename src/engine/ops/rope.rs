@@ -10,7 +10,9 @@ use crate::simd::vectorized;
 pub enum Scaling {
     Default,
     /// Position interpolation: every frequency divided by `factor`.
-    Linear { factor: f32 },
+    Linear {
+        factor: f32,
+    },
     /// Llama 3.1's: low frequencies divided by `factor`, high ones kept, a blend between.
     Llama3 {
         factor: f32,

@@ -124,10 +124,13 @@ pub struct Block<I: Inner> {
     train: bool,
 }
 
-
-
 impl<I: Inner> Block<I> {
-    pub fn new(inner: &Arc<I>, tokens: &Arc<Tokens>, dropout: Option<Dropout>, train: bool) -> Self {
+    pub fn new(
+        inner: &Arc<I>,
+        tokens: &Arc<Tokens>,
+        dropout: Option<Dropout>,
+        train: bool,
+    ) -> Self {
         Self {
             inner: Arc::clone(inner),
             tokens: Arc::clone(tokens),
@@ -189,10 +192,7 @@ impl<I: Inner> Block<I> {
 }
 
 /// The f32 elements of a contiguous CPU tensor.
-pub fn slice_of<'a>(
-    storage: &'a CpuStorage,
-    layout: &Layout,
-) -> candle_core::Result<&'a [f32]> {
+pub fn slice_of<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
     let values = storage.as_slice::<f32>()?;
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&values[start..end]),
@@ -209,7 +209,9 @@ pub fn with_slice<R>(
     let (storage, layout) = tensor.storage_and_layout();
     match &*storage {
         candle_core::Storage::Cpu(storage) => work(slice_of(storage, layout)?),
-        _ => Err(candle_core::Error::Msg("a tensor that is not on the CPU".into())),
+        _ => Err(candle_core::Error::Msg(
+            "a tensor that is not on the CPU".into(),
+        )),
     }
 }
 

@@ -124,7 +124,13 @@ impl Head {
         let trained = wide.is_none();
         let weight = wide.as_deref().unwrap_or(weight);
         if !self.train {
-            return Ok(linear_cross_entropy(&normed, weight, k, &self.targets, None));
+            return Ok(linear_cross_entropy(
+                &normed,
+                weight,
+                k,
+                &self.targets,
+                None,
+            ));
         }
         let mut d_normed = Scratch::dirty(x.len());
         let mut d_weight = trained.then(|| vec![0.0f32; weight.len()]);
@@ -133,10 +139,8 @@ impl Head {
             dweight: d_weight.as_deref_mut(),
         };
         let loss = linear_cross_entropy(&normed, weight, k, &self.targets, Some(gradients));
-        *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = Some(HeadSaved {
-            d_normed,
-            d_weight,
-        });
+        *self.saved.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some(HeadSaved { d_normed, d_weight });
         Ok(loss)
     }
 }
@@ -222,8 +226,7 @@ impl CustomOp3 for Head {
         with_slice(x, |x| {
             with_slice(norm, |norm| {
                 let out = &mut d_norm[..self.norm.theta_len()];
-                self.norm
-                    .backward(x, norm, &mut saved.d_normed, &none, out);
+                self.norm.backward(x, norm, &mut saved.d_normed, &none, out);
                 Ok(())
             })
         })?;

@@ -79,9 +79,20 @@ pub fn linear_modules(config: &LlamaConfig) -> Vec<String> {
 
 /// Number of weights the sizes make.
 pub fn base_parameters(config: &LlamaConfig) -> usize {
-    let (k, f, d) = (config.hidden_size, config.intermediate_size, config.head_dim);
-    let (q, kv) = (config.num_attention_heads * d, config.num_key_value_heads * d);
-    let attention_bias = if config.attention_bias { q + 2 * kv + k } else { 0 };
+    let (k, f, d) = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.head_dim,
+    );
+    let (q, kv) = (
+        config.num_attention_heads * d,
+        config.num_key_value_heads * d,
+    );
+    let attention_bias = if config.attention_bias {
+        q + 2 * kv + k
+    } else {
+        0
+    };
     let mlp_bias = if config.mlp_bias { 2 * f + k } else { 0 };
     let layer = 2 * k * q + 2 * k * kv + 3 * k * f + 2 * k + attention_bias + mlp_bias;
     let tables = if config.tie_word_embeddings { 1 } else { 2 };
@@ -135,9 +146,7 @@ impl Llama {
             Arc::new(builder.table("lm_head")?)
         };
         let (adapter, lora_dropout) = match &plan.trained {
-            Trained::Lora { config, .. } => {
-                (Some((**config).clone()), config.lora_dropout as f32)
-            }
+            Trained::Lora { config, .. } => (Some((**config).clone()), config.lora_dropout as f32),
             _ => (None, 0.0),
         };
         let parameters = builder.parameters;
@@ -165,11 +174,19 @@ impl Builder<'_> {
 
     fn layer(&mut self, at: usize, rotations: &Arc<Rotations>) -> Result<Layer> {
         let config = self.config;
-        let (k, f, d) = (config.hidden_size, config.intermediate_size, config.head_dim);
+        let (k, f, d) = (
+            config.hidden_size,
+            config.intermediate_size,
+            config.head_dim,
+        );
         let (h, hkv) = (config.num_attention_heads, config.num_key_value_heads);
         let prefix = format!("model.layers.{at}");
         let name = |inner: &str| format!("{prefix}.self_attn.{inner}_proj");
-        let sizes = [(name("q"), h * d), (name("k"), hkv * d), (name("v"), hkv * d)];
+        let sizes = [
+            (name("q"), h * d),
+            (name("k"), hkv * d),
+            (name("v"), hkv * d),
+        ];
         let bias = config.attention_bias;
         let attention = Attention {
             norm: self.norm(&format!("{prefix}.input_layernorm"))?,
@@ -181,8 +198,11 @@ impl Builder<'_> {
             rotations: Arc::clone(rotations),
         };
         let groups = [&attention.qkv, &attention.o];
-        let attention_theta =
-            self.parameter(&format!("{prefix}.self_attn"), &groups, Some(&attention.norm))?;
+        let attention_theta = self.parameter(
+            &format!("{prefix}.self_attn"),
+            &groups,
+            Some(&attention.norm),
+        )?;
         let name = |inner: &str| format!("{prefix}.mlp.{inner}_proj");
         let bias = config.mlp_bias;
         let mlp = Mlp {
@@ -274,7 +294,11 @@ impl Builder<'_> {
             .collect();
         let base = if self.everything() {
             for (module, _) in projections {
-                if self.weights.quantized(&format!("{module}.weight"))?.is_some() {
+                if self
+                    .weights
+                    .quantized(&format!("{module}.weight"))?
+                    .is_some()
+                {
                     return Err(Error::argument(format!(
                         "method full trains dense weights, but {module} is stored in 4 bits; use qlora"
                     )));
@@ -401,7 +425,8 @@ impl Builder<'_> {
             }
             Init::Saved(adapter) => {
                 let pair = adapter.modules.get(module);
-                let from = pair.map(|pair: &LoraPair| if is_a { &pair.lora_a } else { &pair.lora_b });
+                let from =
+                    pair.map(|pair: &LoraPair| if is_a { &pair.lora_a } else { &pair.lora_b });
                 match from {
                     Some(values) if values.len() == out.len() => out.copy_from_slice(values),
                     Some(values) => {

@@ -139,9 +139,11 @@ impl Llama {
                 "token id {id} is outside the model's vocabulary of {vocabulary}"
             )));
         }
-        if let Some(id) = batch.targets.iter().find(|&&id| {
-            outside(i64::from(id)) || (id < 0 && id != crate::data::IGNORE)
-        }) {
+        if let Some(id) = batch
+            .targets
+            .iter()
+            .find(|&&id| outside(i64::from(id)) || (id < 0 && id != crate::data::IGNORE))
+        {
             return Err(Error::argument(format!(
                 "target {id} is outside the model's vocabulary of {vocabulary}"
             )));
@@ -246,4 +248,3 @@ impl Model for Llama {
         self.write(folder)
     }
 }
-

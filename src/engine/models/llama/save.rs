@@ -10,7 +10,9 @@ use crate::adapter::{self, LoraPair};
 use crate::dtype::DType;
 use crate::engine::Mode;
 use crate::error::{Error, Result};
-use crate::folder::{ConfigFile, MAX_SHARD_SIZE, ModelFolder, Tensor, Weights, encode, file_dtype, write_model};
+use crate::folder::{
+    ConfigFile, MAX_SHARD_SIZE, ModelFolder, Tensor, Weights, encode, file_dtype, write_model,
+};
 use crate::lora::{Base, FrozenWeight, Group};
 use crate::matmul::{Into, Mat, MatMut, Threads, matmul};
 
@@ -97,7 +99,9 @@ impl Llama {
         let config = ConfigFile::open(&self.folder)?;
         let tensors = tensors
             .iter()
-            .map(|(name, (shape, values))| Tensor::from_f32(name.clone(), DType::F32, shape, values))
+            .map(|(name, (shape, values))| {
+                Tensor::from_f32(name.clone(), DType::F32, shape, values)
+            })
             .collect();
         write_model(
             folder,
@@ -128,7 +132,9 @@ impl Llama {
         let mut seen = std::collections::HashSet::new();
         for group in self.groups() {
             let Base::Frozen { weights, .. } = &group.base else {
-                return Err(Error::argument("a model that is trained whole has no adapter to merge"));
+                return Err(Error::argument(
+                    "a model that is trained whole has no adapter to merge",
+                ));
             };
             for (member, weight) in group.members.iter().zip(weights) {
                 let name = format!("{}.weight", member.name);
@@ -164,9 +170,16 @@ impl Llama {
             let view = weights.get(&name)?;
             let shape = view.shape.to_vec();
             let weights = &weights;
-            tensors.push(Tensor::lazy(name.clone(), file_dtype(dtype), &shape, move || {
-                Ok(Cow::Owned(encode(&weights.to_f32(&name)?, dtype).into_owned()))
-            }));
+            tensors.push(Tensor::lazy(
+                name.clone(),
+                file_dtype(dtype),
+                &shape,
+                move || {
+                    Ok(Cow::Owned(
+                        encode(&weights.to_f32(&name)?, dtype).into_owned(),
+                    ))
+                },
+            ));
         }
         write_model(
             folder,
