@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .commands.merge import merge
     from .commands.train import train
     from .options import SettingError
+    from .quant import Quantized4bit, dequantize_4bit, quantize_4bit
     from .results import (
         DemoResult,
         EvaluateResult,
@@ -28,13 +29,16 @@ __all__ = [
     "FormatError",
     "GenerateResult",
     "MergeResult",
+    "Quantized4bit",
     "SettingError",
     "TrainInterrupted",
     "TrainResult",
     "demo",
+    "dequantize_4bit",
     "evaluate",
     "generate",
     "merge",
+    "quantize_4bit",
     "train",
 ]
 
@@ -46,15 +50,18 @@ _EXPORTS = {
     "FormatError": ("_native", "FormatError"),
     "GenerateResult": ("results", "GenerateResult"),
     "MergeResult": ("results", "MergeResult"),
+    "Quantized4bit": ("quant", "Quantized4bit"),
     "SettingError": ("options", "SettingError"),
     "TrainInterrupted": ("results", "TrainInterrupted"),
     "TrainResult": ("results", "TrainResult"),
     "__version__": ("version", "version"),
     "demo": ("commands.demo", "demo"),
+    "dequantize_4bit": ("quant", "dequantize_4bit"),
     "eval": ("commands.evaluate", "eval"),
     "evaluate": ("commands.evaluate", "evaluate"),
     "generate": ("commands.generate", "generate"),
     "merge": ("commands.merge", "merge"),
+    "quantize_4bit": ("quant", "quantize_4bit"),
     "train": ("commands.train", "train"),
 }
 

@@ -13,17 +13,19 @@ DEFAULT_OUTPUT = "ferrotune-demo"
 PROMPTS = ("And the king said unto", "In the beginning")
 SAMPLE_TOKENS = 60
 
-# The model is small and its adapters start from text of another kind: ten times the usual rate.
+# Tokens of the base model's own domain that tell what it forgot.
+OWN_TOKENS = 16_384
+
+# The model is small and its adapters start from text of another kind: a rate far above the usual.
 _TRAINING: dict[str, Any] = {
     "method": "qlora",
     "text_column": "text",
     "group": "book",
     "learning_rate": 5e-3,
-    "epochs": 1000.0,
 }
 
 
-@command("demo", examples=("ferrotune demo", "ferrotune demo --output my-demo --seconds 30"))
+@command("demo", examples=("ferrotune demo", "ferrotune demo --output my-demo --steps 100"))
 def demo(
     output: Annotated[
         StrPath | None,
@@ -34,7 +36,12 @@ def demo(
         ),
     ] = None,
     *,
-    seconds: Annotated[float, Option("how long to train", unit="seconds", group=RUN)] = 60.0,
+    steps: Annotated[
+        int, Option("training steps of 2,048 tokens; the same numbers on every machine", group=RUN)
+    ] = 400,
+    seconds: Annotated[
+        float, Option("most time for training, on slow machines", unit="seconds", group=RUN)
+    ] = 90.0,
     seed: Annotated[int, Option("of the training and of the samples", group=RUN)] = 0,
     threads: Threads = None,
     progress: Progress = True,
@@ -43,10 +50,12 @@ def demo(
 
     Quantises a small pre-trained Llama model to NF4 with double quantisation, trains LoRA
     adapters on every linear layer with the King James Bible, split by book, and compares loss
-    and generated text before and after. Uses no network and no PyTorch.
+    and generated text before and after, and what the model forgot of its own domain. Uses no
+    network and no PyTorch.
 
     Returns:
-        A DemoResult: the training's result, samples of text, and the seconds of everything.
+        A DemoResult: the training's result, samples of text, the loss on text like the model's
+        pre-training text, and the seconds of everything.
 
     Raises:
         FileNotFoundError: the package was built without the demo's data.
@@ -56,12 +65,14 @@ def demo(
     import time
 
     from .. import files
+    from .evaluate import evaluate
     from .generate import generate
     from .train import train
 
     started = time.perf_counter()
     settings = collect(demo, arguments)
     model, text = locate("demo-model"), locate("kjv.parquet")
+    own_text = locate("docs-heldout.parquet")
     folder = settings["output"]
     if folder is None:
         folder = files.free_sibling(Path(DEFAULT_OUTPUT))
@@ -80,20 +91,34 @@ def demo(
             for prompt in PROMPTS
         ]
 
-    before = continue_prompts(None)
+    def own_loss(adapter: Path | None) -> float:
+        return evaluate(
+            model,
+            own_text,
+            adapter,
+            quant_type="nf4",
+            text_column="text",
+            eval_tokens=OWN_TOKENS,
+            threads=settings["threads"],
+            progress=False,
+        ).loss
+
+    before, own_before = continue_prompts(None), own_loss(None)
     trained = train(
         model,
         text,
         folder,
         **_TRAINING,
+        max_steps=settings["steps"],
         max_seconds=settings["seconds"],
         seed=settings["seed"],
         threads=settings["threads"],
         progress=settings["progress"],
     )
-    after = continue_prompts(trained.adapter)
+    after, own_after = continue_prompts(trained.adapter), own_loss(trained.adapter)
     samples = tuple(map(Sample, PROMPTS, before, after))
-    return DemoResult(trained, samples, time.perf_counter() - started)
+    own = (own_before, own_after)
+    return DemoResult(trained, samples, own, time.perf_counter() - started)
 
 
 def locate(name: str) -> Path:
