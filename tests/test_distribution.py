@@ -82,13 +82,19 @@ def test_wheel_tags_and_size(wheel: Path) -> None:
 def test_wheel_contents(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         sizes = {one.filename: one.file_size for one in archive.infolist() if not one.is_dir()}
+        texts = [name for name in sizes if not name.startswith("ferrotune/")]
+        assert not [name for name in texts if str(ROOT).encode() in archive.read(name)]
         (metadata_name,) = (name for name in sizes if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(archive.read(metadata_name).decode())
     package = {str(file.relative_to(ROOT / "python")) for file in sources()}
     extension = "ferrotune/_native.abi3.so"
     info = metadata_name.removesuffix("METADATA")
     assert {name for name in sizes if not name.startswith(info)} == package | {extension}
-    assert {f"{info}licenses/LICENSE", f"{info}entry_points.txt"} <= set(sizes)
+    assert {
+        f"{info}licenses/LICENSE",
+        f"{info}licenses/python/ferrotune/data/LICENSE-python-docs.txt",
+        f"{info}entry_points.txt",
+    } <= set(sizes)
     data = {name: size for name, size in sizes.items() if name.startswith("ferrotune/data/")}
     assert sum(data.values()) < 8 * MIB
     assert {
