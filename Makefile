@@ -3,9 +3,10 @@ python ?= .venv/bin/python
 
 .PHONY: build test test-rust test-python test-slow lint bench wheel demo
 
-build: ## an optimised build in .venv, for work and for benches
+build: ## an optimised build in .venv, with all that the rest here needs
 	test -x $(python) || python3 -m venv .venv
-	$(python) -m pip install -q -e '.[test,dev]' --config-settings=build-args=--profile=release
+	$(python) -m pip install -q maturin
+	VIRTUAL_ENV=$(abspath .venv) $(python) -m maturin develop --release --extras test,dev
 
 test: test-rust test-python
 
