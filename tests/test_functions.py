@@ -90,6 +90,7 @@ def test_generate_streams_and_stops(engine: Any) -> None:
 def demo_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "data/demo-model").mkdir(parents=True)
     (tmp_path / "data/kjv.parquet").write_bytes(b"PAR1")
+    (tmp_path / "data/docs-heldout.parquet").write_bytes(b"PAR1")
     monkeypatch.setattr("importlib.resources.files", lambda package: tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "data"
