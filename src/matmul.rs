@@ -122,6 +122,10 @@ pub fn columns_of(data: &[f32], rows: usize, width: usize, columns: Range<usize>
 ///
 /// # Panics
 /// If the shapes do not agree: shapes are validated where data enters, so this is a defect here.
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "a place to write into is handed over, as a mutable slice is"
+)]
 pub fn matmul(out: MatMut, into: Into, alpha: f32, left: Mat, right: Mat, threads: Threads) {
     assert_eq!(left.columns, right.rows, "inner sizes of a product");
     assert_eq!(

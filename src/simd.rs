@@ -23,7 +23,7 @@ pub fn exp(x: f32) -> f32 {
     let n = shifted - ROUND;
     let r = clamped - n * LN2_HIGH - n * LN2_LOW;
     let p = 1.388_888_9e-3;
-    let p = p * r + 8.333_333_6e-3;
+    let p = p * r + 8.333_334e-3;
     let p = p * r + 4.166_666_8e-2;
     let p = p * r + 1.666_666_7e-1;
     let p = p * r + 0.5;

@@ -1,5 +1,7 @@
 //! Adapter configurations and target matching, the latter against a plain reference.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use common::assert_says;

@@ -1,5 +1,7 @@
 //! Adapter folders: read back as written, checked against a model, and every way one can be broken.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::collections::BTreeMap;

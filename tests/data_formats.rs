@@ -1,4 +1,6 @@
 //! Every format, read as it should be, and every bad file with its message.
+
+#![allow(clippy::unwrap_used)]
 #![cfg(feature = "engine")]
 
 mod data_support;

@@ -1,4 +1,6 @@
 //! What packed rows and their batches promise, on any documents.
+
+#![allow(clippy::unwrap_used)]
 #![cfg(feature = "engine")]
 
 use std::collections::HashMap;

@@ -1,4 +1,6 @@
 //! From files to rows: exact masks, the report, and what a bad tokenizer or bad data say.
+
+#![allow(clippy::unwrap_used)]
 #![cfg(feature = "engine")]
 #![allow(clippy::single_range_in_vec_init, clippy::format_collect)]
 

@@ -1,4 +1,6 @@
 //! What a split promises, on any data.
+
+#![allow(clippy::unwrap_used)]
 #![cfg(feature = "engine")]
 
 mod data_support;

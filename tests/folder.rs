@@ -1,5 +1,7 @@
 //! Reading model folders: what is read equals what was written, and every way a folder can be broken has its own message.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::fs;

@@ -1,5 +1,7 @@
 //! Writing model folders, and bitsandbytes' 4-bit weights in them.
 
+#![allow(clippy::unwrap_used)]
+
 mod common;
 
 use std::borrow::Cow;

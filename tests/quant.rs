@@ -1,5 +1,7 @@
 //! 4-bit checkpoints: what bitsandbytes stores reads back, and what it could not have stored is refused by name.
 
+#![allow(clippy::unwrap_used)]
+
 use std::path::Path;
 
 use ferrotune::dtype::QuantType;
@@ -142,7 +144,7 @@ fn every_missing_tensor_is_named() {
         ".nested_quant_map",
         ".quant_map",
     ] {
-        let text = refused(suffix, |tensor| tensor.name.push_str("_"));
+        let text = refused(suffix, |tensor| tensor.name.push('_'));
         assert!(
             text.contains(&format!("'{NAME}{suffix}': missing")),
             "{text}"
@@ -167,7 +169,7 @@ fn sizes_must_fit_the_shape() {
     let text = refused(".nested_quant_map", |tensor| tensor.bytes.truncate(1000));
     assert!(text.contains("nested_quant_map has 250 values"), "{text}");
     let text = refused(".nested_absmax", |tensor| {
-        tensor.bytes = f32::NAN.to_le_bytes().to_vec()
+        tensor.bytes = f32::NAN.to_le_bytes().to_vec();
     });
     assert!(text.contains("value 0 is NaN"), "{text}");
 }
@@ -175,7 +177,7 @@ fn sizes_must_fit_the_shape() {
 #[test]
 fn the_map_must_be_the_types() {
     let text = refused(".quant_map", |tensor| {
-        tensor.bytes[..4].copy_from_slice(&0.5_f32.to_le_bytes())
+        tensor.bytes[..4].copy_from_slice(&0.5_f32.to_le_bytes());
     });
     assert!(text.contains("not the codebook of nf4"), "{text}");
     let text = refused(".quant_map", |tensor| tensor.dtype = Dtype::I32);

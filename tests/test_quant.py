@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ferrotune import _native
-from ferrotune.quant import Quantized4bit, dequantize_4bit, quantize_4bit
+from ferrotune.quant import DType, Quantized4bit, dequantize_4bit, quantize_4bit
 
 torch = pytest.importorskip("torch", reason="parity is with torch and bitsandbytes")
 F = pytest.importorskip("bitsandbytes.functional", reason="parity is with bitsandbytes")
@@ -22,7 +22,7 @@ F = pytest.importorskip("bitsandbytes.functional", reason="parity is with bitsan
 Array = npt.NDArray[Any]
 TYPES = ["nf4", "fp4"]
 BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
-DTYPES = ["float32", "float16", "bfloat16"]
+DTYPES: list[DType] = ["float32", "float16", "bfloat16"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,7 +40,8 @@ def tensor(shape: tuple[int, ...], dtype: str, seed: int = 0) -> Any:
 
 def bits(x: Any) -> Array:
     """A torch tensor as numpy: bfloat16 as uint16."""
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+    array: Array = (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+    return array
 
 
 def same_bits(a: Array, b: Array) -> bool:
@@ -61,7 +62,7 @@ def reference(q: Any, state: Any) -> Any:
     return values
 
 
-def check(x: Any, blocksize: int, quant_type: str, double_quant: bool) -> None:
+def check(x: Any, blocksize: int, quant_type: Any, double_quant: bool) -> None:
     q, state = F.quantize_4bit(
         x, blocksize=blocksize, quant_type=quant_type, compress_statistics=double_quant
     )
@@ -244,7 +245,7 @@ def test_out_is_filled_and_returned() -> None:
     for dtype in ("float32", "float16"):
         out = np.full((60, 100), np.nan, dtype)
         assert dequantize_4bit(weight, out=out) is out
-        assert same_bits(out, dequantize_4bit(weight, dtype=dtype))  # type: ignore[arg-type]
+        assert same_bits(out, dequantize_4bit(weight, dtype=dtype))
     with pytest.raises(ValueError, match=r"out has shape \[6000\], but the weight has \[60, 100\]"):
         dequantize_4bit(weight, out=np.empty(6000, np.float32))
     with pytest.raises(TypeError, match="out is float16, but dtype is float32"):

@@ -5,9 +5,10 @@
 
 Writes `docs-train.jsonl` and `docs-heldout.jsonl` (`text`, `file`: one reST source of Python's
 documentation a record, PSF licence), which the base model is pre-trained on, and
-`docs-heldout.parquet`, the same held-out part for the package; and `kjv.parquet` (columns `text`, `book`: one chapter of the King James Bible a record, public
-domain), which the demo fine-tunes on. A source belongs to the held-out part if the SHA-256 of
-its name says so, so the split never depends on order or machine.
+`docs-heldout.parquet`, the same held-out part for the package; and `kjv.parquet` (columns `text`,
+`book`: one chapter of the King James Bible a record, public domain), which the demo fine-tunes on.
+A source belongs to the held-out part if the SHA-256 of its name says so, so the split never
+depends on order or machine.
 """
 
 from __future__ import annotations

@@ -118,27 +118,36 @@ def main() -> None:
     def rows(of: np.ndarray) -> torch.Tensor:
         cut = of[: (len(of) - 1) // CONTEXT * CONTEXT + 1]
         starts = np.arange(0, len(cut) - 1, CONTEXT)
-        return torch.from_numpy(np.stack([cut[s : s + CONTEXT + 1] for s in starts])).long().to(device)
+        windows = np.stack([cut[s : s + CONTEXT + 1] for s in starts])
+        return torch.from_numpy(windows).long().to(device)
 
     train = torch.from_numpy(stream).long().to(device)
     held_rows = rows(held)
     model = make_model().to(device)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters; {len(stream):,} training tokens "
-          f"({train_bytes / len(stream):.2f} bytes a token), {len(held):,} held out")
+    print(
+        f"{parameters:,} parameters; {len(stream):,} training tokens "
+        f"({train_bytes / len(stream):.2f} bytes a token), {len(held):,} held out"
+    )
 
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": arguments.weight_decay},
-         {"params": plain, "weight_decay": 0.0}],
-        lr=arguments.learning_rate, betas=(0.9, 0.95), fused=device.type == "cuda",
+        [
+            {"params": decayed, "weight_decay": arguments.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ],
+        lr=arguments.learning_rate,
+        betas=(0.9, 0.95),
+        fused=device.type == "cuda",
     )
     warmup = 200
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min(1.0, (step + 1) / warmup)
-        * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / arguments.steps)))),
+        lambda step: (
+            min(1.0, (step + 1) / warmup)
+            * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / arguments.steps))))
+        ),
     )
 
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
@@ -163,8 +172,11 @@ def main() -> None:
         if step % 250 == 0 or step == arguments.steps:
             held_now = heldout_loss(model, held_rows)
             history.append({"step": step, "train_loss": loss.item(), "heldout_loss": held_now})
-            print(f"step {step:5d}  train {loss.item():.3f}  held-out {held_now:.3f}  "
-                  f"{time.time() - begin:.0f} s", flush=True)
+            print(
+                f"step {step:5d}  train {loss.item():.3f}  held-out {held_now:.3f}  "
+                f"{time.time() - begin:.0f} s",
+                flush=True,
+            )
             if held_now < best:
                 best, best_step = held_now, step
                 best_state = {k: v.detach().clone() for k, v in model.state_dict().items()}

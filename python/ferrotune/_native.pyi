@@ -9,6 +9,23 @@ import numpy.typing as npt
 
 from ferrotune.quant import Quantized4bit
 
+__all__ = [
+    "FormatError",
+    "__version__",
+    "compute",
+    "dequantize_4bit",
+    "evaluate",
+    "generate",
+    "match_targets",
+    "merge",
+    "quant_state_from_tensors",
+    "quant_state_to_tensors",
+    "quantize_4bit",
+    "read_adapter",
+    "train",
+    "write_adapter",
+]
+
 __version__: str
 
 class FormatError(ValueError): ...
@@ -25,6 +42,20 @@ def train(config: str, on_event: Callable[[str], bool]) -> str: ...
 def evaluate(config: str, on_event: Callable[[str], bool]) -> str: ...
 def generate(config: str, on_text: Callable[[str], bool] | None) -> str: ...
 def merge(config: str) -> str: ...
+
+# One batch through a model folder: logits (flat), the summed loss in nats, and that loss's gradients
+# (flat) by tensor name: an adapter's, with `full` every weight's, else none. `seed` turns dropout on.
+def compute(
+    model: str | PathLike[str],
+    ids: npt.NDArray[np.uint32],
+    targets: npt.NDArray[np.int32],
+    positions: npt.NDArray[np.uint32],
+    *,
+    adapter: str | PathLike[str] | None = None,
+    full: bool = False,
+    quant_type: str | None = None,
+    seed: int | None = None,
+) -> tuple[npt.NDArray[np.float32], float, dict[str, npt.NDArray[np.float32]]]: ...
 
 # ---- adapter
 _Pair = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]

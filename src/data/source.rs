@@ -110,8 +110,5 @@ fn digest(packed: &Packed) -> String {
         hash.update(bytemuck::cast_slice::<i32, u8>(&batch.targets));
         hash.update(bytemuck::cast_slice::<u32, u8>(&batch.positions));
     }
-    hash.finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    format!("{:x}", hash.finalize())
 }

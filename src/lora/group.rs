@@ -124,9 +124,10 @@ impl Group {
     /// All base weights under each other, `[Σn, k]` in f32: in `theta` when trained, else in scratch.
     fn with_weights<R>(&self, theta: &[f32], work: impl FnOnce(&[f32]) -> R) -> Result<R> {
         match &self.base {
-            Base::Frozen { weights, .. } => match weights.as_slice() {
-                [FrozenWeight::F32(values)] => Ok(work(values)),
-                _ => {
+            Base::Frozen { weights, .. } => {
+                if let [FrozenWeight::F32(values)] = weights.as_slice() {
+                    Ok(work(values))
+                } else {
                     let mut wide = Scratch::dirty(self.width() * self.k);
                     let mut rest = &mut wide[..];
                     for weight in weights {
@@ -136,7 +137,7 @@ impl Group {
                     }
                     Ok(work(&wide))
                 }
-            },
+            }
             Base::Trained { .. } => Ok(work(&theta[..self.width() * self.k])),
         }
     }

@@ -91,6 +91,7 @@ fn dense(group: &Group, theta: &[f32]) -> (Vec<Vec<f64>>, Vec<Option<Vec<f64>>>)
 }
 
 /// Runs forward and backward and compares everything with the formula in float64.
+#[expect(clippy::too_many_lines, reason = "one formula, forward and backward")]
 fn check(group: &Group, m: usize, dropout: Option<Dropout>, seed: u64) {
     let mut random = Random(seed);
     let (k, width) = (group.k, group.width());

@@ -1,5 +1,10 @@
 //! The pyo3 faces, one file a subject. They convert arguments, call the core and convert results.
 
+#![allow(
+    clippy::needless_pass_by_value,
+    reason = "pyo3 hands arguments over by value"
+)]
+
 pub mod adapter;
 #[cfg(feature = "engine")]
 pub mod engine;

@@ -1,10 +1,11 @@
 //! The trainer on a small model of its own: embedding, dropout, linear.
 
 #![allow(
-    clippy::unreadable_literal,
     clippy::needless_pass_by_value,
-    clippy::struct_field_names
+    clippy::struct_field_names,
+    clippy::unwrap_used
 )]
+#![cfg(feature = "engine")]
 #![recursion_limit = "256"] // one json! of every setting
 
 mod accumulation;

@@ -9,6 +9,9 @@ use crate::engine::models::llama::{Llama, LlamaConfig, Trained};
 use crate::engine::{Mode, Model};
 use crate::error::{Error, Result};
 
+/// Flat gradients by the name of the trained tensor.
+type Gradients = BTreeMap<String, Vec<f32>>;
+
 /// Logits `[rows · columns · vocabulary]`, the summed loss in nats, and the loss's gradients by the
 /// name of the trained tensor: an adapter's, or with `full` every weight's.
 ///
@@ -23,7 +26,7 @@ pub fn compute(
     full: bool,
     quant_type: Option<&str>,
     seed: Option<u64>,
-) -> Result<(Vec<f32>, f64, BTreeMap<String, Vec<f32>>)> {
+) -> Result<(Vec<f32>, f64, Gradients)> {
     if full && adapter.is_some() {
         return Err(Error::argument(
             "full trains the model itself: give no adapter",

@@ -33,10 +33,10 @@ pub fn linear_cross_entropy(
     let trained: Vec<usize> = (0..targets.len())
         .filter(|&row| targets[row] != IGNORE)
         .collect();
-    if let Some(gradients) = &mut gradients {
-        if trained.len() < targets.len() {
-            gradients.dx.fill(0.0);
-        }
+    if let Some(gradients) = &mut gradients
+        && trained.len() < targets.len()
+    {
+        gradients.dx.fill(0.0);
     }
     let rows = (CHUNK / vocabulary.max(1)).clamp(16, 4096);
     let weight = Mat::new(weight, vocabulary, k);

@@ -92,7 +92,10 @@ impl LlamaConfig {
         if self.head_dim == 0 || self.head_dim % 2 == 1 {
             return Err(file.wrong("head_dim", "an even positive number"));
         }
-        if self.num_attention_heads % self.num_key_value_heads != 0 {
+        if !self
+            .num_attention_heads
+            .is_multiple_of(self.num_key_value_heads)
+        {
             return Err(file.wrong("num_key_value_heads", "a divisor of num_attention_heads"));
         }
         Ok(())

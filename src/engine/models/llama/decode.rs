@@ -88,12 +88,14 @@ impl<'a> Decoder<'a> {
         let k = config.hidden_size;
         let mut x = match &*model.embedding {
             super::Table::Frozen(weight) => gather(weight, k, ids)?,
-            table => with_slice(&model.table_theta(table, Mode::Eval), |table| {
-                Ok(ids
-                    .iter()
-                    .flat_map(|&id| table[id as usize * k..][..k].iter().copied())
-                    .collect())
-            })?,
+            table @ super::Table::Trained(_) => {
+                with_slice(&model.table_theta(table, Mode::Eval), |table| {
+                    Ok(ids
+                        .iter()
+                        .flat_map(|&id| table[id as usize * k..][..k].iter().copied())
+                        .collect())
+                })?
+            }
         };
         for at in 0..model.layers.len() {
             let y = self.attend(at, &x)?;

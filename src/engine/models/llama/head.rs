@@ -218,7 +218,9 @@ impl CustomOp3 for Head {
         if scale != 1.0 {
             saved.d_normed.iter_mut().for_each(|value| *value *= scale);
             if let Some(d_weight) = &mut saved.d_weight {
-                d_weight.iter_mut().for_each(|value| *value *= scale);
+                for value in d_weight.iter_mut() {
+                    *value *= scale;
+                }
             }
         }
         let mut d_norm = vec![0.0f32; norm.elem_count()];

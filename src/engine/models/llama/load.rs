@@ -234,7 +234,7 @@ impl Builder<'_> {
     fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>> {
         let view = self.weights.get(name)?;
         if view.shape != [len] {
-            return Err(self.misshapen(name, &view.shape, &[len]));
+            return Err(self.misshapen(name, view.shape, &[len]));
         }
         self.weights.to_f32(name)
     }
@@ -250,7 +250,7 @@ impl Builder<'_> {
     fn dense(&self, name: &str, n: usize, k: usize) -> Result<FrozenWeight> {
         let view = self.weights.get(name)?;
         if view.shape != [n, k] {
-            return Err(self.misshapen(name, &view.shape, &[n, k]));
+            return Err(self.misshapen(name, view.shape, &[n, k]));
         }
         Ok(match view.float() {
             Some(DType::F16) => FrozenWeight::F16(view.elements::<f16>().into_owned()),

@@ -16,6 +16,9 @@ use crate::folder::{
 use crate::lora::{Base, FrozenWeight, Group};
 use crate::matmul::{Into, Mat, MatMut, Threads, matmul};
 
+/// A tensor's shape and values.
+type Shaped = (Vec<usize>, Vec<f32>);
+
 impl Llama {
     pub(super) fn groups(&self) -> impl Iterator<Item = &Group> {
         self.layers.iter().flat_map(|layer| {
@@ -45,8 +48,8 @@ impl Llama {
         }
     }
 
-    /// The trained tensors by name: shape and values.
-    fn trained(&self) -> Result<BTreeMap<String, (Vec<usize>, Vec<f32>)>> {
+    /// The trained tensors by name.
+    fn trained(&self) -> Result<BTreeMap<String, Shaped>> {
         let mut tensors = BTreeMap::new();
         for parameter in &self.parameters {
             let values = parameter.var.to_vec1::<f32>()?;
