@@ -30,7 +30,7 @@ class Batch:
     def row(self, row: int, begin: int, end: int) -> Batch:
         """One document as a batch of its own."""
         part = (slice(row, row + 1), slice(begin, end))
-        return Batch(*(np.ascontiguousarray(x[part]) for x in (self.ids, self.targets, self.positions)))
+        return Batch(self.ids[part].copy(), self.targets[part].copy(), self.positions[part].copy())
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ def llama(seed: int = 0, **changes: Any) -> Any:
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
             else:
-                parameter.normal_(std=0.3 if parameter.dim() == 1 else 1.5 * parameter.shape[1] ** -0.5)
+                parameter.normal_(
+                    std=0.3 if parameter.dim() == 1 else 1.5 * parameter.shape[1] ** -0.5
+                )
     return model.eval()
 
 
@@ -104,7 +106,9 @@ def engine(folder: Path, data: Batch, **options: Any) -> Computed:
     """What the engine computes for the batch."""
     from ferrotune import _native
 
-    logits, loss, gradients = _native.compute(folder, data.ids, data.targets, data.positions, **options)
+    logits, loss, gradients = _native.compute(
+        folder, data.ids, data.targets, data.positions, **options
+    )
     return Computed(logits.reshape(*data.ids.shape, -1), loss, gradients)
 
 
@@ -122,9 +126,13 @@ def computing_in(model: Any, dtype: str) -> Any:
     import torch
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    class RMSNorm(LlamaRMSNorm):  # type: ignore[misc]
+    class RMSNorm(LlamaRMSNorm):
         def forward(self, x: Any) -> Any:
-            return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+            return (
+                self.weight
+                * x
+                * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+            )
 
     model = model.to(getattr(torch, dtype)).eval()
     for module in model.modules():
@@ -151,7 +159,7 @@ def reference(model: Any, data: Batch) -> Computed:
         logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
     )
     if loss.requires_grad:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
     gradients = {
         name: parameter.grad.numpy().ravel()
         for name, parameter in model.named_parameters()

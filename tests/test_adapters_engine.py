@@ -8,11 +8,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ferrotune
 import numpy as np
 import pytest
 
-from llamas import Array, Batch, batch, computing_in, engine, largest, llama, load, reference, relative, save
+import ferrotune
+from llamas import (
+    Array,
+    Batch,
+    batch,
+    computing_in,
+    engine,
+    largest,
+    llama,
+    load,
+    reference,
+    relative,
+    save,
+)
 from texts import VOCABULARY, add_tokenizer, write_lines
 
 pytest.importorskip("torch")
@@ -47,13 +59,15 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 
 def peft_adapter(base: Path, folder: Path, seed: int = 0, **fields: Any) -> None:
     """An adapter as PEFT writes it, B random."""
-    model = get_peft_model(load(base, "float32"), LoraConfig(**{"r": 8, "lora_alpha": 16, **fields}))
+    model = get_peft_model(
+        load(base, "float32"), LoraConfig(**{"r": 8, "lora_alpha": 16, **fields})
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.3 * parameter.shape[1] ** -0.5, generator=generator)
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
 
 
 def with_peft(base: Any, adapter: Path, dtype: str) -> Any:
@@ -72,10 +86,13 @@ def check(folder: Path, adapter: Path, data: Batch, base: Any = load, **options:
     """`base` makes the reference's base model from the folder and a dtype."""
     found = engine(folder, data, adapter=adapter, **options)
     truth, torchs = (
-        reference(with_peft(base(folder, dtype), adapter, dtype), data) for dtype in ("float64", "float32")
+        reference(with_peft(base(folder, dtype), adapter, dtype), data)
+        for dtype in ("float64", "float32")
     )
     assert largest(found.logits, truth.logits) <= 1e-4
-    assert relative(found.logits, truth.logits) <= max(1e-5, 2 * relative(torchs.logits, truth.logits))
+    assert relative(found.logits, truth.logits) <= max(
+        1e-5, 2 * relative(torchs.logits, truth.logits)
+    )
     assert found.loss == pytest.approx(truth.loss, rel=1e-6)
     expected, own = by_engine_names(truth.gradients), by_engine_names(torchs.gradients)
     assert found.gradients.keys() == expected.keys()
@@ -83,7 +100,9 @@ def check(folder: Path, adapter: Path, data: Batch, base: Any = load, **options:
     for name, gradient in found.gradients.items():
         error = relative(own[name], expected[name])
         assert relative(gradient, expected[name]) <= max(1e-5, 2 * error), name
-    without = engine(folder, data, **{name: x for name, x in options.items() if name == "quant_type"})
+    without = engine(
+        folder, data, **{name: x for name, x in options.items() if name == "quant_type"}
+    )
     assert largest(found.logits, without.logits) > 1e-2
 
 
@@ -107,7 +126,9 @@ def train(base: Path, output: Path, **settings: Any) -> ferrotune.TrainResult:
 
 @pytest.mark.parametrize("shape", ADAPTERS)
 def test_adapters_that_peft_wrote(shape: str, tmp_path: Path) -> None:
-    base = save(llama(attention_bias=shape == "list", mlp_bias=shape == "all-linear"), tmp_path / "base")
+    base = save(
+        llama(attention_bias=shape == "list", mlp_bias=shape == "all-linear"), tmp_path / "base"
+    )
     peft_adapter(base, tmp_path / "adapter", **ADAPTERS[shape])
     check(base, tmp_path / "adapter", batch(97, 3, 65, documents=[[20, 50]]))
 
@@ -130,13 +151,18 @@ def test_matrix_of_adapters(shape: str, columns: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "module"), [(r".*layers\.1\.mlp\..*", "mlp.act_fn"), (r".*mlp", "mlp"), (r"model\.r.*", "rotary_emb")]
+    ("pattern", "module"),
+    [(r".*layers\.1\.mlp\..*", "mlp.act_fn"), (r".*mlp", "mlp"), (r"model\.r.*", "rotary_emb")],
 )
-def test_patterns_that_peft_refuses(pattern: str, module: str, trained_base: Path, tmp_path: Path) -> None:
+def test_patterns_that_peft_refuses(
+    pattern: str, module: str, trained_base: Path, tmp_path: Path
+) -> None:
     """A pattern that also chooses a module without a weight is an error there and here."""
     with pytest.raises(ValueError, match="is not supported"):
         peft_adapter(trained_base, tmp_path / "adapter", target_modules=pattern)
-    with pytest.raises(ValueError, match=rf"target_modules chooses '\S*{module}', which is not a linear layer"):
+    with pytest.raises(
+        ValueError, match=rf"target_modules chooses '\S*{module}', which is not a linear layer"
+    ):
         train(trained_base, tmp_path / "run", target_modules=pattern)
     assert not (tmp_path / "run").exists()
 
@@ -145,7 +171,7 @@ def test_patterns_that_peft_refuses(pattern: str, module: str, trained_base: Pat
 
 
 def bitsandbytes_base(quant_type: str, rounded: bool = False) -> Any:
-    """Makes models whose layers hold what bitsandbytes dequantises to; table and output are dense.
+    """Makes models whose layers hold what bitsandbytes dequantises to; the tables are dense.
 
     The values are codes × absmax in float32; `rounded` leaves them in the type that was stored, as
     bitsandbytes itself does before it computes.
@@ -176,7 +202,9 @@ WIDE = {"hidden_size": 64, "intermediate_size": 128}
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", ["all-linear", "patterns"])
-def test_adapters_over_4_bit_weights(quant_type: str, dtype: str, shape: str, tmp_path: Path) -> None:
+def test_adapters_over_4_bit_weights(
+    quant_type: str, dtype: str, shape: str, tmp_path: Path
+) -> None:
     pytest.importorskip("bitsandbytes")
     base = save(llama(**WIDE), tmp_path / "base", dtype)
     peft_adapter(base, tmp_path / "adapter", **ADAPTERS[shape])
@@ -199,7 +227,12 @@ def test_adapters_over_4_bit_weights(quant_type: str, dtype: str, shape: str, tm
     "settings",
     [
         {"r": 4, "lora_alpha": 8.0},
-        {"use_rslora": True, "r": 6, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"down_proj": 5.0}},
+        {
+            "use_rslora": True,
+            "r": 6,
+            "rank_pattern": {"q_proj": 3},
+            "alpha_pattern": {"down_proj": 5.0},
+        },
         {"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1},
         {"target_modules": r".*layers\.1\.mlp\..*_proj"},
     ],
@@ -223,7 +256,9 @@ def test_peft_loads_what_ferrotune_trained(
         check(trained_base, adapter, data, bitsandbytes_base("nf4"), quant_type="nf4")
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(None, 1e-4), ("float32", 1e-4), ("bfloat16", 3e-2), ("float16", 4e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(None, 1e-4), ("float32", 1e-4), ("bfloat16", 3e-2), ("float16", 4e-3)]
+)
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 def test_merged_folders_load_in_transformers(
     stored: str, dtype: Any, bound: float, trained_base: Path, tmp_path: Path
@@ -280,13 +315,18 @@ def test_full_training_writes_a_transformers_folder(trained_base: Path, tmp_path
 def test_full_training_of_a_tied_model_stays_tied(trained_base: Path, tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
-    base = save(llama(vocab_size=VOCABULARY, tie_word_embeddings=True), tmp_path / "base", "bfloat16")
+    base = save(
+        llama(vocab_size=VOCABULARY, tie_word_embeddings=True), tmp_path / "base", "bfloat16"
+    )
     add_tokenizer(base)
     shutil.copy(trained_base.parent / "lines.jsonl", tmp_path)
     result = train(base, tmp_path / "run", method="full", learning_rate=1e-3)
     assert "lm_head.weight" not in load_file(result.weights / "model.safetensors")
     data = batch(VOCABULARY, 2, 33)
-    assert largest(engine(result.weights, data).logits, reference(load(result.weights), data).logits) <= 1e-4
+    assert (
+        largest(engine(result.weights, data).logits, reference(load(result.weights), data).logits)
+        <= 1e-4
+    )
 
 
 # Dropout
@@ -302,7 +342,9 @@ def dropped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Batch
 
 def test_dropout_depends_on_the_seed_alone(dropped: tuple[Path, Path, Batch]) -> None:
     base, adapter, data = dropped
-    none, one, again, other = (engine(base, data, adapter=adapter, seed=seed) for seed in (None, 1, 1, 2))
+    none, one, again, other = (
+        engine(base, data, adapter=adapter, seed=seed) for seed in (None, 1, 1, 2)
+    )
     assert one.loss == again.loss
     assert len({none.loss, one.loss, other.loss}) == 3
     for name, gradient in one.gradients.items():
@@ -313,7 +355,9 @@ def test_dropout_depends_on_the_seed_alone(dropped: tuple[Path, Path, Batch]) ->
     assert np.array_equal(one.logits, none.logits)
 
 
-def test_no_dropout_in_the_adapter_means_none_with_a_seed(dropped: tuple[Path, Path, Batch], tmp_path: Path) -> None:
+def test_no_dropout_in_the_adapter_means_none_with_a_seed(
+    dropped: tuple[Path, Path, Batch], tmp_path: Path
+) -> None:
     base, adapter, data = dropped
     shutil.copytree(adapter, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
@@ -329,7 +373,13 @@ def one_module(tmp_path: Path, p: float) -> tuple[Path, Path, Batch]:
     and the soft-max. With a small B the loss is linear in the adapter's output to O(B²).
     """
     base = save(llama(), tmp_path / "base")
-    peft_adapter(base, tmp_path / "adapter", target_modules=["model.layers.1.mlp.down_proj"], r=3, lora_dropout=p)
+    peft_adapter(
+        base,
+        tmp_path / "adapter",
+        target_modules=["model.layers.1.mlp.down_proj"],
+        r=3,
+        lora_dropout=p,
+    )
     from safetensors.torch import load_file, save_file
 
     path = tmp_path / "adapter" / "adapter_model.safetensors"
@@ -373,15 +423,20 @@ def test_dropout_drops_the_right_part(p: float, tmp_path: Path) -> None:
     model = with_peft(load(base, "float64"), adapter, "float64").eval()
     inputs: list[Any] = []
     layer = model.base_model.model.model.layers[1].mlp.down_proj
-    layer.lora_A["default"].register_forward_hook(
-        lambda _, x, y: (inputs.append(x[0].detach()), y.retain_grad(), inputs.append(y))[0] and None
-    )
+
+    def keep(_: Any, x: Any, y: Any) -> None:
+        y.retain_grad()
+        inputs.extend((x[0].detach(), y))
+
+    layer.lora_A["default"].register_forward_hook(keep)
     reference(model, data)
     x, h = inputs[0].flatten(0, 1), inputs[1].grad.flatten(0, 1)
     expected = p / (1 - p) * torch.einsum("tr,tk->rk", h**2, x**2).numpy().ravel()
     seeds = 400
     name = "model.layers.1.mlp.down_proj.lora_A.weight"
-    samples = np.stack([engine(base, data, adapter=adapter, seed=s).gradients[name] for s in range(seeds)])
+    samples = np.stack(
+        [engine(base, data, adapter=adapter, seed=s).gradients[name] for s in range(seeds)]
+    )
     found = samples.astype(np.float64).var(axis=0, ddof=1)
     # Each element's ratio has a standard error of about √(2/400) = 7 %; 240 of them average it out.
     assert np.mean(found / expected) == pytest.approx(1.0, abs=0.03)

@@ -10,7 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llamas import IGNORE, Array, Batch, batch, edit_config, engine, largest, llama, load, reference, relative, save
+from llamas import (
+    IGNORE,
+    Array,
+    Batch,
+    batch,
+    edit_config,
+    engine,
+    largest,
+    llama,
+    load,
+    reference,
+    relative,
+    save,
+)
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -47,7 +60,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def check_gradients(found: Mapping[str, Array], truth: Mapping[str, Array], torchs: Mapping[str, Array]) -> None:
+def check_gradients(
+    found: Mapping[str, Array], truth: Mapping[str, Array], torchs: Mapping[str, Array]
+) -> None:
     """`torchs` is torch's own float32, whose error may be met twice where it is above 1e-5.
 
     A gradient that is zero in truth (attention over one token) is held to the whole one's size.
@@ -65,7 +80,9 @@ def check(folder: Path, data: Batch) -> None:
     """Logits, loss and gradients are as near to float64 as torch's own float32 is, or to 1e-5."""
     found = engine(folder, data, full=True)
     truth, torchs = (reference(load(folder, dtype), data) for dtype in ("float64", "float32"))
-    assert relative(found.logits, truth.logits) <= max(1e-5, 2 * relative(torchs.logits, truth.logits))
+    assert relative(found.logits, truth.logits) <= max(
+        1e-5, 2 * relative(torchs.logits, truth.logits)
+    )
     assert largest(found.logits, truth.logits) <= 1e-4
     assert found.loss == pytest.approx(truth.loss, rel=1e-6)
     assert found.gradients.keys() == truth.gradients.keys()
@@ -103,7 +120,9 @@ def test_stored_types_and_shards(dtype: str, shard: str | None, tie: bool, tmp_p
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("columns", [1, 65, 130])
-def test_matrix_of_shapes_types_and_lengths(shape: str, dtype: str, columns: int, tmp_path: Path) -> None:
+def test_matrix_of_shapes_types_and_lengths(
+    shape: str, dtype: str, columns: int, tmp_path: Path
+) -> None:
     model = llama(seed=columns, **SHAPES[shape])
     save(model, tmp_path, dtype)
     starts = [[columns // 3, columns // 2]] if columns > 1 else []
@@ -190,7 +209,10 @@ def test_a_document_does_not_see_its_neighbours(tmp_path: Path) -> None:
     packed = batch(97, 1, 130, documents=[[40, 90]])
     ids = packed.ids.copy()
     ids[0, :40], ids[0, 90:] = (ids[0, :40] + 1) % 97, (ids[0, 90:] + 7) % 97
-    one, other = (engine(tmp_path, Batch(x, packed.targets, packed.positions)).logits for x in (packed.ids, ids))
+    one, other = (
+        engine(tmp_path, Batch(x, packed.targets, packed.positions)).logits
+        for x in (packed.ids, ids)
+    )
     assert np.array_equal(one[0, 40:90], other[0, 40:90])
     assert not np.array_equal(one[0, :40], other[0, :40])
 
@@ -199,7 +221,9 @@ def test_ignored_targets_count_for_nothing(tmp_path: Path) -> None:
     save(llama(), tmp_path)
     data = batch(97, 3, 65)
     random = np.random.default_rng(1)
-    targets = np.where(random.random(data.targets.shape) < 0.6, IGNORE, data.targets).astype(np.int32)
+    targets = np.where(random.random(data.targets.shape) < 0.6, IGNORE, data.targets).astype(
+        np.int32
+    )
     targets[1] = IGNORE
     masked = Batch(data.ids, targets, data.positions)
     check(tmp_path, masked)
@@ -214,7 +238,9 @@ def test_ignored_targets_count_for_nothing(tmp_path: Path) -> None:
 def test_no_target_at_all(tmp_path: Path) -> None:
     save(llama(), tmp_path)
     data = batch(97, 2, 9)
-    found = engine(tmp_path, Batch(data.ids, np.full_like(data.targets, IGNORE), data.positions), full=True)
+    found = engine(
+        tmp_path, Batch(data.ids, np.full_like(data.targets, IGNORE), data.positions), full=True
+    )
     assert found.loss == 0.0
     assert all(not gradient.any() for gradient in found.gradients.values())
 

@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import ferrotune
 import numpy as np
 import pytest
-from ferrotune.config import read_toml
 
+import ferrotune
+from ferrotune.config import read_toml
 from llamas import IGNORE, Batch, computing_in, llama, load, save
 from python_face import environment
 from texts import BOS, EOS, VOCABULARY, add_tokenizer, lines, write_lines
@@ -67,7 +67,10 @@ def tokenised(base: Path, name: str, length: int = 64) -> Batch:
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     texts = [json.loads(line)["text"] for line in (base.parent / name).read_text().splitlines()]
     rows = [[BOS, *tokenizer.encode(text).ids, EOS] for text in texts]
-    ids, targets = np.zeros((len(rows), length), np.uint32), np.full((len(rows), length), IGNORE, np.int32)
+    ids, targets = (
+        np.zeros((len(rows), length), np.uint32),
+        np.full((len(rows), length), IGNORE, np.int32),
+    )
     for at, row in enumerate(rows):
         assert len(row) < length
         ids[at, : len(row)] = row
@@ -97,7 +100,12 @@ def torch_training(model: Any, base: Path, steps: int, **options: Any) -> dict[s
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=options["learning_rate"])
     schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, 2, steps, min_lr_rate=0.1)
     data, heldout = tokenised(base, "train.jsonl"), tokenised(base, "heldout.jsonl")
-    found: dict[str, list[float]] = {"loss": [], "grad_norm": [], "learning_rate": [], "heldout": []}
+    found: dict[str, list[float]] = {
+        "loss": [],
+        "grad_norm": [],
+        "learning_rate": [],
+        "heldout": [],
+    }
     for step in range(steps + 1):
         with torch.no_grad():
             found["heldout"].append(float(mean_loss(model, heldout)))
@@ -127,7 +135,14 @@ def test_training_is_torchs_training(method: str, base: Path, tmp_path: Path) ->
     }  # fmt: skip
     steps = 12
     same = settings(
-        base, method=method, batch_size=32, max_steps=steps, eval_every=1, seed=5, use_rslora=True, **options
+        base,
+        method=method,
+        batch_size=32,
+        max_steps=steps,
+        eval_every=1,
+        seed=5,
+        use_rslora=True,
+        **options,
     )
     ferrotune.train(**same, output=tmp_path / "run")
     if method == "full":
@@ -142,7 +157,9 @@ def test_training_is_torchs_training(method: str, base: Path, tmp_path: Path) ->
             pytest.importorskip("bitsandbytes")
         from test_adapters_engine import bitsandbytes_base
 
-        frozen = load(base, "float32") if method == "lora" else bitsandbytes_base("nf4")(base, "float32")
+        frozen = (
+            load(base, "float32") if method == "lora" else bitsandbytes_base("nf4")(base, "float32")
+        )
         model = computing_in(
             peft.PeftModel.from_pretrained(frozen, first.adapter, is_trainable=True), "float64"
         )
@@ -156,7 +173,11 @@ def test_training_is_torchs_training(method: str, base: Path, tmp_path: Path) ->
             assert float(x.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=0.15)
     expected = torch_training(model, base, steps, **options)
     # AdamW divides by the root of the squares: rounding in gradients near zero grows with the steps.
-    for name, early, late in (("loss", 1e-6, 1e-4), ("grad_norm", 1e-5, 1e-3), ("learning_rate", 1e-9, 1e-9)):
+    for name, early, late in (
+        ("loss", 1e-6, 1e-4),
+        ("grad_norm", 1e-5, 1e-3),
+        ("learning_rate", 1e-9, 1e-9),
+    ):
         found = column(tmp_path / "run", "step", name)
         assert found[:3] == pytest.approx(expected[name][:3], rel=early), name
         assert found == pytest.approx(expected[name], rel=late), name
@@ -170,7 +191,9 @@ def test_evaluate_is_torchs_mean_loss(base: Path) -> None:
     """Packed or not, in batches of any size: nats a token, perplexity, bits a byte."""
     expected = float(mean_loss(load(base), tokenised(base, "train.jsonl")).detach())
     tokens = int((tokenised(base, "train.jsonl").targets != IGNORE).sum())
-    texts = [json.loads(line)["text"] for line in (base.parent / "train.jsonl").read_text().splitlines()]
+    texts = [
+        json.loads(line)["text"] for line in (base.parent / "train.jsonl").read_text().splitlines()
+    ]
     for packing in (False, True):
         for batch_size in (1, 7, 64):
             found = ferrotune.evaluate(
@@ -192,7 +215,9 @@ def test_greedy_text_is_transformers(base: Path) -> None:
     for prompt in ("and the", "In the house", "w"):
         ids = torch.tensor([[BOS, *tokenizer.encode(prompt).ids]])
         with torch.no_grad():
-            out = model.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
+            out = model.generate(ids, max_new_tokens=40, do_sample=False, pad_token_id=0)[
+                0, ids.shape[1] :
+            ].tolist()
         if EOS in out:
             out = out[: out.index(EOS)]
         found = ferrotune.generate(base, prompt, max_tokens=40, temperature=0.0, threads=2)
@@ -204,7 +229,9 @@ def test_greedy_text_is_transformers(base: Path) -> None:
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("packing", [False, True])
-def test_accumulated_batches_are_one_batch(method: str, packing: bool, base: Path, tmp_path: Path) -> None:
+def test_accumulated_batches_are_one_batch(
+    method: str, packing: bool, base: Path, tmp_path: Path
+) -> None:
     """8 rows at once, 4 batches of 2, 8 of 1: the rows differ in length, tokens weigh the same."""
     runs = []
     # So many lines that the steps stay in one epoch, at whose end a batch may be smaller.
@@ -224,14 +251,23 @@ def test_accumulated_batches_are_one_batch(method: str, packing: bool, base: Pat
     for other in runs[1:]:
         assert column(other, "step", "tokens") == tokens
         for event, name in (("step", "loss"), ("step", "grad_norm"), ("eval", "loss")):
-            assert column(other, event, name) == pytest.approx(column(runs[0], event, name), abs=1e-5), name
+            assert column(other, event, name) == pytest.approx(
+                column(runs[0], event, name), abs=1e-5
+            ), name
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
 def test_one_seed_gives_the_same_numbers(method: str, base: Path, tmp_path: Path) -> None:
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
         ferrotune.train(
-            **settings(base, method=method, packing=True, lora_dropout=0.2, seed=seed, output=tmp_path / name)
+            **settings(
+                base,
+                method=method,
+                packing=True,
+                lora_dropout=0.2,
+                seed=seed,
+                output=tmp_path / name,
+            )
         )
     assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
     assert metrics(tmp_path / "one") != metrics(tmp_path / "other")
@@ -255,12 +291,16 @@ def command(base: Path, output: Path, **changes: Any) -> list[str]:
 
 
 def run(words: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        words, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def stop_after(words: list[str], folder: Path, steps: int, how: signal.Signals) -> tuple[int, str]:
     """Starts a run, sends it `how` after `steps` steps; its exit code and standard error."""
-    process = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     path = folder / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not path.exists() or path.read_text().count('"event":"step"') < steps:
@@ -290,7 +330,9 @@ def same_end(folder: Path, unbroken: Path) -> None:
     assert (folder / kept).read_bytes() == (unbroken / kept).read_bytes()
 
 
-def test_ctrl_c_leaves_a_checkpoint_that_goes_on(base: Path, unbroken: Path, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_a_checkpoint_that_goes_on(
+    base: Path, unbroken: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     words = command(base, folder, max_steps=STEPS, eval_every=10, checkpoint_every=7)
     code, said = stop_after(words, folder, 15, signal.SIGINT)
@@ -308,13 +350,23 @@ def test_ctrl_c_leaves_a_checkpoint_that_goes_on(base: Path, unbroken: Path, tmp
     same_end(folder, unbroken)
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint(base: Path, unbroken: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_from_its_checkpoint(
+    base: Path, unbroken: Path, tmp_path: Path
+) -> None:
     """SIGKILL at any time, twice: nothing can be written then, and the numbers are the same."""
     folder = tmp_path / "run"
     words = command(base, folder, max_steps=STEPS, eval_every=10, checkpoint_every=7)
     assert stop_after(words, folder, 23, signal.SIGKILL)[0] == -signal.SIGKILL
     assert list(folder.glob("checkpoint*/state.json"))
-    again = [sys.executable, "-m", "ferrotune", "train", "--config", str(folder / "config.toml"), "--resume"]
+    again = [
+        sys.executable,
+        "-m",
+        "ferrotune",
+        "train",
+        "--config",
+        str(folder / "config.toml"),
+        "--resume",
+    ]
     assert stop_after(again, folder, 60, signal.SIGKILL)[0] == -signal.SIGKILL
     found = run(again)
     assert found.returncode == 0, found.stderr
@@ -323,14 +375,26 @@ def test_a_killed_run_goes_on_from_its_checkpoint(base: Path, unbroken: Path, tm
     assert not list(folder.glob(".lock"))
 
 
-def test_a_checkpoint_that_a_crash_left_aside_is_found(base: Path, unbroken: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_a_crash_left_aside_is_found(
+    base: Path, unbroken: Path, tmp_path: Path
+) -> None:
     """A crash between the two renames leaves `checkpoint.old` alone."""
     folder = tmp_path / "run"
     words = command(base, folder, max_steps=STEPS, eval_every=10, checkpoint_every=7)
     assert stop_after(words, folder, 10, signal.SIGKILL)[0] == -signal.SIGKILL
     if (folder / "checkpoint").exists():
         (folder / "checkpoint").rename(folder / "checkpoint.old")
-    found = run([sys.executable, "-m", "ferrotune", "train", "--config", str(folder / "config.toml"), "--resume"])
+    found = run(
+        [
+            sys.executable,
+            "-m",
+            "ferrotune",
+            "train",
+            "--config",
+            str(folder / "config.toml"),
+            "--resume",
+        ]
+    )
     assert found.returncode == 0, found.stderr
     same_end(folder, unbroken)
 
@@ -345,8 +409,12 @@ def test_a_longer_run_goes_on_from_a_finished_one(base: Path, tmp_path: Path) ->
     assert parts.heldout_loss_best == whole.heldout_loss_best
 
 
-@pytest.mark.parametrize("change", [{"r": 5}, {"seed": 9}, {"learning_rate": 5e-3}, {"batch_size": 4}])
-def test_a_run_does_not_go_on_with_other_settings(change: dict[str, Any], base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change", [{"r": 5}, {"seed": 9}, {"learning_rate": 5e-3}, {"batch_size": 4}]
+)
+def test_a_run_does_not_go_on_with_other_settings(
+    change: dict[str, Any], base: Path, tmp_path: Path
+) -> None:
     same = settings(base, schedule="constant", warmup_steps=0)
     ferrotune.train(**{**same, "max_steps": 2}, output=tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -399,7 +467,9 @@ def test_prompts_are_read_and_not_trained(base: Path, tmp_path: Path) -> None:
         ids = both if both[: len(before)] == before else before + tokenizer.encode(completion).ids
         row = torch.tensor([[BOS, *ids, EOS]])
         with torch.no_grad():
-            losses = torch.nn.functional.cross_entropy(model(row).logits[0, :-1], row[0, 1:], reduction="none")
+            losses = torch.nn.functional.cross_entropy(
+                model(row).logits[0, :-1], row[0, 1:], reduction="none"
+            )
         total += float(losses[len(before) :].sum())
         count += len(losses) - len(before)
     found = ferrotune.evaluate(base, data, sequence_length=64, threads=2, progress=False)
@@ -424,7 +494,10 @@ def test_the_demo(tmp_path: Path) -> None:
     assert trained.heldout_loss_best < trained.heldout_loss_before - 0.1
     assert trained.model["quantized_bytes"] > 0
     assert len(result.samples) == 2
-    assert all(sample.before and sample.after and sample.before != sample.after for sample in result.samples)
+    assert all(
+        sample.before and sample.after and sample.before != sample.after
+        for sample in result.samples
+    )
     names = {
         "config.toml", "metrics.jsonl", "curves.png", "results.json", "README.md", "checkpoint/state.json",
         "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md",
@@ -441,15 +514,19 @@ def test_the_demo(tmp_path: Path) -> None:
 
 def test_the_demo_model_is_transformers_model() -> None:
     """The weights that come with the package, beside transformers on the package's own text."""
-    from ferrotune.commands.demo import locate
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from ferrotune.commands.demo import locate
     from llamas import batch, engine, largest, reference
 
     folder = locate("demo-model")
-    model = computing_in(AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa"), "float64")
+    model = computing_in(
+        AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa"), "float64"
+    )
     assert type(model).__name__ == "LlamaForCausalLM"
-    assert AutoTokenizer.from_pretrained(folder).decode(AutoTokenizer.from_pretrained(folder)("the king")["input_ids"])
+    assert AutoTokenizer.from_pretrained(folder).decode(
+        AutoTokenizer.from_pretrained(folder)("the king")["input_ids"]
+    )
     data = batch(model.config.vocab_size, 2, 130, documents=[[70]])
     found, truth = engine(folder, data), reference(model, data)
     assert largest(found.logits, truth.logits) <= 1e-4
@@ -459,6 +536,8 @@ def test_the_demo_model_is_transformers_model() -> None:
 def test_threads_do_not_change_the_losses_beyond_rounding(base: Path, tmp_path: Path) -> None:
     cores = os.cpu_count() or 1
     for threads in (1, max(2, cores)):
-        ferrotune.train(**settings(base, packing=True, threads=threads, output=tmp_path / str(threads)))
+        ferrotune.train(
+            **settings(base, packing=True, threads=threads, output=tmp_path / str(threads))
+        )
     one, many = (column(tmp_path / str(n), "step", "loss") for n in (1, max(2, cores)))
     assert one == pytest.approx(many, rel=1e-5)

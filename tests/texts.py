@@ -7,10 +7,11 @@ from pathlib import Path
 
 VOCABULARY = 300
 BOS, EOS = 1, 2
-WORDS = (
-    "and the of to a in that he shall unto for I his not they be is with them all which said day "
-    "house king people son man came land before went upon made great children Israel water fire"
-).split()
+_TEXT = """
+and the of to a in that he shall unto for I his not they be is with them all which said day
+house king people son man came land before went upon made great children Israel water fire
+"""
+WORDS = _TEXT.split()
 
 
 def add_tokenizer(folder: Path) -> None:
@@ -36,7 +37,10 @@ def lines(count: int, seed: int = 0, shortest: int = 3, longest: int = 14) -> li
     source = random.Random(seed)
     found: dict[str, None] = {}
     while len(found) < count:
-        picked = [WORDS[int(len(WORDS) * source.random() ** 2)] for _ in range(source.randint(shortest, longest))]
+        picked = [
+            WORDS[int(len(WORDS) * source.random() ** 2)]
+            for _ in range(source.randint(shortest, longest))
+        ]
         found[" ".join(picked)] = None
     return list(found)
 

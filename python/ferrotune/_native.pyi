@@ -26,6 +26,21 @@ def evaluate(config: str, on_event: Callable[[str], bool]) -> str: ...
 def generate(config: str, on_text: Callable[[str], bool] | None) -> str: ...
 def merge(config: str) -> str: ...
 
+# One batch `[rows, columns]`: flat logits, the loss summed over the targets in nats, and that sum's
+# gradients by the trained tensor's name, flat. Targets are shifted already, -100 is ignored.
+# `seed` turns the adapter's dropout on for loss and gradients.
+def compute(
+    model: str | PathLike[str],
+    ids: npt.NDArray[np.uint32],
+    targets: npt.NDArray[np.int32],
+    positions: npt.NDArray[np.uint32],
+    *,
+    adapter: str | PathLike[str] | None = None,
+    full: bool = False,
+    quant_type: str | None = None,
+    seed: int | None = None,
+) -> tuple[npt.NDArray[np.float32], float, dict[str, npt.NDArray[np.float32]]]: ...
+
 # ---- adapter
 _Pair = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
 

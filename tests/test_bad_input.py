@@ -1,0 +1,615 @@
+"""Bad input through the command line: one clear line, the right exit code, nothing written."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamas import edit_config, llama, save
+from python_face import environment
+from texts import BOS, EOS, VOCABULARY, add_tokenizer, lines, write_lines
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+BAD_INPUT, FAILED = 2, 1
+MODULES = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base/ with a tokenizer, sharded/ of the same model, and data.jsonl."""
+    folder = tmp_path_factory.mktemp("made")
+    model = llama(vocab_size=VOCABULARY, max_position_embeddings=96)
+    for name, shard in (("base", None), ("sharded", "60KB")):
+        save(model, folder / name, shard=shard)
+        add_tokenizer(folder / name)
+    write_lines(folder / "data.jsonl", 40)
+    return folder
+
+
+@pytest.fixture
+def work(made: Path, tmp_path: Path) -> Path:
+    """A copy of `made` to break, and the working directory of the runs."""
+    shutil.copytree(made, tmp_path / "work")
+    return tmp_path / "work"
+
+
+def run(
+    work: Path, *words: object, before: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ferrotune", *map(str, words)], cwd=work, env=environment(),
+        capture_output=True, text=True, timeout=240, stdin=subprocess.DEVNULL, check=False, preexec_fn=before,
+    )  # fmt: skip
+
+
+def train(work: Path, *more: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`ferrotune train` of two steps; `more` comes last and wins, `--data` (which adds up) in place of ours."""
+    data = () if "--data" in more else ("--data", "data.jsonl")
+    return run(
+        work, "train", "--model", "base", *data, "--output", "run", "--max-steps", 2,
+        "--sequence-length", 48, "--threads", 2, *more, **options,
+    )  # fmt: skip
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(x.relative_to(folder)): x.read_bytes() for x in sorted(folder.rglob("*")) if x.is_file()
+    }
+
+
+def refused(found: subprocess.CompletedProcess[str], *parts: str, code: int = BAD_INPUT) -> str:
+    """The one error line, the last that is said, which holds every part."""
+    said = found.stderr.strip().splitlines()
+    assert found.returncode == code, found.stderr
+    assert "Traceback" not in found.stderr
+    assert [line for line in said if "error" in line.lower()] == said[-1:], found.stderr
+    assert said[-1].startswith("error: ")
+    for part in parts:
+        assert part in said[-1], said[-1]
+    return said[-1]
+
+
+def refused_and_unwritten(
+    work: Path, *parts: str, more: tuple[object, ...] = (), command: str = "train"
+) -> str:
+    before = files(work)
+    folders = {x for x in work.rglob("*") if x.is_dir()}
+    found = train(work, *more) if command == "train" else run(work, command, *more)
+    line = refused(found, *parts)
+    assert files(work) == before
+    assert {x for x in work.rglob("*") if x.is_dir()} == folders
+    return line
+
+
+def test_the_good_run_is_good(work: Path) -> None:
+    """What the others break."""
+    found = train(work)
+    assert found.returncode == 0, found.stderr
+    assert (work / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+# The model
+
+
+def test_a_missing_model_folder(work: Path) -> None:
+    refused_and_unwritten(work, "nowhere", "No such file or directory", more=("--model", "nowhere"))
+
+
+def test_a_model_that_is_a_file(work: Path) -> None:
+    refused_and_unwritten(
+        work, "base/config.json", "Not a directory", more=("--model", "base/config.json")
+    )
+
+
+def test_missing_weights(work: Path) -> None:
+    (work / "base" / "model.safetensors").unlink()
+    refused_and_unwritten(work, "base", "missing model.safetensors", "config.json, ")
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "generate", "merge"])
+def test_truncated_weights(command: str, work: Path) -> None:
+    path = work / "base" / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    words: dict[str, tuple[object, ...]] = {
+        "train": (),
+        "eval": ("--model", "base", "--data", "data.jsonl", "--sequence-length", 48),
+        "generate": ("--model", "base", "--prompt", "and"),
+        "merge": ("--model", "base", "--adapter", "adapter", "--output", "merged"),
+    }
+    if command == "merge":
+        import numpy as np
+
+        from ferrotune import _native
+
+        pair = (np.zeros((2, 48), np.float32), np.zeros((48, 2), np.float32))
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}
+        modules = {f"model.layers.{at}.self_attn.q_proj": pair for at in (0, 1)}
+        _native.write_adapter(work / "adapter", json.dumps(config), modules)
+    line = refused_and_unwritten(
+        work, "base/model.safetensors", "truncated", str(len(whole) // 2), str(len(whole)),
+        more=words[command], command=command,
+    )  # fmt: skip
+    assert "copy or download it again" in line
+
+
+@pytest.mark.parametrize("length", [0, 5, 100])
+def test_weights_truncated_in_the_header(length: int, work: Path) -> None:
+    path = work / "base" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    refused_and_unwritten(work, "base/model.safetensors", "truncated")
+
+
+def test_weights_that_are_something_else(work: Path) -> None:
+    (work / "base" / "model.safetensors").write_bytes(
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    )
+    refused_and_unwritten(work, "base/model.safetensors", "not a safetensors file")
+
+
+def test_a_missing_shard(work: Path) -> None:
+    shard = sorted((work / "sharded").glob("model-*.safetensors"))[1]
+    shard.unlink()
+    refused_and_unwritten(
+        work, "model.safetensors.index.json", shard.name, "missing", more=("--model", "sharded")
+    )
+
+
+def edit_weights(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def test_a_missing_tensor(work: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit_weights(work / "base" / "model.safetensors", lambda tensors: tensors.__delitem__(name))
+    refused_and_unwritten(work, "base", f"no tensor '{name}'", "among them model.layers")
+
+
+def test_a_tensor_of_another_shape(work: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def cut(tensors: dict[str, Any]) -> None:
+        tensors[name] = tensors[name][:-1].copy()
+
+    edit_weights(work / "base" / "model.safetensors", cut)
+    refused_and_unwritten(work, "model.safetensors", name, "[79, 48]", "[80, 48]")
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+        "architectures",
+    ],
+)
+def test_a_config_without_a_needed_field(field: str, work: Path) -> None:
+    edit_config(work / "base", [field])
+    refused_and_unwritten(work, "base/config.json", f"missing field '{field}'")
+
+
+def test_a_rope_scaling_without_a_needed_field(work: Path) -> None:
+    edit_config(
+        work / "base", rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}
+    )
+    refused_and_unwritten(
+        work, "base/config.json", "missing field 'rope_parameters.low_freq_factor'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            ["rope type 'yarn'", "default, linear and llama3"],
+        ),
+        ({"hidden_act": "gelu"}, ["hidden_act", "silu", "gelu"]),
+        ({"hidden_size": "many"}, ["hidden_size", "a whole number", "many"]),
+        ({"num_key_value_heads": 3}, ["num_key_value_heads", "divisor of num_attention_heads"]),
+    ],
+)
+def test_a_config_that_is_not_ours(change: dict[str, Any], parts: list[str], work: Path) -> None:
+    edit_config(work / "base", **change)
+    refused_and_unwritten(work, "base/config.json", *parts)
+
+
+def test_a_config_that_is_no_json(work: Path) -> None:
+    path = work / "base" / "config.json"
+    path.write_text(path.read_text()[:-20])
+    refused_and_unwritten(work, "base/config.json", "not valid JSON", "line ", "column ")
+
+
+def test_a_missing_config(work: Path) -> None:
+    (work / "base" / "config.json").unlink()
+    refused_and_unwritten(work, "base", "missing config.json", "model.safetensors")
+
+
+def test_a_missing_tokenizer(work: Path) -> None:
+    (work / "base" / "tokenizer.json").unlink()
+    refused_and_unwritten(work, "base", "tokenizer.json")
+
+
+def test_a_broken_tokenizer(work: Path) -> None:
+    (work / "base" / "tokenizer.json").write_text("{}")
+    refused_and_unwritten(work, "base/tokenizer.json", "not a tokenizer")
+
+
+# The data
+
+
+@pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl", "empty.csv"])
+def test_an_empty_file(name: str, work: Path) -> None:
+    (work / name).write_text("")
+    refused_and_unwritten(work, name, "no record", more=("--data", name))
+
+
+def test_a_one_line_file(work: Path) -> None:
+    """One record cannot be both trained on and held out."""
+    (work / "one.txt").write_text("and the house of the king\n")
+    line = refused_and_unwritten(
+        work, "cannot be split", "only one record", more=("--data", "one.txt")
+    )
+    assert "heldout_data" in line
+
+
+def test_one_line_with_held_out_files_is_enough(work: Path) -> None:
+    (work / "one.txt").write_text("and the house of the king\n")
+    found = train(work, "--data", "one.txt", "--heldout-data", "data.jsonl")
+    assert found.returncode == 0, found.stderr
+
+
+def test_a_missing_data_file(work: Path) -> None:
+    refused_and_unwritten(
+        work, "gone.jsonl", "No such file or directory", more=("--data", "data.jsonl", "gone.jsonl")
+    )
+
+
+def test_an_unknown_kind_of_file(work: Path) -> None:
+    (work / "data.docx").write_text("text")
+    refused_and_unwritten(
+        work, "data.docx", ".jsonl", ".csv", ".parquet", ".txt", more=("--data", "data.docx")
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "column"),
+    [('{"text": "and" "the"}', 16), ('{"text": "and"', 14), ("and the", 1), ('{"text": tru}', 13)],
+)
+def test_a_json_line_that_does_not_parse(line: str, column: int, work: Path) -> None:
+    path = work / "broken.jsonl"
+    good = [json.dumps({"text": text}) for text in lines(6)]
+    path.write_text("\n".join([*good[:3], line, *good[3:]]) + "\n")
+    refused_and_unwritten(
+        work, "broken.jsonl", "line 4", f"column {column}", more=("--data", "broken.jsonl")
+    )
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_a_missing_column_names_those_there(suffix: str, work: Path) -> None:
+    rows = [{"body": text, "author": "x"} for text in lines(8)]
+    path = work / f"other.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif suffix == "csv":
+        path.write_text("body,author\n" + "".join(f"{row['body']},x\n" for row in rows))
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    parts = ["`body`", "`author`"]
+    refused_and_unwritten(work, path.name, "`text`", *parts, more=("--data", path.name))
+    refused_and_unwritten(
+        work, path.name, "`story`", *parts, more=("--data", path.name, "--text-column", "story")
+    )
+    assert (
+        train(work, "--data", path.name, "--text-column", "body", "--heldout", 0.3).returncode == 0
+    )
+
+
+def word_tokenizer(folder: Path) -> None:
+    """A tokenizer that has no token for unknown words and no bytes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<s>", "</s>", *sorted({word for text in lines(40) for word in text.split()})]
+    tokenizer = Tokenizer(
+        models.BPE({word: at for at, word in enumerate(words)}, [], ignore_merges=True)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert words.index("<s>") == BOS
+    assert words.index("</s>") == EOS
+
+
+def test_text_that_the_tokenizer_cannot_encode_is_skipped_and_counted(work: Path) -> None:
+    word_tokenizer(work / "base")
+    with (work / "data.jsonl").open("a") as file:
+        for text in ("ὦ φίλος", "日本", "ζωή"):
+            file.write(json.dumps({"text": text}) + "\n")
+    found = train(work)
+    assert found.returncode == 0, found.stderr
+    data = json.loads((work / "run" / "results.json").read_text())["result"]["data"]
+    assert data["skipped_total"] == 3
+    assert data["records"] == 40
+    assert [skip["record"] for skip in data["skipped"]] == [41, 42, 43]
+    assert all(
+        "data.jsonl" in skip["file"] and "tokenizer" in skip["reason"] for skip in data["skipped"]
+    )
+    assert "3 skipped, first data.jsonl:41: the tokenizer gives no tokens for it" in found.stderr
+
+
+def test_data_that_the_tokenizer_cannot_encode_at_all(work: Path) -> None:
+    word_tokenizer(work / "base")
+    (work / "data.jsonl").write_text(
+        "".join(json.dumps({"text": "λ" * n}) + "\n" for n in range(1, 9))
+    )
+    refused_and_unwritten(
+        work, "no trained token", "skipped", "data.jsonl, record", "the tokenizer gives no tokens"
+    )
+
+
+# The settings
+
+
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        (("--r", 0), ["r must be at least 1, not 0"]),
+        (("--rank-pattern", "q_proj=0"), ["rank_pattern", "q_proj", "at least 1"]),
+        (("--target-modules", "query"), ["query", MODULES, "model.layers.0.self_attn.q_proj"]),
+        (("--target-modules", ".*query.*"), [".*query.*", MODULES]),
+        (("--target-modules", "(q_proj"), ["target_modules", "(q_proj"]),
+        (("--target-modules", "model.norm"), ["model.norm", "not a linear layer"]),
+        (("--sequence-length", 97), ["sequence_length 97", "96 positions", "max_position_embeddings"]),
+        (("--sequence-length", 1), ["sequence_length", "at least 2"]),
+        (("--batch-size", 0), ["batch_size must be at least 1, not 0"]),
+        (("--lora-dropout", 1), ["lora_dropout", "below 1"]),
+        (("--learning-rate", "nan"), ["--learning-rate", "finite", "nan"]),
+        (("--learning-rate", 0), ["learning_rate", "above 0"]),
+        (("--heldout", 1), ["heldout", "below 1"]),
+        (("--blocksize", 48), ["blocksize", "48"]),
+        (("--threads", 0), ["threads must be at least 1, not 0"]),
+        (("--method", "dora"), ["dora", "lora", "qlora", "full"]),
+        (("--quant-type", "int4"), ["int4", "nf4", "fp4"]),
+        (("--max-step", 3), ["--max-step", "--max-steps"]),
+        (("--seed", "one"), ["seed", "one"]),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_used(
+    more: tuple[object, ...], parts: list[str], work: Path
+) -> None:
+    refused_and_unwritten(work, *parts, more=more)
+
+
+def test_a_misspelt_config_key(work: Path) -> None:
+    (work / "run.toml").write_text('learning_rat = 1e-3\nmethod = "lora"\n')
+    refused_and_unwritten(
+        work, "run.toml", "learning_rat", "learning_rate", more=("--config", "run.toml")
+    )
+
+
+def test_a_config_file_that_is_no_toml(work: Path) -> None:
+    (work / "run.toml").write_text("r = \n")
+    refused_and_unwritten(work, "run.toml", "line 1", more=("--config", "run.toml"))
+
+
+def test_an_output_that_is_taken(work: Path) -> None:
+    (work / "run").mkdir()
+    (work / "run" / "thesis.tex").write_text("important")
+    refused_and_unwritten(work, "run", "not empty")
+
+
+def test_nothing_to_resume(work: Path) -> None:
+    refused_and_unwritten(work, "run", "no checkpoint", more=("--resume",))
+
+
+# Adapters that do not fit
+
+
+def adapter(
+    folder: Path, n: int = 48, module: str = "model.layers.0.self_attn.q_proj", **fields: Any
+) -> None:
+    """An adapter written by hand, without a check."""
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [module], **fields}
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    shapes = {"lora_A": [2, 48], "lora_B": [n, 2]}
+    header, at = {}, 0
+    for name, shape in shapes.items():
+        size = 4 * shape[0] * shape[1]
+        header[f"base_model.model.{module}.{name}.weight"] = {
+            "dtype": "F32", "shape": shape, "data_offsets": [at, at + size],
+        }  # fmt: skip
+        at += size
+    text = json.dumps(header).encode()
+    (folder / "adapter_model.safetensors").write_bytes(
+        struct.pack("<Q", len(text)) + text + bytes(at)
+    )
+
+
+COMMANDS: dict[str, tuple[object, ...]] = {
+    "eval": (
+        "--model",
+        "base",
+        "--data",
+        "data.jsonl",
+        "--sequence-length",
+        48,
+        "--adapter",
+        "adapter",
+    ),
+    "generate": ("--model", "base", "--prompt", "and", "--adapter", "adapter"),
+    "merge": ("--model", "base", "--output", "merged", "--adapter", "adapter"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_adapter_of_another_size(command: str, work: Path) -> None:
+    adapter(work / "adapter", n=64)
+    refused_and_unwritten(
+        work, "q_proj.lora_B", "128 elements", "[48, 2]", more=COMMANDS[command], command=command
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_adapter_for_another_model(command: str, work: Path) -> None:
+    adapter(work / "adapter", module="transformer.h.0.attn.c_attn")
+    refused_and_unwritten(work, "c_attn", "q_proj", more=COMMANDS[command], command=command)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_adapter_of_an_unsupported_kind(command: str, work: Path) -> None:
+    """What means something else here raises, naming the field."""
+    adapter(work / "adapter", use_dora=True)
+    refused_and_unwritten(work, "use_dora", more=COMMANDS[command], command=command)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_missing_adapter(command: str, work: Path) -> None:
+    refused_and_unwritten(
+        work, "adapter", "No such file or directory", more=COMMANDS[command], command=command
+    )
+
+
+def test_a_truncated_adapter(work: Path) -> None:
+    adapter(work / "adapter")
+    path = work / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    refused_and_unwritten(
+        work, "adapter_model.safetensors", "truncated", more=COMMANDS["eval"], command="eval"
+    )
+
+
+def test_merging_into_a_folder_that_is_taken(work: Path) -> None:
+    adapter(work / "adapter")
+    (work / "merged").mkdir()
+    (work / "merged" / "config.json").write_text("{}")
+    refused_and_unwritten(work, "merged", "not empty", more=COMMANDS["merge"], command="merge")
+
+
+# A run that fails
+
+
+def limit_files(size: int) -> Callable[[], None]:
+    """A disk that is full once a file has `size` bytes: writing more fails with EFBIG."""
+
+    def apply() -> None:
+        import signal
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    return apply
+
+
+def test_a_full_disk_while_checkpointing_keeps_the_older_checkpoint(work: Path) -> None:
+    same = ("--method", "lora", "--schedule", "constant", "--warmup-steps", 0, "--r", 32)
+    assert train(work, *same).returncode == 0
+    checkpoint = files(work / "run" / "checkpoint")
+    adapters = files(work / "run" / "adapter")
+    smallest = min(
+        len(checkpoint[name]) for name in ("weights.safetensors", "optimizer.safetensors")
+    )
+    more = ("--max-steps", 6, "--checkpoint-every", 3, "--resume")
+    found = train(work, *same, *more, before=limit_files(smallest - 100))
+    refused(found, "checkpoint", "File too large", code=FAILED)
+    assert files(work / "run" / "checkpoint") == checkpoint
+    assert files(work / "run" / "adapter").keys() == adapters.keys()
+    assert not list((work / "run").glob("checkpoint.*"))
+    # With room again the run goes on to the unbroken run's end.
+    again = train(work, *same, *more)
+    assert again.returncode == 0, again.stderr
+    whole = train(work, *same, "--max-steps", 6, "--output", "whole")
+    assert whole.returncode == 0, whole.stderr
+    steps = [
+        [
+            x["loss"]
+            for x in map(json.loads, (work / name / "metrics.jsonl").read_text().splitlines())
+            if x["event"] == "step"
+        ]
+        for name in ("run", "whole")
+    ]
+    assert steps[0] == steps[1]
+    assert len(steps[0]) == 6
+
+
+def test_a_full_file_system(work: Path, tmp_path: Path) -> None:
+    """ENOSPC itself, where a small tmpfs may be mounted: filled up, then the run goes on."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode != 0:
+        pytest.skip("no right to mount a tmpfs")
+    try:
+        words = (
+            "--method",
+            "lora",
+            "--schedule",
+            "constant",
+            "--output",
+            disk / "run",
+            "--checkpoint-every",
+            2,
+        )
+        assert train(work, *words).returncode == 0
+        kept = files(disk / "run" / "checkpoint")
+        with (
+            (disk / "filler").open("wb", buffering=0) as file,
+            pytest.raises(OSError, match="No space"),
+        ):
+            while True:
+                file.write(bytes(512))
+        found = train(work, *words, "--max-steps", 6, "--resume")
+        refused(found, str(disk / "run"), "No space left on device", code=FAILED)
+        assert files(disk / "run" / "checkpoint") == kept
+        (disk / "filler").unlink()
+        found = train(work, *words, "--max-steps", 6, "--resume")
+        assert found.returncode == 0, found.stderr
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_is_full_from_the_start(work: Path) -> None:
+    found = train(work, before=limit_files(200))
+    refused(found, "run/", "File too large", code=FAILED)
+
+
+def test_a_merge_that_runs_out_of_disk_leaves_nothing(work: Path) -> None:
+    adapter(work / "adapter")
+    found = run(work, "merge", *COMMANDS["merge"], before=limit_files(50_000))
+    refused(found, "merged", "File too large", code=FAILED)
+    assert not (work / "merged").exists() or files(work / "merged") == {}
+
+
+def test_a_run_that_diverges_fails_and_keeps_its_checkpoint(work: Path) -> None:
+    """A learning rate far too large: exit code 1, with the step and what may help."""
+    found = train(
+        work, "--method", "full", "--learning-rate", 1e30, "--max-steps", 20, "--warmup-steps", 2,
+        "--max-grad-norm", 0, "--checkpoint-every", 1,
+    )  # fmt: skip
+    refused(found, "step ", "learning_rate", code=FAILED)
+    assert (work / "run" / "checkpoint" / "state.json").is_file()
