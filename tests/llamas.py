@@ -165,7 +165,7 @@ def reference(model: Any, data: Batch) -> Computed:
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
     }
-    return Computed(logits.detach().numpy(), float(loss), gradients)
+    return Computed(logits.detach().numpy(), float(loss.detach()), gradients)
 
 
 def relative(found: Array, truth: Array) -> float:

@@ -39,22 +39,32 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "list": {"target_modules": ["q_proj", "v_proj"], "r": 3},
     "one of a group": {"target_modules": ["k_proj", "up_proj"], "r": 5, "lora_alpha": 7},
     "suffix": {"target_modules": ["self_attn.o_proj", "mlp.down_proj"], "r": 1},
-    "full names": {"target_modules": ["model.layers.1.self_attn.q_proj", "model.layers.0.mlp.gate_proj"]},
+    "full names": {
+        "target_modules": ["model.layers.1.self_attn.q_proj", "model.layers.0.mlp.gate_proj"]
+    },
     "regex": {"target_modules": r".*layers\.1\..*(q|gate|down)_proj"},
     "lookahead": {"target_modules": r"(?!.*layers\.0).*_proj"},
     "rslora": {"target_modules": "all-linear", "use_rslora": True, "r": 6, "lora_alpha": 5},
     "patterns": {
-        "target_modules": "all-linear", "r": 4, "rank_pattern": {"q_proj": 2, r".*layers\.1.*down_proj": 9},
+        "target_modules": "all-linear",
+        "r": 4,
+        "rank_pattern": {"q_proj": 2, r".*layers\.1.*down_proj": 9},
         "alpha_pattern": {"v_proj": 3, "layers.0.mlp.gate_proj": 40},
     },
     "patterns with rslora": {
-        "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj"], "use_rslora": True,
-        "rank_pattern": {"k_proj": 7}, "alpha_pattern": {"up_proj": 64},
+        "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj"],
+        "use_rslora": True,
+        "rank_pattern": {"k_proj": 7},
+        "alpha_pattern": {"up_proj": 64},
     },
-    "layers": {"target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    "layers": {
+        "target_modules": ["q_proj", "down_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": "layers",
+    },
     "exclude": {"target_modules": "all-linear", "exclude_modules": ["k_proj", "gate_proj"]},
     "rank beyond the width": {"target_modules": ["q_proj", "v_proj"], "r": 70},
-}  # fmt: skip
+}
 
 
 def peft_adapter(base: Path, folder: Path, seed: int = 0, **fields: Any) -> None:
@@ -118,9 +128,17 @@ def trained_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(base: Path, output: Path, **settings: Any) -> ferrotune.TrainResult:
     defaults: dict[str, Any] = {
-        "max_steps": 6, "batch_size": 4, "sequence_length": 48, "learning_rate": 1e-2, "warmup_steps": 0,
-        "eval_every": 2, "heldout": 0.2, "threads": 2, "progress": False, "target_modules": "all-linear",
-    }  # fmt: skip
+        "max_steps": 6,
+        "batch_size": 4,
+        "sequence_length": 48,
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "eval_every": 2,
+        "heldout": 0.2,
+        "threads": 2,
+        "progress": False,
+        "target_modules": "all-linear",
+    }
     return ferrotune.train(base, base.parent / "lines.jsonl", output, **{**defaults, **settings})
 
 

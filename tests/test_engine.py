@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,7 @@ def test_packed_documents_equal_separate_ones(tmp_path: Path) -> None:
     loss, gradients = 0.0, {name: np.zeros(len(x)) for name, x in together.gradients.items()}
     for row, starts in enumerate(PACKED):
         edges = [0, *starts, 130]
-        for begin, end in zip(edges, edges[1:], strict=False):
+        for begin, end in pairwise(edges):
             alone = engine(tmp_path, packed.row(row, begin, end), full=True)
             assert largest(together.logits[row : row + 1, begin:end], alone.logits) <= 2e-6
             loss += alone.loss

@@ -32,7 +32,8 @@ from bitsandbytes.functional import get_4bit_type
 from safetensors.torch import load_file
 
 # The in-features are multiples of 64: bitsandbytes 0.50's AVX-512 path dequantises wrongly where
-# the last dimension is not a multiple of the blocksize. `test_rows_that_end_inside_a_block` has others.
+# the last dimension is not a multiple of the blocksize. Others are in
+# `test_rows_that_end_inside_a_block`.
 WIDE = {"hidden_size": 128, "intermediate_size": 192}
 
 
@@ -44,7 +45,7 @@ def save_4bit(
     shard: str | None = None,
     **sizes: Any,
 ) -> None:
-    """Saves a model in 4 bits in `folder`, and the dense one it was made of in `dense` beside it."""
+    """Saves a model in 4 bits in `folder`, and the dense one it was made of beside it."""
     from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
     dense = save(llama(**{**WIDE, **sizes}), folder.parent / "dense", dtype)

@@ -1,89 +1,26 @@
-"""Training beside torch's AdamW and PEFT; accumulation, seeds, resuming, early stopping, the demo."""
+"""Training beside torch's AdamW and PEFT, evaluation beside torch; accumulation and seeds."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import ferrotune
-from ferrotune.config import read_toml
-from llamas import IGNORE, Batch, computing_in, llama, load, save
-from python_face import environment
-from texts import BOS, EOS, VOCABULARY, add_tokenizer, lines, write_lines
+from llamas import IGNORE, computing_in, load
+from runs import base, column, mean_loss, metrics, settings, tokenised
+from texts import BOS, EOS, lines, write_lines
+
+__all__ = ["base"]
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import torch
-
-SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128}
-# Fields of metrics.jsonl that say how long something took.
-TIMES = {"tokens_per_second", "elapsed_seconds", "remaining_seconds"}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with its tokenizer; train.jsonl (32 lines) and heldout.jsonl (10) beside it."""
-    folder = tmp_path_factory.mktemp("base")
-    made = save(llama(**SIZES), folder / "base")
-    add_tokenizer(made)
-    write_lines(folder / "train.jsonl", 32)
-    write_lines(folder / "heldout.jsonl", 10, seed=1)
-    return made
-
-
-def settings(base: Path, **changes: Any) -> dict[str, Any]:
-    return {
-        "model": base, "data": base.parent / "train.jsonl", "heldout_data": base.parent / "heldout.jsonl",
-        "method": "lora", "r": 4, "sequence_length": 64, "packing": False, "batch_size": 8, "max_steps": 6,
-        "learning_rate": 1e-3, "warmup_steps": 2, "eval_every": 2, "threads": 2, "progress": False,
-        **changes,
-    }  # fmt: skip
-
-
-def metrics(folder: Path, times: bool = False) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return found if times else [{k: x for k, x in line.items() if k not in TIMES} for line in found]
-
-
-def column(folder: Path, event: str, name: str) -> list[Any]:
-    return [line[name] for line in metrics(folder) if line["event"] == event]
-
-
-def tokenised(base: Path, name: str, length: int = 64) -> Batch:
-    """A file's records as one batch, a record a row: `<s>` text `</s>`, padded."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
-    texts = [json.loads(line)["text"] for line in (base.parent / name).read_text().splitlines()]
-    rows = [[BOS, *tokenizer.encode(text).ids, EOS] for text in texts]
-    ids, targets = (
-        np.zeros((len(rows), length), np.uint32),
-        np.full((len(rows), length), IGNORE, np.int32),
-    )
-    for at, row in enumerate(rows):
-        assert len(row) < length
-        ids[at, : len(row)] = row
-        targets[at, : len(row) - 1] = row[1:]
-    return Batch(ids, targets, np.tile(np.arange(length, dtype=np.uint32), (len(rows), 1)))
-
-
-def mean_loss(model: Any, data: Batch) -> Any:
-    ids, targets = (torch.from_numpy(x.astype(np.int64)) for x in (data.ids, data.targets))
-    return torch.nn.functional.cross_entropy(
-        model(ids, use_cache=False).logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE
-    )
-
 
 # Beside torch
 
@@ -115,7 +52,7 @@ def torch_training(model: Any, base: Path, steps: int, **options: Any) -> dict[s
         loss = mean_loss(model, data)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_([x for _, x in named], options["max_grad_norm"])
-        found["loss"].append(float(loss))
+        found["loss"].append(float(loss.detach()))
         found["grad_norm"].append(float(norm))
         found["learning_rate"].append(schedule.get_last_lr()[0])
         optimizer.step()
@@ -130,9 +67,10 @@ def test_training_is_torchs_training(method: str, base: Path, tmp_path: Path) ->
     All of the data is one batch, so that the order of the rows does not matter.
     """
     options: dict[str, Any] = {
-        "learning_rate": 3e-3 if method == "full" else 1e-2, "weight_decay": 0.1,
+        "learning_rate": 3e-3 if method == "full" else 1e-2,
+        "weight_decay": 0.1,
         "max_grad_norm": 2.0 if method == "full" else 4.0,
-    }  # fmt: skip
+    }
     steps = 12
     same = settings(
         base,
@@ -172,7 +110,7 @@ def test_training_is_torchs_training(method: str, base: Path, tmp_path: Path) ->
             assert 0.9 * bound < float(x.detach().abs().max()) <= bound
             assert float(x.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=0.15)
     expected = torch_training(model, base, steps, **options)
-    # AdamW divides by the root of the squares: rounding in gradients near zero grows with the steps.
+    # AdamW divides by the root of the squares: rounding near zero grows with the steps.
     for name, early, late in (
         ("loss", 1e-6, 1e-4),
         ("grad_norm", 1e-5, 1e-3),
@@ -197,9 +135,14 @@ def test_evaluate_is_torchs_mean_loss(base: Path) -> None:
     for packing in (False, True):
         for batch_size in (1, 7, 64):
             found = ferrotune.evaluate(
-                base, base.parent / "train.jsonl", sequence_length=64, packing=packing,
-                batch_size=batch_size, threads=2, progress=False,
-            )  # fmt: skip
+                base,
+                base.parent / "train.jsonl",
+                sequence_length=64,
+                packing=packing,
+                batch_size=batch_size,
+                threads=2,
+                progress=False,
+            )
             assert found.tokens == tokens
             assert found.loss == pytest.approx(expected, rel=1e-6)
             assert found.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
@@ -240,11 +183,19 @@ def test_accumulated_batches_are_one_batch(
         output = tmp_path / f"{rows}"
         ferrotune.train(
             **settings(
-                base, data=data, method=method, packing=packing, sequence_length=40, batch_size=rows,
-                gradient_accumulation=accumulation, max_steps=3, warmup_steps=0, output=output,
+                base,
+                data=data,
+                method=method,
+                packing=packing,
+                sequence_length=40,
+                batch_size=rows,
+                gradient_accumulation=accumulation,
+                max_steps=3,
+                warmup_steps=0,
+                output=output,
                 target_modules="all-linear",
             )
-        )  # fmt: skip
+        )
         runs.append(output)
     tokens = column(runs[0], "step", "tokens")
     assert len(set(column(runs[0], "step", "loss"))) == len(tokens) == 3
@@ -275,184 +226,6 @@ def test_one_seed_gives_the_same_numbers(method: str, base: Path, tmp_path: Path
     assert (tmp_path / "one" / kept).read_bytes() == (tmp_path / "two" / kept).read_bytes()
 
 
-# Interrupted runs
-
-
-def command(base: Path, output: Path, **changes: Any) -> list[str]:
-    words = [sys.executable, "-m", "ferrotune", "train"]
-    every = settings(base, output=output, lora_dropout=0.1, packing=True, batch_size=2, **changes)
-    for name, value in every.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(flag if value else "--no-" + flag[2:])
-        else:
-            words += [flag, str(value)]
-    return words
-
-
-def run(words: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        words, env=environment(), capture_output=True, text=True, timeout=300, check=False
-    )
-
-
-def stop_after(words: list[str], folder: Path, steps: int, how: signal.Signals) -> tuple[int, str]:
-    """Starts a run, sends it `how` after `steps` steps; its exit code and standard error."""
-    process = subprocess.Popen(
-        words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    path = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while not path.exists() or path.read_text().count('"event":"step"') < steps:
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(how)
-    _, said = process.communicate(timeout=120)
-    return process.returncode, said
-
-
-STEPS = 250
-
-
-@pytest.fixture(scope="module")
-def unbroken(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("unbroken") / "run"
-    found = run(command(base, folder, max_steps=STEPS, eval_every=10, checkpoint_every=7))
-    assert found.returncode == 0, found.stderr
-    assert len(column(folder, "step", "loss")) == STEPS
-    return folder
-
-
-def same_end(folder: Path, unbroken: Path) -> None:
-    assert metrics(folder) == metrics(unbroken)
-    kept = "adapter/adapter_model.safetensors"
-    assert (folder / kept).read_bytes() == (unbroken / kept).read_bytes()
-
-
-def test_ctrl_c_leaves_a_checkpoint_that_goes_on(
-    base: Path, unbroken: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "run"
-    words = command(base, folder, max_steps=STEPS, eval_every=10, checkpoint_every=7)
-    code, said = stop_after(words, folder, 15, signal.SIGINT)
-    assert code == 130, said
-    assert "Traceback" not in said
-    line = said.strip().splitlines()[-1]
-    assert line.startswith("interrupted: ")
-    assert "--resume" in line
-    done = len(column(folder, "step", "loss"))
-    assert 15 <= done < STEPS
-    assert column(folder, "step", "loss") == column(unbroken, "step", "loss")[:done]
-    # The command that the message names.
-    found = run([sys.executable, "-m", *line.split("go on with: ")[1].split()])
-    assert found.returncode == 0, found.stderr
-    same_end(folder, unbroken)
-
-
-def test_a_killed_run_goes_on_from_its_checkpoint(
-    base: Path, unbroken: Path, tmp_path: Path
-) -> None:
-    """SIGKILL at any time, twice: nothing can be written then, and the numbers are the same."""
-    folder = tmp_path / "run"
-    words = command(base, folder, max_steps=STEPS, eval_every=10, checkpoint_every=7)
-    assert stop_after(words, folder, 23, signal.SIGKILL)[0] == -signal.SIGKILL
-    assert list(folder.glob("checkpoint*/state.json"))
-    again = [
-        sys.executable,
-        "-m",
-        "ferrotune",
-        "train",
-        "--config",
-        str(folder / "config.toml"),
-        "--resume",
-    ]
-    assert stop_after(again, folder, 60, signal.SIGKILL)[0] == -signal.SIGKILL
-    found = run(again)
-    assert found.returncode == 0, found.stderr
-    same_end(folder, unbroken)
-    assert not list(folder.glob("checkpoint.*"))
-    assert not list(folder.glob(".lock"))
-
-
-def test_a_checkpoint_that_a_crash_left_aside_is_found(
-    base: Path, unbroken: Path, tmp_path: Path
-) -> None:
-    """A crash between the two renames leaves `checkpoint.old` alone."""
-    folder = tmp_path / "run"
-    words = command(base, folder, max_steps=STEPS, eval_every=10, checkpoint_every=7)
-    assert stop_after(words, folder, 10, signal.SIGKILL)[0] == -signal.SIGKILL
-    if (folder / "checkpoint").exists():
-        (folder / "checkpoint").rename(folder / "checkpoint.old")
-    found = run(
-        [
-            sys.executable,
-            "-m",
-            "ferrotune",
-            "train",
-            "--config",
-            str(folder / "config.toml"),
-            "--resume",
-        ]
-    )
-    assert found.returncode == 0, found.stderr
-    same_end(folder, unbroken)
-
-
-def test_a_longer_run_goes_on_from_a_finished_one(base: Path, tmp_path: Path) -> None:
-    """With a constant learning rate, 4 steps and 4 more are 8."""
-    same = settings(base, schedule="constant", warmup_steps=0, seed=2, lora_dropout=0.1)
-    whole = ferrotune.train(**{**same, "max_steps": 8}, output=tmp_path / "whole")
-    ferrotune.train(**{**same, "max_steps": 4}, output=tmp_path / "parts")
-    parts = ferrotune.train(**{**same, "max_steps": 8}, output=tmp_path / "parts", resume=True)
-    assert column(tmp_path / "parts", "step", "loss") == column(tmp_path / "whole", "step", "loss")
-    assert parts.heldout_loss_best == whole.heldout_loss_best
-
-
-@pytest.mark.parametrize(
-    "change", [{"r": 5}, {"seed": 9}, {"learning_rate": 5e-3}, {"batch_size": 4}]
-)
-def test_a_run_does_not_go_on_with_other_settings(
-    change: dict[str, Any], base: Path, tmp_path: Path
-) -> None:
-    same = settings(base, schedule="constant", warmup_steps=0)
-    ferrotune.train(**{**same, "max_steps": 2}, output=tmp_path / "run")
-    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match=next(iter(change))):
-        ferrotune.train(**{**same, "max_steps": 4, **change}, output=tmp_path / "run", resume=True)
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
-    ferrotune.train(**{**same, "max_steps": 4}, output=tmp_path / "run", resume=True)
-
-
-# Early stopping
-
-
-@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
-def test_early_stopping_keeps_the_best_weights(method: str, base: Path, tmp_path: Path) -> None:
-    """Few lines and a high rate: the held-out loss turns, the run stops, the best weights stay."""
-    data = write_lines(tmp_path / "few.jsonl", 6, seed=3)
-    result = ferrotune.train(
-        **settings(
-            base, data=data, method=method, max_steps=300, learning_rate=3e-2 if method != "full" else 3e-3,
-            eval_every=2, patience=3, output=tmp_path / "run", target_modules="all-linear",
-        )
-    )  # fmt: skip
-    evals = [line for line in metrics(tmp_path / "run") if line["event"] == "eval"]
-    losses = {line["step"]: line["loss"] for line in evals}
-    assert result.stop_reason == "early_stopping"
-    assert result.best_step == min(losses, key=lambda step: losses[step])
-    assert result.heldout_loss_best == min(losses.values())
-    assert result.heldout_loss_last == evals[-1]["loss"] > min(losses.values())
-    assert [line["step"] for line in evals][-4] == result.best_step
-    assert 0 < (result.best_step or 0) < result.steps < 300
-    model, adapter = (result.weights, None) if method == "full" else (base, result.adapter)
-    found = ferrotune.evaluate(
-        model, base.parent / "heldout.jsonl", adapter, sequence_length=64, packing=False, threads=2,
-        quant_type="nf4" if method == "qlora" else None, batch_size=8, progress=False,
-    )  # fmt: skip
-    assert found.loss == pytest.approx(result.heldout_loss_best, rel=1e-6)
-
-
 def test_prompts_are_read_and_not_trained(base: Path, tmp_path: Path) -> None:
     """The loss of prompt and completion counts the completion's tokens and the end alone."""
     from tokenizers import Tokenizer
@@ -475,62 +248,6 @@ def test_prompts_are_read_and_not_trained(base: Path, tmp_path: Path) -> None:
     found = ferrotune.evaluate(base, data, sequence_length=64, threads=2, progress=False)
     assert found.tokens == count
     assert found.loss == pytest.approx(total / count, rel=1e-6)
-
-
-# The demo
-
-
-def test_the_demo(tmp_path: Path) -> None:
-    """A few seconds of it: the held-out loss falls and every promised file is there."""
-    for seconds in (8, 60):  # the longer one for an unoptimised build
-        folder = tmp_path / f"demo-{seconds}"
-        result = ferrotune.demo(folder, seconds=seconds, threads=2, progress=False)
-        trained = result.train
-        if trained.steps >= 10:
-            break
-    assert trained.stop_reason in ("max_seconds", "finished")
-    assert trained.heldout_loss_before is not None
-    assert trained.heldout_loss_best is not None
-    assert trained.heldout_loss_best < trained.heldout_loss_before - 0.1
-    assert trained.model["quantized_bytes"] > 0
-    assert len(result.samples) == 2
-    assert all(
-        sample.before and sample.after and sample.before != sample.after
-        for sample in result.samples
-    )
-    names = {
-        "config.toml", "metrics.jsonl", "curves.png", "results.json", "README.md", "checkpoint/state.json",
-        "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md",
-    }  # fmt: skip
-    assert {name for name in names if not (folder / name).is_file()} == set()
-    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert read_toml(folder / "config.toml")["method"] == "qlora"
-    saved = json.loads((folder / "results.json").read_text())
-    assert json.dumps(trained.heldout_loss_best) in json.dumps(saved)
-    assert column(folder, "eval", "loss")[0] == trained.heldout_loss_before
-    assert min(column(folder, "eval", "loss")) == trained.heldout_loss_best
-    assert f"{trained.heldout_loss_best:.3f}" in str(result)
-
-
-def test_the_demo_model_is_transformers_model() -> None:
-    """The weights that come with the package, beside transformers on the package's own text."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from ferrotune.commands.demo import locate
-    from llamas import batch, engine, largest, reference
-
-    folder = locate("demo-model")
-    model = computing_in(
-        AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa"), "float64"
-    )
-    assert type(model).__name__ == "LlamaForCausalLM"
-    assert AutoTokenizer.from_pretrained(folder).decode(
-        AutoTokenizer.from_pretrained(folder)("the king")["input_ids"]
-    )
-    data = batch(model.config.vocab_size, 2, 130, documents=[[70]])
-    found, truth = engine(folder, data), reference(model, data)
-    assert largest(found.logits, truth.logits) <= 1e-4
-    assert found.loss == pytest.approx(truth.loss, rel=1e-6)
 
 
 def test_threads_do_not_change_the_losses_beyond_rounding(base: Path, tmp_path: Path) -> None:
