@@ -7,7 +7,7 @@ float32 whatever its input, is replaced. Rotary angles stay float32, as transfor
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,3 +182,19 @@ def largest(found: Array, truth: Array) -> float:
     assert found.shape == truth.shape
     assert np.isfinite(found).all()
     return float(np.abs(found - truth).max() / np.abs(truth).max())
+
+
+def check_gradients(
+    found: Mapping[str, Array], truth: Mapping[str, Array], torchs: Mapping[str, Array]
+) -> None:
+    """`torchs` is torch's own float32, whose error may be met twice where it is above 1e-5.
+
+    A gradient that is zero in truth (attention over one token) is held to the whole one's size.
+    """
+    whole = float(np.sqrt(sum(np.square(x).sum() for x in truth.values())))
+    for name, gradient in found.items():
+        if np.linalg.norm(truth[name]) > 1e-9 * whole:
+            own = relative(torchs[name], truth[name])
+            assert relative(gradient, truth[name]) <= max(1e-5, 2 * own), name
+        else:
+            assert np.linalg.norm(gradient) <= 1e-6 * whole, name

@@ -16,6 +16,7 @@ from llamas import (
     Array,
     Batch,
     batch,
+    check_gradients,
     computing_in,
     engine,
     largest,
@@ -107,9 +108,7 @@ def check(folder: Path, adapter: Path, data: Batch, base: Any = load, **options:
     expected, own = by_engine_names(truth.gradients), by_engine_names(torchs.gradients)
     assert found.gradients.keys() == expected.keys()
     assert all("lora_" in name for name in expected)
-    for name, gradient in found.gradients.items():
-        error = relative(own[name], expected[name])
-        assert relative(gradient, expected[name]) <= max(1e-5, 2 * error), name
+    check_gradients(found.gradients, expected, own)
     without = engine(
         folder, data, **{name: x for name, x in options.items() if name == "quant_type"}
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import pytest
 
 from llamas import (
     IGNORE,
-    Array,
     Batch,
     batch,
+    check_gradients,
     edit_config,
     engine,
     largest,
@@ -59,22 +58,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "one layer": {"num_hidden_layers": 1, "vocab_size": 2},
     "four layers": {"num_hidden_layers": 4},
 }  # fmt: skip
-
-
-def check_gradients(
-    found: Mapping[str, Array], truth: Mapping[str, Array], torchs: Mapping[str, Array]
-) -> None:
-    """`torchs` is torch's own float32, whose error may be met twice where it is above 1e-5.
-
-    A gradient that is zero in truth (attention over one token) is held to the whole one's size.
-    """
-    whole = float(np.sqrt(sum(np.square(x).sum() for x in truth.values())))
-    for name, gradient in found.items():
-        if np.linalg.norm(truth[name]) > 1e-9 * whole:
-            own = relative(torchs[name], truth[name])
-            assert relative(gradient, truth[name]) <= max(1e-5, 2 * own), name
-        else:
-            assert np.linalg.norm(gradient) <= 1e-6 * whole, name
 
 
 def check(folder: Path, data: Batch) -> None:
