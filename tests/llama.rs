@@ -1,5 +1,6 @@
 //! The engine's Llama against one written with candle's own operations and autograd.
 #![cfg(feature = "engine")]
+#![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::collections::HashMap;
 use std::path::Path;

@@ -43,8 +43,9 @@ def evaluate(config: str, on_event: Callable[[str], bool]) -> str: ...
 def generate(config: str, on_text: Callable[[str], bool] | None) -> str: ...
 def merge(config: str) -> str: ...
 
-# One batch through a model folder: logits (flat), the summed loss in nats, and that loss's gradients
-# (flat) by tensor name: an adapter's, with `full` every weight's, else none. `seed` turns dropout on.
+# One batch `[rows, columns]`: flat logits, the loss summed over the targets in nats, and that sum's
+# gradients by the trained tensor's name, flat. Targets are shifted already, -100 is ignored.
+# `seed` turns the adapter's dropout on for loss and gradients.
 def compute(
     model: str | PathLike[str],
     ids: npt.NDArray[np.uint32],

@@ -11,7 +11,7 @@ from typing import BinaryIO
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Writes `content` (text as UTF-8) beside `path`, syncs it to disk and renames it.
 
-    Raises OSError; the file that was there, if any, is then unchanged.
+    Raises OSError naming `path`; the file that was there, if any, is then unchanged.
     """
     data = content.encode() if isinstance(content, str) else content
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -20,8 +20,10 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             _fill(file, data)
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:  # a full disk names no file
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
         raise
 
 

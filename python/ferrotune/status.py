@@ -105,7 +105,9 @@ def _data(event: Mapping[str, Any]) -> str:
     skipped = event.get("skipped_total") or 0
     if skipped:
         first = (event.get("skipped") or [{}])[0]
-        why = f", first {first['file']}:{first['record']}: {first['reason']}" if first else ""
+        # Record 0 is the whole file.
+        place = ":".join(str(first[x]) for x in ("file", "record") if first.get(x))
+        why = f", first {place}: {first['reason']}" if first else ""
         parts.append(f"{count(skipped)} skipped{why}")
     return "data: " + "; ".join(parts)
 

@@ -7,5 +7,7 @@
 
 pub mod adapter;
 #[cfg(feature = "engine")]
+mod caller;
+#[cfg(feature = "engine")]
 pub mod engine;
 pub mod quant;

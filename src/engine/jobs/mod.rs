@@ -51,15 +51,15 @@ struct Names {
 
 impl Names {
     fn new(config: &LlamaConfig) -> Self {
-        let norms = (0..config.num_hidden_layers).flat_map(|at| {
-            ["input_layernorm", "post_attention_layernorm"]
+        // Every module that contains no other: a pattern that chooses one of these is PEFT's error.
+        let inner = (0..config.num_hidden_layers).flat_map(|at| {
+            ["input_layernorm", "post_attention_layernorm", "mlp.act_fn"]
                 .map(|name| format!("model.layers.{at}.{name}"))
         });
+        let outer = ["embed_tokens", "norm", "rotary_emb"].map(|name| format!("model.{name}"));
         Self {
             linear: linear_modules(config),
-            other: norms
-                .chain(["model.embed_tokens".to_owned(), "model.norm".to_owned()])
-                .collect(),
+            other: inner.chain(outer).collect(),
         }
     }
 

@@ -48,7 +48,8 @@ impl Run<'_> {
         let found = evaluate(self.model, self.heldout, self.config.eval_tokens, || {
             heed(hooks.poll(), interrupted)?;
             Ok(!*interrupted)
-        })?;
+        })
+        .map_err(|error| diverged(error, step))?;
         let Some(Evaluation { loss, tokens }) = found else {
             return Ok(());
         };
@@ -79,8 +80,9 @@ impl Run<'_> {
     pub(super) fn checkpoint(&mut self) -> Result<()> {
         self.state.metrics_bytes = self.metrics.sync()?;
         self.state.elapsed_seconds = self.progress.elapsed();
-        self.state.probe = probe(self.model, self.heldout)?;
         let step = self.state.step;
+        let found = probe(self.model, self.heldout);
+        self.state.probe = found.map_err(|error| diverged(error, step))?;
         let is_best_older = self.state.best.is_some_and(|best| best.step != step);
         checkpoint::write(
             self.folder.path(),
@@ -159,6 +161,16 @@ impl Run<'_> {
             tokens_per_second: tokens as f64 / step_seconds.max(f64::MIN_POSITIVE),
             stop_reason,
         })
+    }
+}
+
+/// An evaluation's failure, with the step whose weights it found unusable.
+fn diverged(error: Error, step: usize) -> Error {
+    match error {
+        Error::Run(message) if step > 0 => Error::run(format!(
+            "step {step}: {message}; a lower learning_rate, more warmup_steps or a smaller max_grad_norm may help"
+        )),
+        other => other,
     }
 }
 
