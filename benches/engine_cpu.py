@@ -10,6 +10,7 @@ plain PyTorch. Each run is a process of its own; the contenders take turns.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import common
 
@@ -39,7 +41,7 @@ def ferrotune_steps(method: str, steps: int) -> tuple[list[float], list[float]]:
     losses: list[float] = []
     last = 0.0
 
-    def on_event(event: dict[str, float]) -> bool:
+    def on_event(event: dict[str, Any]) -> bool:
         nonlocal last
         now = time.perf_counter()
         if event["event"] == "step":
@@ -74,8 +76,10 @@ def torch_steps(method: str, steps: int) -> tuple[list[float], list[float]]:
     """The same with transformers, PEFT and bitsandbytes."""
     import pyarrow.parquet as pq
     import torch
-    import transformers
 
+    # Typed loosely: parts of these libraries' own annotations are missing.
+    transformers: Any = importlib.import_module("transformers")
+    peft: Any = importlib.import_module("peft")
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     transformers.utils.logging.disable_progress_bar()
@@ -87,7 +91,7 @@ def torch_steps(method: str, steps: int) -> tuple[list[float], list[float]]:
         torch.tensor(stream[i * needed : (i + 1) * needed]).reshape(ROWS, COLUMNS)
         for i in range(len(stream) // needed)
     ]
-    options: dict[str, object] = {"dtype": torch.float32}
+    options: dict[str, Any] = {"dtype": torch.float32}
     if method == "qlora":
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
@@ -96,10 +100,8 @@ def torch_steps(method: str, steps: int) -> tuple[list[float], list[float]]:
             bnb_4bit_compute_dtype=torch.float32,
         )
         options["device_map"] = "cpu"
-    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, **options)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(MODEL, **options)
     if method != "full":
-        import peft
-
         config = peft.LoraConfig(
             r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
         )
@@ -149,10 +151,11 @@ def main() -> int:
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        child(*arguments.child, arguments.steps)
+        engine, method = arguments.child
+        child(engine, method, arguments.steps)
         return 0
     packages = ("torch", "transformers", "peft", "bitsandbytes")
-    record: dict[str, object] = {"machine": common.machine(THREADS, packages)}
+    record: dict[str, Any] = {"machine": common.machine(THREADS, packages)}
     rows, bars = [], []
     runs: dict[str, dict[str, list[dict[str, float]]]] = {}
     for method in arguments.methods:
