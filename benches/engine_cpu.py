@@ -37,6 +37,7 @@ def ferrotune_steps(method: str, steps: int) -> tuple[list[float], list[float]]:
     """Seconds and loss of each step."""
     import ferrotune
 
+    settings: dict[str, Any] = {"method": method}
     seconds: list[float] = []
     losses: list[float] = []
     last = 0.0
@@ -55,7 +56,7 @@ def ferrotune_steps(method: str, steps: int) -> tuple[list[float], list[float]]:
             MODEL,
             TEXT,
             Path(folder) / "run",
-            method=method,
+            **settings,
             max_steps=steps,
             batch_size=ROWS,
             sequence_length=COLUMNS,
