@@ -22,6 +22,7 @@ _TRAINING: dict[str, Any] = {
     "text_column": "text",
     "group": "book",
     "learning_rate": 5e-3,
+    "eval_tokens": 16_384,
 }
 
 
@@ -38,7 +39,7 @@ def demo(
     *,
     steps: Annotated[
         int, Option("training steps of 2,048 tokens; the same numbers on every machine", group=RUN)
-    ] = 400,
+    ] = 350,
     seconds: Annotated[
         float, Option("most time for training, on slow machines", unit="seconds", group=RUN)
     ] = 90.0,
