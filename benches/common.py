@@ -47,17 +47,29 @@ class Bar:
 
 
 def interleave(
-    contenders: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 2
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    calls: int = 8,
+    warmup: int = 2,
+    pause: float = 0.02,
 ) -> dict[str, Timing]:
-    """Times the contenders in turn, so that a slow spell of the machine hits all alike."""
+    """Times the contenders in turns, so that a slow spell of the machine hits all alike.
+
+    A turn starts after ``pause`` seconds, in which the threads of the one before stop spinning for
+    more work (OpenMP's do so for some milliseconds, on the cores that the next one needs), and is
+    ``calls`` calls in a row, of which the first ``warmup`` are not counted.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for i in range(warmup + rounds):
+    for _ in range(rounds):
         for name, run in contenders.items():
-            start = time.perf_counter()
-            run()
-            elapsed = time.perf_counter() - start
-            if i >= warmup:
-                seconds[name].append(elapsed)
+            time.sleep(pause)
+            for i in range(calls):
+                start = time.perf_counter()
+                run()
+                elapsed = time.perf_counter() - start
+                if i >= warmup:
+                    seconds[name].append(elapsed)
     return {name: _timing(values) for name, values in seconds.items()}
 
 

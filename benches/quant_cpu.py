@@ -19,7 +19,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--threads", type=int, default=2, help="threads each contender may use")
-    parser.add_argument("--rounds", type=int, default=31, help="times each contender runs")
+    parser.add_argument("--rounds", type=int, default=21, help="turns of six timed calls")
     parser.add_argument("--rows", type=int, default=2048, help="rows of the matrix")
     parser.add_argument("--columns", type=int, default=5632, help="columns of the matrix")
     parser.add_argument("--quant-type", choices=["nf4", "fp4"], default="nf4", help="4-bit type")
@@ -103,6 +103,7 @@ def measure(
             "quantize, ferrotune": lambda: quantize_4bit(array, **settings),
         },
         rounds=max(5, options.rounds // 3),
+        calls=4,
     )
     times |= common.interleave(
         {

@@ -13,6 +13,7 @@ pub mod file;
 pub mod folder;
 pub mod lora;
 pub mod matmul;
+pub mod parallel;
 pub mod quant;
 pub mod scratch;
 pub mod simd;
@@ -34,6 +35,8 @@ mod native {
     use crate::python::quant::{
         dequantize_4bit, quant_state_from_tensors, quant_state_to_tensors, quantize_4bit,
     };
+    #[pymodule_export]
+    use crate::python::threads::use_openmp;
 
     #[pymodule_export]
     #[expect(non_upper_case_globals, reason = "Python's name for it")]

@@ -23,6 +23,7 @@ __all__ = [
     "quantize_4bit",
     "read_adapter",
     "train",
+    "use_openmp",
     "write_adapter",
 ]
 
@@ -99,3 +100,7 @@ def quant_state_to_tensors(
 def quant_state_from_tensors(
     name: str, tensors: dict[str, tuple[str, list[int], npt.NDArray[np.uint8]]]
 ) -> dict[str, Any] | None: ...
+
+# ---- threads
+# Addresses of libgomp's functions of these names.
+def use_openmp(gomp_parallel: int, omp_get_max_threads: int) -> None: ...

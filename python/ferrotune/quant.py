@@ -108,8 +108,9 @@ def quantize_4bit(
     Raises ``TypeError`` for another type, and ``ValueError`` for another block size or type of
     code, and for a NaN or an infinity, naming its place.
     """
-    from ferrotune import _native
+    from ferrotune import _native, threads
 
+    threads.share_with_torch()
     dtype = _dtype_of(array)
     fields = _native.quantize_4bit(
         _bits(array.reshape(-1), dtype),
@@ -137,8 +138,9 @@ def dequantize_4bit(
     """
     import numpy as np
 
-    from ferrotune import _native
+    from ferrotune import _native, threads
 
+    threads.share_with_torch()
     if out is None:
         target: DType = weight.dtype if dtype is None else dtype
         out = np.empty(weight.shape, np.uint16 if target == "bfloat16" else np.dtype(target))

@@ -11,3 +11,4 @@ mod caller;
 #[cfg(feature = "engine")]
 pub mod engine;
 pub mod quant;
+pub mod threads;

@@ -4,10 +4,10 @@ use super::codebook::Codebook;
 use super::element::Element;
 use super::kernels::{Isa, MIN_SCALE};
 use super::nested;
-use super::parallel;
 use super::state::{Absmax, QuantState, Quantized4bit, check_blocksize, checked_elements};
 use crate::dtype::QuantType;
 use crate::error::{Error, Result};
+use crate::parallel;
 
 /// Elements a task takes: a multiple of every block size, and small enough for its values to stay in cache.
 pub(super) const CHUNK: usize = 32_768;

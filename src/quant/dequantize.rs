@@ -4,9 +4,9 @@ use super::blockwise::CHUNK;
 use super::element::Element;
 use super::kernels::{Isa, portable};
 use super::nested;
-use super::parallel;
 use super::state::QuantState;
 use crate::error::{Error, Result};
+use crate::parallel;
 
 /// Dequantises a whole tensor into `out`, which has its elements, row-major.
 ///

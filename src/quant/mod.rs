@@ -19,7 +19,6 @@ mod element;
 mod kernels;
 mod mean;
 mod nested;
-mod parallel;
 mod state;
 #[cfg(test)]
 mod tests;
