@@ -6,14 +6,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// `GOMP_parallel` of libgomp's public ABI: runs `start(data)` on each of `threads` threads and waits for all.
-type GompParallel = extern "C" fn(
+pub type GompParallel = extern "C" fn(
     start: extern "C" fn(*mut c_void),
     data: *mut c_void,
     threads: c_uint,
     flags: c_uint,
 );
 /// `omp_get_max_threads` of OpenMP: the size that the calling thread's next team would have.
-type MaxThreads = extern "C" fn() -> c_int;
+pub type MaxThreads = extern "C" fn() -> c_int;
 
 #[derive(Debug, Clone, Copy)]
 struct Team {

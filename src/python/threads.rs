@@ -16,8 +16,8 @@ pub fn use_openmp(gomp_parallel: usize, omp_get_max_threads: usize) -> PyResult<
     // pointer is not null, as checked.
     unsafe {
         parallel::use_openmp(
-            std::mem::transmute::<usize, _>(gomp_parallel),
-            std::mem::transmute::<usize, _>(omp_get_max_threads),
+            std::mem::transmute::<usize, parallel::GompParallel>(gomp_parallel),
+            std::mem::transmute::<usize, parallel::MaxThreads>(omp_get_max_threads),
         );
     }
     Ok(())

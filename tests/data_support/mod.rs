@@ -1,10 +1,14 @@
 //! Files and tokenizers made on the spot.
 #![allow(dead_code)] // each test binary uses its own part
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use arrow::array::{ArrayRef, RecordBatch};
 use ferrotune::data::{Columns, Content, Files, Item, Record, Skip, Tokenizer};
 use ferrotune::error::Result;
+use parquet::arrow::ArrowWriter;
+use parquet::file::properties::WriterProperties;
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -15,6 +19,20 @@ pub const EOS: u32 = 1;
 pub fn write(folder: &Path, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
     let path = folder.join(name);
     std::fs::write(&path, content).unwrap();
+    path
+}
+
+/// A parquet file of these columns, in row groups of 700.
+pub fn write_parquet(folder: &Path, name: &str, arrays: Vec<(&str, ArrayRef)>) -> PathBuf {
+    let path = folder.join(name);
+    let batch = RecordBatch::try_from_iter(arrays).unwrap();
+    let properties = WriterProperties::builder()
+        .set_max_row_group_row_count(Some(700))
+        .build();
+    let file = File::create(&path).unwrap();
+    let mut writer = ArrowWriter::try_new(file, batch.schema(), Some(properties)).unwrap();
+    writer.write(&batch).unwrap();
+    writer.close().unwrap();
     path
 }
 
