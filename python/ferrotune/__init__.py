@@ -39,7 +39,6 @@ __all__ = [
     "evaluate",
     "generate",
     "merge",
-    "ops",
     "quantize_4bit",
     "train",
 ]
