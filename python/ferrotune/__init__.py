@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ._native import FormatError
+    from ._native import CudaError, FormatError
     from .commands.demo import demo
     from .commands.evaluate import eval as eval  # a star import would hide the builtin
     from .commands.evaluate import evaluate
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "CudaError",
     "DemoResult",
     "EvaluateResult",
     "FormatError",
@@ -45,6 +46,7 @@ __all__ = [
 # Public name -> (module, name there). Nothing is imported before its first use, so that
 # `import ferrotune` stays a matter of milliseconds.
 _EXPORTS = {
+    "CudaError": ("_native", "CudaError"),
     "DemoResult": ("results", "DemoResult"),
     "EvaluateResult": ("results", "EvaluateResult"),
     "FormatError": ("_native", "FormatError"),

@@ -10,12 +10,18 @@ import numpy.typing as npt
 from ferrotune.quant import Quantized4bit
 
 __all__ = [
+    "CudaError",
     "FormatError",
     "__version__",
     "compute",
+    "cuda_devices",
+    "cuda_driver",
+    "cuda_dropout_mask",
+    "cuda_prepare",
     "dequantize_4bit",
     "evaluate",
     "generate",
+    "has_cuda",
     "match_targets",
     "merge",
     "quant_state_from_tensors",
@@ -28,8 +34,12 @@ __all__ = [
 ]
 
 __version__: str
+has_cuda: bool  # without it there are no functions named cuda_*
 
 class FormatError(ValueError): ...
+
+class CudaError(RuntimeError):
+    code: int
 
 # ---- jobs
 # `config` is a JSON object with every setting of the Python function of the same name.
@@ -104,3 +114,20 @@ def quant_state_from_tensors(
 # ---- threads
 # Addresses of libgomp's functions of these names.
 def use_openmp(gomp_parallel: int, omp_get_max_threads: int) -> None: ...
+
+# ---- CUDA
+# Device addresses, sizes and raw streams as integers; dtypes by torch's names. Nothing is allocated
+# or waited for.
+def cuda_driver() -> tuple[int | None, int]: ...
+def cuda_devices() -> int: ...
+def cuda_prepare(device: int) -> dict[str, Any]: ...
+def cuda_dropout_mask(
+    device: int,
+    stream: int,
+    out: int,
+    dtype: str,
+    elements: int,
+    p: float,
+    seed: int,
+    index: int,
+) -> None: ...
