@@ -1,4 +1,5 @@
 // The mask that dropout applies, for tests and for whoever wants to see it.
+#include "common/memory.cuh"
 #include "common/philox.cuh"
 #include "common/types.cuh"
 
@@ -32,7 +33,7 @@ __device__ __forceinline__ void dropout_mask(const DropoutMask& p) {
     if (first + DROPOUT_LANES <= p.elements) {
 #pragma unroll
         for (int i = 0; i < DROPOUT_LANES; i += 16 / sizeof(T)) {
-            *reinterpret_cast<uint4*>(out + i) = *reinterpret_cast<uint4*>(values + i);
+            store16(out + i, *reinterpret_cast<uint4*>(values + i));
         }
         return;
     }

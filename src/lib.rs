@@ -33,13 +33,17 @@ mod native {
     use crate::python::adapter::{match_targets, read_adapter, write_adapter};
     #[cfg(feature = "cuda")]
     #[pymodule_export]
-    use crate::python::cuda::{cuda_devices, cuda_driver, cuda_dropout_mask, cuda_prepare};
+    use crate::python::cuda::{
+        cuda_dequantize_4bit, cuda_devices, cuda_driver, cuda_dropout_mask, cuda_prepare,
+        cuda_quantize_4bit, cuda_quantize_absmax,
+    };
     #[cfg(feature = "engine")]
     #[pymodule_export]
     use crate::python::engine::{compute, evaluate, generate, merge, train};
     #[pymodule_export]
     use crate::python::quant::{
-        dequantize_4bit, quant_state_from_tensors, quant_state_to_tensors, quantize_4bit,
+        dequantize_4bit, dynamic_map, quant_state_from_tensors, quant_state_to_tensors,
+        quantize_4bit,
     };
     #[pymodule_export]
     use crate::python::threads::use_openmp;

@@ -56,6 +56,19 @@ __device__ __forceinline__ float2 unpack2<bf16>(uint32_t pair) {
     return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
 }
 
+// Sixteen bytes of T.
+template <typename T>
+__device__ __forceinline__ uint4 pack16(const float (&values)[16 / sizeof(T)]) {
+    if constexpr (sizeof(T) == 4) {
+        return make_uint4(__float_as_uint(values[0]), __float_as_uint(values[1]), __float_as_uint(values[2]),
+                          __float_as_uint(values[3]));
+    } else {
+        return make_uint4(pack2<T>(values[0], values[1]), pack2<T>(values[2], values[3]),
+                          pack2<T>(values[4], values[5]), pack2<T>(values[6], values[7]));
+    }
+}
+
+// Whether an address is a multiple of `bytes`, a power of two.
 template <typename T>
 __device__ __forceinline__ bool aligned(const T* pointer, unsigned bytes) {
     return (reinterpret_cast<uintptr_t>(pointer) & (bytes - 1)) == 0;

@@ -14,11 +14,15 @@ __all__ = [
     "FormatError",
     "__version__",
     "compute",
+    "cuda_dequantize_4bit",
     "cuda_devices",
     "cuda_driver",
     "cuda_dropout_mask",
     "cuda_prepare",
+    "cuda_quantize_4bit",
+    "cuda_quantize_absmax",
     "dequantize_4bit",
+    "dynamic_map",
     "evaluate",
     "generate",
     "has_cuda",
@@ -110,6 +114,7 @@ def quant_state_to_tensors(
 def quant_state_from_tensors(
     name: str, tensors: dict[str, tuple[str, list[int], npt.NDArray[np.uint8]]]
 ) -> dict[str, Any] | None: ...
+def dynamic_map() -> npt.NDArray[np.float32]: ...
 
 # ---- threads
 # Addresses of libgomp's functions of these names.
@@ -130,4 +135,40 @@ def cuda_dropout_mask(
     p: float,
     seed: int,
     index: int,
+) -> None: ...
+
+# packed, absmax, nested absmax, nested code, nested offset (the last three 0 without double
+# quantisation), quant_type, blocksize, nested_blocksize
+_Weight = tuple[int, int, int, int, int, str, int, int]
+
+def cuda_dequantize_4bit(
+    device: int,
+    stream: int,
+    weight: _Weight,
+    out: int,
+    dtype: str,
+    n: int,
+    k: int,
+    transpose: bool,
+) -> None: ...
+def cuda_quantize_4bit(
+    device: int,
+    stream: int,
+    values: int,
+    dtype: str,
+    elements: int,
+    quant_type: str,
+    blocksize: int,
+    packed: int,
+    absmax: int,
+) -> None: ...
+def cuda_quantize_absmax(
+    device: int,
+    stream: int,
+    absmax: int,
+    blocks: int,
+    offset: int,
+    code: int,
+    codes: int,
+    nested_absmax: int,
 ) -> None: ...

@@ -11,6 +11,7 @@ pub mod dropout;
 mod error;
 mod launch;
 mod module;
+pub mod quant;
 
 pub use device::Device;
 pub use driver::{DRIVER_NEEDED, device_count, driver_version};
