@@ -12,5 +12,6 @@ mod caller;
 pub mod cuda;
 #[cfg(feature = "engine")]
 pub mod engine;
+pub mod memory;
 pub mod quant;
 pub mod threads;
