@@ -7,7 +7,7 @@ use cudarc::driver::{result, sys};
 
 use super::driver::{check_process, initialise};
 use super::error::{CudaError, Result, during};
-use super::module::{Functions, load_all};
+use super::module::{Code, Functions, load_all};
 
 /// Devices that can be prepared: more than any machine has.
 const MAX_DEVICES: usize = 64;
@@ -24,6 +24,7 @@ pub struct Device {
     pub capability: (i32, i32),
     /// Streaming multiprocessors.
     pub multiprocessors: u32,
+    pub code: Code,
     context: sys::CUcontext,
     functions: Functions,
 }
@@ -103,13 +104,14 @@ impl Device {
         // SAFETY: as above. The context is never released: it lives as long as the process.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(during(&what))?;
         let guard = ContextGuard::enter(context)?;
-        let functions = load_all(shared)?;
+        let (functions, code) = load_all(shared)?;
         drop(guard);
         Ok(Self {
             ordinal,
             name,
             capability,
             multiprocessors,
+            code,
             context,
             functions,
         })

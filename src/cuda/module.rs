@@ -14,10 +14,20 @@ pub(crate) static IMAGES: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "
 /// Every kernel of a device by its name.
 pub(super) type Functions = HashMap<String, sys::CUfunction>;
 
+/// Which of an image's variants the driver chose: compute capabilities times ten, 90 for 9.0.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Code {
+    /// Of the machine code that runs.
+    pub machine: i32,
+    /// Of the PTX that it was made from.
+    pub source: i32,
+}
+
 /// Loads every image into the current context and every function onto its device. `shared` is the dynamic shared
 /// memory that a block may ask for, in bytes.
-pub(super) fn load_all(shared: i32) -> Result<Functions> {
+pub(super) fn load_all(shared: i32) -> Result<(Functions, Code)> {
     let mut functions = Functions::new();
+    let mut code = Code::default();
     for (name, image) in IMAGES {
         let what = format!("loading the kernels of {name}.cu");
         // SAFETY: the image is a whole fatbin; the module is never unloaded.
@@ -26,9 +36,10 @@ pub(super) fn load_all(shared: i32) -> Result<Functions> {
         for function in functions_of(module).map_err(during(&what))? {
             let name = prepare(function, shared).map_err(during(&what))?;
             functions.insert(name, function);
+            code = code_of(function).map_err(during(&what))?;
         }
     }
-    Ok(functions)
+    Ok((functions, code))
 }
 
 fn functions_of(module: sys::CUmodule) -> std::result::Result<Vec<sys::CUfunction>, DriverError> {
@@ -69,4 +80,15 @@ fn prepare(function: sys::CUfunction, shared: i32) -> std::result::Result<String
         )
     }?;
     Ok(name)
+}
+
+fn code_of(function: sys::CUfunction) -> std::result::Result<Code, DriverError> {
+    let attribute = |attribute| {
+        // SAFETY: `function` is a function of a loaded module.
+        unsafe { result::function::get_function_attribute(function, attribute) }
+    };
+    Ok(Code {
+        machine: attribute(Attribute::CU_FUNC_ATTRIBUTE_BINARY_VERSION)?,
+        source: attribute(Attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION)?,
+    })
 }

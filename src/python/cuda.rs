@@ -26,6 +26,8 @@ pub struct DeviceFacts {
     name: &'static str,
     capability: (i32, i32),
     multiprocessors: u32,
+    /// Compute capabilities times ten of the machine code that runs and of the PTX that it was made from.
+    code: (i32, i32),
     kernels: Vec<&'static str>,
 }
 
@@ -37,6 +39,7 @@ pub fn cuda_prepare(py: Python<'_>, device: usize) -> Result<DeviceFacts> {
         name: &device.name,
         capability: device.capability,
         multiprocessors: device.multiprocessors,
+        code: (device.code.machine, device.code.source),
         kernels: device.kernels(),
     })
 }
@@ -53,10 +56,8 @@ pub fn cuda_dropout_mask(
     seed: u64,
     index: u64,
 ) -> Result<()> {
-    if !(0.0..1.0).contains(&p) {
-        return Err(Error::argument(format!(
-            "p must be at least 0 and less than 1, not {p}"
-        )));
+    if !(0.0..=1.0).contains(&p) {
+        return Err(Error::argument(format!("p must be in [0, 1], not {p}")));
     }
     let dtype = DType::from_torch_name(dtype)?;
     let device = Device::get(device)?;
