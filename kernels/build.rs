@@ -92,7 +92,7 @@ fn compile(folder: &Path, sources: &[PathBuf], out: &Path) -> Result<()> {
     let mut stale = Vec::new();
     for source in sources {
         let needs = newest.max(fs::metadata(source)?.modified()?);
-        let command = arguments(source, folder, out);
+        let command = arguments(source, out);
         if !is_fresh(source, &nvcc, &command, out, needs) {
             stale.push((source, command));
         }
@@ -104,7 +104,7 @@ fn compile(folder: &Path, sources: &[PathBuf], out: &Path) -> Result<()> {
     let work = || {
         let mut failures = Vec::new();
         while let Some((source, command)) = stale.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if let Err(error) = build(&nvcc, source, command, threads, out) {
+            if let Err(error) = build(&nvcc, folder, source, command, threads, out) {
                 failures.push(error.to_string());
             }
         }
@@ -128,7 +128,8 @@ fn compile(folder: &Path, sources: &[PathBuf], out: &Path) -> Result<()> {
     }
 }
 
-fn arguments(source: &Path, folder: &Path, out: &Path) -> Vec<String> {
+/// Paths are relative to `kernels`, where nvcc runs: it writes the source's into the image.
+fn arguments(source: &Path, out: &Path) -> Vec<String> {
     let targets = if stem(source).ends_with("_sm90a") {
         HOPPER_ONLY
     } else {
@@ -147,8 +148,8 @@ fn arguments(source: &Path, folder: &Path, out: &Path) -> Vec<String> {
         arguments.push("-lineinfo".into());
     }
     arguments.extend(targets.iter().map(|target| format!("-gencode={target}")));
-    arguments.push(format!("-I{}", folder.display()));
-    arguments.push(source.display().to_string());
+    arguments.push("-I.".into());
+    arguments.push(format!("{}.cu", stem(source)));
     arguments.push("-o".into());
     arguments.push(image_of(source, out).display().to_string());
     arguments
@@ -156,12 +157,14 @@ fn arguments(source: &Path, folder: &Path, out: &Path) -> Vec<String> {
 
 fn build(
     nvcc: &Path,
+    folder: &Path,
     source: &Path,
     arguments: &[String],
     threads: usize,
     out: &Path,
 ) -> Result<()> {
     let output = Command::new(nvcc)
+        .current_dir(folder)
         .args(arguments)
         .args(["--threads", &threads.to_string()])
         .output()
@@ -201,7 +204,7 @@ fn find_nvcc() -> Result<PathBuf> {
     let mut seen = BTreeSet::new();
     let mut refused = String::new();
     if let Some(nvcc) = env::var_os("NVCC") {
-        let nvcc = PathBuf::from(nvcc);
+        let nvcc = std::path::absolute(nvcc)?;
         check(&nvcc).map_err(|why| format!("$NVCC is {}: {why}", nvcc.display()))?;
         return Ok(nvcc);
     }
@@ -211,6 +214,7 @@ fn find_nvcc() -> Result<PathBuf> {
         .flat_map(|python| wheels_of(&python))
         .map(|folder| folder.join("bin/nvcc"));
     for nvcc in home.into_iter().chain(wheels).chain(on_path("nvcc")) {
+        let nvcc = std::path::absolute(nvcc)?;
         if !nvcc.is_file() || !seen.insert(nvcc.clone()) {
             continue;
         }

@@ -34,8 +34,8 @@ mod native {
     #[cfg(feature = "cuda")]
     #[pymodule_export]
     use crate::python::cuda::{
-        cuda_dequantize_4bit, cuda_devices, cuda_driver, cuda_dropout_mask, cuda_prepare,
-        cuda_quantize_4bit, cuda_quantize_absmax,
+        cuda_dequantize_4bit, cuda_devices, cuda_driver, cuda_dropout_mask, cuda_images,
+        cuda_prepare, cuda_quantize_4bit, cuda_quantize_absmax,
     };
     #[cfg(feature = "engine")]
     #[pymodule_export]

@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from . import ops as ops
     from ._native import CudaError, FormatError
     from .commands.demo import demo
+    from .commands.doctor import DoctorResult, doctor
     from .commands.evaluate import eval as eval  # a star import would hide the builtin
     from .commands.evaluate import evaluate
     from .commands.generate import generate
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CudaError",
     "DemoResult",
+    "DoctorResult",
     "EvaluateResult",
     "FormatError",
     "GenerateResult",
@@ -37,6 +39,7 @@ __all__ = [
     "TrainResult",
     "demo",
     "dequantize_4bit",
+    "doctor",
     "evaluate",
     "generate",
     "merge",
@@ -49,6 +52,7 @@ __all__ = [
 _EXPORTS = {
     "CudaError": ("_native", "CudaError"),
     "DemoResult": ("results", "DemoResult"),
+    "DoctorResult": ("commands.doctor", "DoctorResult"),
     "EvaluateResult": ("results", "EvaluateResult"),
     "FormatError": ("_native", "FormatError"),
     "GenerateResult": ("results", "GenerateResult"),
@@ -60,6 +64,7 @@ _EXPORTS = {
     "__version__": ("version", "version"),
     "demo": ("commands.demo", "demo"),
     "dequantize_4bit": ("quant", "dequantize_4bit"),
+    "doctor": ("commands.doctor", "doctor"),
     "eval": ("commands.evaluate", "eval"),
     "evaluate": ("commands.evaluate", "evaluate"),
     "generate": ("commands.generate", "generate"),

@@ -17,4 +17,4 @@ pub use device::Device;
 pub use driver::{DRIVER_NEEDED, device_count, driver_version};
 pub use error::CudaError;
 pub use launch::{Address, Grid, Parameters, Stream};
-pub use module::Code;
+pub use module::{Code, IMAGES};

@@ -9,7 +9,7 @@ use cudarc::driver::{DriverError, result, sys};
 use super::error::{Result, during};
 
 /// (name of the `.cu` file, its fatbin), written by `kernels/build.rs`.
-pub(crate) static IMAGES: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/images.rs"));
+pub static IMAGES: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
 /// Every kernel of a device by its name.
 pub(super) type Functions = HashMap<String, sys::CUfunction>;

@@ -1,6 +1,8 @@
 //! CUDA operations on PyTorch's memory: device addresses, sizes and raw streams as plain integers.
 //! `ferrotune.ops.cuda` allocates, checks types and devices, and keeps tensors alive.
 
+use std::collections::HashMap;
+
 use pyo3::prelude::*;
 
 use crate::cuda::quant::{self, Nested, Quantized};
@@ -18,6 +20,12 @@ pub fn cuda_driver() -> (Option<i32>, i32) {
 #[pyfunction]
 pub fn cuda_devices() -> Result<usize> {
     Ok(cuda::device_count()?)
+}
+
+/// The embedded fatbins by the names of their `.cu` files, for the tools that look into them.
+#[pyfunction]
+pub fn cuda_images() -> HashMap<&'static str, &'static [u8]> {
+    cuda::IMAGES.iter().copied().collect()
 }
 
 /// What Python is told of a device, as a dict.

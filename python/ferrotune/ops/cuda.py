@@ -1,7 +1,7 @@
 """The operations by ferrotune's own CUDA kernels, on PyTorch's memory and current stream.
 
-Nothing here allocates but through PyTorch, waits for the device, or loads code after ``prepare``: all
-of it can be captured in CUDA graphs.
+Nothing here allocates but through PyTorch, waits for the device, or loads code after ``prepare``:
+all of it can be captured in CUDA graphs.
 """
 
 from __future__ import annotations
