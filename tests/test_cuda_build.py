@@ -1,4 +1,4 @@
-"""What holds of the CUDA kernels without a device: how they were compiled, and what users are told."""
+"""The CUDA kernels without a device: how they were compiled, and what users are told."""
 
 from __future__ import annotations
 

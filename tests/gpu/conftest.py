@@ -15,6 +15,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.path.parts:
             item.add_marker(pytest.mark.gpu)
+            # `poison` asks for warnings where PyTorch itself is not deterministic.
+            item.add_marker(pytest.mark.filterwarnings("ignore:.*deterministic"))
             if skip is not None:
                 item.add_marker(skip)
 
