@@ -158,13 +158,14 @@ def test_errors_carry_cudas_names() -> None:
     assert caught.value.code == 3
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_is_told() -> None:
-    cuda.prepare()
+    cuda.prepare(0)
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            cuda.prepare()
+            cuda.prepare(0)
             said: object = "no error"
         except ferrotune.CudaError as error:
             said = [error.code, str(error)]
