@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import ops as ops
-    from ._native import FormatError
+    from ._native import CudaError, FormatError
     from .commands.demo import demo
+    from .commands.doctor import DoctorResult, doctor
     from .commands.evaluate import eval as eval  # a star import would hide the builtin
     from .commands.evaluate import evaluate
     from .commands.generate import generate
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "CudaError",
     "DemoResult",
+    "DoctorResult",
     "EvaluateResult",
     "FormatError",
     "GenerateResult",
@@ -36,6 +39,7 @@ __all__ = [
     "TrainResult",
     "demo",
     "dequantize_4bit",
+    "doctor",
     "evaluate",
     "generate",
     "merge",
@@ -46,7 +50,9 @@ __all__ = [
 # Public name -> (module, name there). Nothing is imported before its first use, so that
 # `import ferrotune` stays a matter of milliseconds.
 _EXPORTS = {
+    "CudaError": ("_native", "CudaError"),
     "DemoResult": ("results", "DemoResult"),
+    "DoctorResult": ("commands.doctor", "DoctorResult"),
     "EvaluateResult": ("results", "EvaluateResult"),
     "FormatError": ("_native", "FormatError"),
     "GenerateResult": ("results", "GenerateResult"),
@@ -58,6 +64,7 @@ _EXPORTS = {
     "__version__": ("version", "version"),
     "demo": ("commands.demo", "demo"),
     "dequantize_4bit": ("quant", "dequantize_4bit"),
+    "doctor": ("commands.doctor", "doctor"),
     "eval": ("commands.evaluate", "eval"),
     "evaluate": ("commands.evaluate", "evaluate"),
     "generate": ("commands.generate", "generate"),
