@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import ops
+    from . import ops as ops
     from ._native import FormatError
     from .commands.demo import demo
     from .commands.evaluate import eval as eval  # a star import would hide the builtin

@@ -21,11 +21,11 @@ except ImportError as error:
     ) from error
 
 from .certificate import Certificate, Difference
+from .comparison import verify
 from .errors import PatchError, UnsupportedLayerError
 from .patcher import patch, unpatch
 from .report import LayerReport, PatchReport
 from .runs import listening
-from .verify import verify
 
 __all__ = [
     "Certificate",

@@ -23,7 +23,6 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 class FourBitForward(Replaced):
     """``y = x·Wᵀ + bias`` in the layer's compute dtype; y in x's dtype."""
 
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         reason = "arguments besides the input" if args or kwargs else runs.not_for_ferrotune(x)
         quant = None if reason else readable(self, x)
@@ -31,7 +30,7 @@ class FourBitForward(Replaced):
             reason = UNREADABLE
         runs.note(self, reason)
         if quant is None:
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc, no-any-return]
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         return product(self, quant, x)
 
 
