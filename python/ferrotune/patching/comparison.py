@@ -137,8 +137,9 @@ def _truth(
         return None, reason
     kind = next((p.device.type for p in model.parameters()), "cpu")
     try:
+        made, inputs = wide.float64_copy(model), wide.float64_batch(batch)
         with wide.in_float64(kind):
-            found = run(wide.float64_copy(model), wide.float64_batch(batch), start)
+            found = run(made, inputs, start)
     except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
         return None, f"{type(error).__name__}: {error}"
     if not found.generators.same_torch(stock.generators):
