@@ -348,6 +348,43 @@ def test_hooks_of_accelerate() -> None:
     assert len(report.left) == 14
 
 
+@pytest.mark.parametrize("first", ["patch", "shard"])
+def test_fsdp2_before_or_after(first: str, tmp_path: Path) -> None:
+    """Between forwards the weights are sharded; within one they are plain tensors."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = with_lora(base_model("llama").train())
+    expected = step(model, batch("llama"))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        if first == "patch":
+            ferrotune.patch(model, strict=True)
+        for layer in (*model.base_model.model.model.layers, model):
+            fully_shard(layer, mesh=mesh)
+        report = ferrotune.patch(model, strict=True)
+        assert not [row for row in report.layers if row.note]
+        with counted() as counts:
+            found = step(model, batch("llama"))
+        assert counts == {None: 14}
+        whole = {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in found.items()}
+        assert_agree(expected, whole)
+        assert ferrotune.unpatch(model) == 14
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_part_that_is_an_attention_layer() -> None:
+    model = get_peft_model(Custom(), LoraConfig(r=4, target_modules=["attention"]))  # type: ignore[arg-type]
+    attention = model.base_model.model.attention
+    attention.base_layer.out_proj.merge()
+    assert [row.name for row in ferrotune.patch(attention).left] == [
+        "(the model itself)", "base_layer.out_proj",
+    ]  # fmt: skip
+
+
 def test_lora_above_another_method() -> None:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))

@@ -35,6 +35,11 @@ def is_plain(tensor: Any) -> bool:
     return type(tensor) in _PLAIN
 
 
+def is_sharded(tensor: Any) -> bool:
+    """A DTensor: FSDP2 puts plain tensors in its place for the time of a forward."""
+    return type(tensor).__name__ == "DTensor"
+
+
 def is_bypassed(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than its class's forward."""
     if (

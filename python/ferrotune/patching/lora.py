@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import ops
 from . import four_bit, runs
-from .base import FLOATS, dense_weight, is_4bit, is_bypassed, is_dense, is_plain
+from .base import FLOATS, dense_weight, is_4bit, is_bypassed, is_dense, is_plain, is_sharded
 from .classes import Replaced
 from .masks import IndexDropout
 
@@ -87,12 +87,12 @@ def active(layer: Any) -> list[str]:
 
 def why_not_adapter(layer: Any, name: str) -> str | None:
     """Why an adapter of the layer is not ferrotune's, whatever the input."""
-    found = _read(layer, name)
+    found = _read(layer, name, between=True)
     return found if isinstance(found, str) else None
 
 
-def _read(layer: Any, name: str) -> Adapter | str:
-    """The adapter if it is plain LoRA, else what it is."""
+def _read(layer: Any, name: str, *, between: bool = False) -> Adapter | str:
+    """The adapter if it is plain LoRA, else what it is; ``between`` forwards it may be sharded."""
     variant = layer.lora_variant.get(name)
     if variant is not None and type(variant).__name__ not in _PLAIN_VARIANTS:
         return f"adapter '{name}' is {_variant_name(variant)}, not plain LoRA"
@@ -100,7 +100,7 @@ def _read(layer: Any, name: str) -> Adapter | str:
     weights: list[Any] = []
     for part, module in (("lora_A", lora_A), ("lora_B", lora_B)):
         weight = getattr(module, "weight", None)
-        if not is_dense(module) or not is_plain(weight):
+        if not is_dense(module) or not (is_plain(weight) or (between and is_sharded(weight))):
             return f"{part}['{name}'] is no plain nn.Linear ({type(weight).__name__})"
         if is_bypassed(module):
             return f"{part}['{name}'] has hooks or a forward of its own"

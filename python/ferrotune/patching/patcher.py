@@ -110,11 +110,11 @@ def _look(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule, str | None]]
         rule = rule_of(module)
         if rule is None:
             continue
-        place = next((prefix for prefix in inside if name.startswith(prefix)), None)
-        reason = place and "lora.MultiheadAttention merges it for each call, and never calls it"
+        place = any(name.startswith(prefix) for prefix in inside)
+        reason = "lora.MultiheadAttention merges it for each call, and never calls it"
         if is_instance(module, "peft.tuners.lora.layer", "MultiheadAttention"):
-            inside.append(f"{name}.")
-        yield name or "(the model itself)", module, rule, reason
+            inside.append(f"{name}." if name else "")
+        yield name or "(the model itself)", module, rule, reason if place else None
 
 
 def _report(name: str, module: nn.Module, rule: Rule, reason: str | None) -> LayerReport:

@@ -19,6 +19,7 @@ from .base import (
     is_instance,
     is_offloaded,
     is_plain,
+    is_sharded,
     quant_of,
 )
 from .classes import Replaced, defined_in, stock_of
@@ -182,7 +183,7 @@ def _why_not_base(base: Any) -> str | None:
         return "was repacked by bitsandbytes for inference on this CPU" if packed else None
     if not (is_dense(base) or is_conv1d(base)):
         return f"is a {type(base).__module__}.{type(base).__qualname__}"
-    if not is_plain(base.weight):
+    if not is_plain(base.weight) and not is_sharded(base.weight):
         return f"has a {type(base.weight).__name__} as weight"
     return "is trained" if base.weight.requires_grad else None
 
@@ -214,7 +215,7 @@ def _check_4bit(name: str, layer: Any) -> None:
         raise PatchError(
             f"{name}: its weight is not quantised yet; move the model to its device first", name
         )
-    if _is_repacked(layer):
+    if _is_repacked(layer) or is_sharded(weight):
         return
     try:
         quant = quant_of(layer)
