@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .commands.merge import merge
     from .commands.train import train
     from .options import SettingError
+    from .patching import Certificate, PatchError, PatchReport, patch, unpatch, verify
+    from .patching.callback import TrainerCallback
     from .quant import Quantized4bit, dequantize_4bit, quantize_4bit
     from .results import (
         DemoResult,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Certificate",
     "CudaError",
     "DemoResult",
     "DoctorResult",
@@ -33,23 +36,30 @@ __all__ = [
     "FormatError",
     "GenerateResult",
     "MergeResult",
+    "PatchError",
+    "PatchReport",
     "Quantized4bit",
     "SettingError",
     "TrainInterrupted",
     "TrainResult",
+    "TrainerCallback",
     "demo",
     "dequantize_4bit",
     "doctor",
     "evaluate",
     "generate",
     "merge",
+    "patch",
     "quantize_4bit",
     "train",
+    "unpatch",
+    "verify",
 ]
 
 # Public name -> (module, name there). Nothing is imported before its first use, so that
 # `import ferrotune` stays a matter of milliseconds.
 _EXPORTS = {
+    "Certificate": ("patching", "Certificate"),
     "CudaError": ("_native", "CudaError"),
     "DemoResult": ("results", "DemoResult"),
     "DoctorResult": ("commands.doctor", "DoctorResult"),
@@ -57,10 +67,13 @@ _EXPORTS = {
     "FormatError": ("_native", "FormatError"),
     "GenerateResult": ("results", "GenerateResult"),
     "MergeResult": ("results", "MergeResult"),
+    "PatchError": ("patching", "PatchError"),
+    "PatchReport": ("patching", "PatchReport"),
     "Quantized4bit": ("quant", "Quantized4bit"),
     "SettingError": ("options", "SettingError"),
     "TrainInterrupted": ("results", "TrainInterrupted"),
     "TrainResult": ("results", "TrainResult"),
+    "TrainerCallback": ("patching.callback", "TrainerCallback"),
     "__version__": ("version", "version"),
     "demo": ("commands.demo", "demo"),
     "dequantize_4bit": ("quant", "dequantize_4bit"),
@@ -69,8 +82,11 @@ _EXPORTS = {
     "evaluate": ("commands.evaluate", "evaluate"),
     "generate": ("commands.generate", "generate"),
     "merge": ("commands.merge", "merge"),
+    "patch": ("patching", "patch"),
     "quantize_4bit": ("quant", "quantize_4bit"),
     "train": ("commands.train", "train"),
+    "unpatch": ("patching", "unpatch"),
+    "verify": ("patching", "verify"),
 }
 
 

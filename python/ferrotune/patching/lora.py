@@ -1,0 +1,199 @@
+"""PEFT's LoRA layers run by ferrotune."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .. import ops
+from . import four_bit, runs
+from .base import FLOATS, dense_weight, is_4bit, is_bypassed, is_dense, is_plain, is_sharded
+from .classes import Replaced
+from .masks import IndexDropout
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DROPOUTS = (nn.Identity, nn.Dropout, IndexDropout)
+_KEYWORDS = {"adapter_names", "alora_offsets"}  # PEFT's own; all others go to the base layer
+
+
+class Adapter(NamedTuple):
+    """One adapter of a layer, as ``ops.lora_linear`` takes it."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    lora_bias: Tensor | None
+    dropout_p: float
+
+
+class LoraForward(Replaced):
+    """``y = base(x) + Σ scaling·(dropout(x)·Aᵀ·Bᵀ + lora_bias)`` over the active adapters.
+
+    The base and the first adapter are one operation, further adapters are LoRA terms added to it.
+    What is not plain LoRA runs through PEFT's own forward.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapters = _adapters_now(self, x, args, kwargs)
+        if isinstance(adapters, str):
+            runs.note(self, adapters)
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        runs.note(self, None)
+        return _run(self.base_layer, adapters, x)
+
+
+def _adapters_now(
+    layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Adapter] | str:
+    """What this forward takes; or why it is PEFT's."""
+    if layer.disable_adapters:
+        return runs.DISABLED
+    if kwargs.get("adapter_names") is not None:
+        return runs.MIXED
+    if layer.merged:
+        return runs.MERGED
+    if args or not _KEYWORDS.issuperset(kwargs):
+        return "arguments for the base layer besides the input"
+    names = active(layer)
+    if not names:
+        return runs.INACTIVE
+    reason = runs.not_for_ferrotune(x)
+    if reason is None and x.dtype not in FLOATS:
+        reason = f"the input is {x.dtype}"
+    if reason is not None:
+        return reason
+    autocast = torch.is_autocast_enabled(x.device.type)
+    found = []
+    for name in names:
+        adapter = _read(layer, name)
+        if isinstance(adapter, str):
+            return adapter
+        reason = _why_not_input(layer, name, adapter, x, autocast)
+        if reason is not None:
+            return reason
+        found.append(adapter)
+    return found
+
+
+def active(layer: Any) -> list[str]:
+    """The active adapters that this layer has."""
+    adapters = layer.lora_A
+    return [name for name in layer.active_adapters if name in adapters]
+
+
+def why_not_adapter(layer: Any, name: str) -> str | None:
+    """Why an adapter of the layer is not ferrotune's, whatever the input."""
+    found = _read(layer, name, between=True)
+    return found if isinstance(found, str) else None
+
+
+def _read(layer: Any, name: str, *, between: bool = False) -> Adapter | str:
+    """The adapter if it is plain LoRA, else what it is; ``between`` forwards it may be sharded."""
+    variant = layer.lora_variant.get(name)
+    if variant is not None and type(variant).__name__ not in _PLAIN_VARIANTS:
+        return f"adapter '{name}' is {_variant_name(variant)}, not plain LoRA"
+    lora_A, lora_B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    weights: list[Any] = []
+    for part, module in (("lora_A", lora_A), ("lora_B", lora_B)):
+        weight = getattr(module, "weight", None)
+        if not is_dense(module) or not (is_plain(weight) or (between and is_sharded(weight))):
+            return f"{part}['{name}'] is no plain nn.Linear ({type(weight).__name__})"
+        if is_bypassed(module):
+            return f"{part}['{name}'] has hooks or a forward of its own"
+        weights.append(weight)
+    if lora_A.bias is not None:
+        return f"lora_A['{name}'] has a bias"
+    if type(dropout) not in _DROPOUTS:
+        return f"lora_dropout['{name}'] is a {type(dropout).__name__}"
+    if is_bypassed(dropout):
+        return f"lora_dropout['{name}'] has hooks or a forward of its own"
+    scaling = layer.scaling[name]
+    if not isinstance(scaling, (int, float)):
+        return f"the scaling of adapter '{name}' is a {type(scaling).__name__}"
+    # nn.Identity has no p; outside training nothing is dropped.
+    p = dropout.p if dropout.training and type(dropout) is not nn.Identity else 0.0
+    return Adapter(weights[0], weights[1], scaling, lora_B.bias, p)
+
+
+def _why_not_input(
+    layer: Any, name: str, adapter: Adapter, x: Tensor, autocast: bool
+) -> str | None:
+    A, B = adapter.lora_A, adapter.lora_B
+    if A.device != x.device or B.device != x.device:
+        return f"adapter '{name}' is on {A.device}, the input on {x.device}"
+    if autocast:
+        return None
+    if A.dtype != B.dtype:
+        return f"lora_A['{name}'] is {A.dtype}, lora_B {B.dtype}"
+    if A.dtype != x.dtype and not layer.cast_input_dtype_enabled:
+        return "casting of the input is off (disable_input_dtype_casting)"
+    return None
+
+
+_PLAIN_VARIANTS = {"MiCALinearVariant"}  # differs in its start and in what is trained alone
+_VARIANTS = {
+    "ALoraLinearVariant": "aLoRA",
+    "ArrowLinearVariant": "Arrow",
+    "BdLoraLinearVariant": "BD-LoRA",
+    "DoraLinearVariant": "DoRA",
+    "KasaLinearVariant": "KaSA",
+    "MontecloraLinearVariant": "MonteCLoRA",
+    "VeloraLinearVariant": "VeLoRA",
+}
+
+
+def _variant_name(variant: object) -> str:
+    return _VARIANTS.get(type(variant).__name__, type(variant).__name__)
+
+
+def _run(base: Any, adapters: list[Adapter], x: Tensor) -> Tensor:
+    first, *others = adapters
+    y = None if is_bypassed(base) else _base_with(base, first, x)
+    if y is None:
+        y = base(x)
+        others = adapters
+    dtype = y.dtype
+    for adapter in others:
+        y = y + _term(adapter, x)
+    return y.to(dtype)
+
+
+def _base_with(base: Any, adapter: Adapter, x: Tensor) -> Tensor | None:
+    """The base layer and one adapter as one operation; None where the base must run by itself."""
+    kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if is_4bit(base):
+        return _base_4bit_with(base, adapter, x, autocast)
+    dense = dense_weight(base, x, autocast is not None)
+    if dense is None:
+        return None
+    weight, bias = dense
+    return ops.lora_linear(x, weight, bias=bias, **adapter._asdict())
+
+
+def _base_4bit_with(
+    base: Any, adapter: Adapter, x: Tensor, autocast: torch.dtype | None
+) -> Tensor | None:
+    quant = four_bit.readable(base, x)
+    if quant is None:
+        return None
+    dtype = four_bit.compute_dtype(base, x)
+    if autocast is not None:
+        together = dtype == autocast
+    else:
+        together = torch.promote_types(x.dtype, dtype) == dtype
+    if not together:  # the adapter is not rounded to a compute dtype that is the base's alone
+        return (four_bit.product(base, quant, x) + _term(adapter, x)).to(x.dtype)
+    bias = four_bit.bias_as(base, dtype)
+    y = ops.lora_linear(x.to(dtype), quant, bias=bias, **adapter._asdict())
+    return y.to(x.dtype)
+
+
+def _term(adapter: Adapter, x: Tensor) -> Tensor:
+    """The LoRA term alone, in the wider of x's and the adapter's dtypes."""
+    wide = torch.promote_types(x.dtype, adapter.lora_A.dtype)
+    return ops.lora_linear(x.to(wide), None, **adapter._asdict())
