@@ -32,6 +32,8 @@ mod native {
     #[pymodule_export]
     use crate::python::engine::{compute, evaluate, generate, merge, train};
     #[pymodule_export]
+    use crate::python::memory::{dequantize_4bit_at, dropout_at};
+    #[pymodule_export]
     use crate::python::quant::{
         dequantize_4bit, quant_state_from_tensors, quant_state_to_tensors, quantize_4bit,
     };

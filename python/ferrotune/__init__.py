@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import ops
     from ._native import FormatError
     from .commands.demo import demo
     from .commands.evaluate import eval as eval  # a star import would hide the builtin
@@ -66,11 +67,17 @@ _EXPORTS = {
 }
 
 
+# Packages that need PyTorch.
+_PACKAGES = ("ops",)
+
+
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _PACKAGES:
+        return import_module(f"{__name__}.{name}")
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _EXPORTS[name]
     value = getattr(import_module(f"{__name__}.{module}"), attribute)
     globals()[name] = value() if name == "__version__" else value
@@ -78,4 +85,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS})
+    return sorted({*globals(), *_EXPORTS, *_PACKAGES})

@@ -14,6 +14,8 @@ __all__ = [
     "__version__",
     "compute",
     "dequantize_4bit",
+    "dequantize_4bit_at",
+    "dropout_at",
     "evaluate",
     "generate",
     "match_targets",
@@ -100,6 +102,26 @@ def quant_state_to_tensors(
 def quant_state_from_tensors(
     name: str, tensors: dict[str, tuple[str, list[int], npt.NDArray[np.uint8]]]
 ) -> dict[str, Any] | None: ...
+
+# ---- memory of CPU tensors, by address (0 for none)
+
+def dequantize_4bit_at(
+    packed: int,
+    packed_len: int,
+    absmax: int,
+    absmax_len: int,
+    nested_absmax: int,
+    nested_len: int,
+    nested_code: int,
+    nested_offset: float,
+    quant_type: str,
+    blocksize: int,
+    nested_blocksize: int,
+    out: int,
+    elements: int,
+    dtype: str,
+) -> None: ...
+def dropout_at(values: int, out: int, len: int, p: float, seed: int, stream: int) -> None: ...
 
 # ---- threads
 # Addresses of libgomp's functions of these names.

@@ -123,8 +123,8 @@ def _limits(result: TrainResult, settings: Mapping[str, Any]) -> str:
         f"{tables.count(settings['eval_tokens'])} tokens."
     )
     limits.append(
-        "This card knows the loss on the held-out text alone: no task, no safety, no bias, nor what "
-        "the model lost of what it knew before."
+        "This card knows the loss on the held-out text alone: no task, no safety, no bias, nor "
+        "what the model lost of what it knew before."
     )
     skipped, cut = result.data.get("skipped_total") or 0, result.data.get("truncated") or 0
     if skipped or cut:

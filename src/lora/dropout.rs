@@ -1,7 +1,6 @@
 //! Dropout whose mask is a pure function of a seed, a stream and the element's index.
 
-use rayon::prelude::*;
-
+use crate::parallel;
 use crate::simd::vectorized;
 
 /// Elements one Philox call serves: four 32-bit words are eight 16-bit uniforms.
@@ -63,31 +62,29 @@ impl Dropout {
         let scale = 1.0 / (1.0 - self.p);
         let key = [self.seed as u32, (self.seed >> 32) as u32];
         let stream = [self.stream as u32, (self.stream >> 32) as u32];
-        out.par_chunks_mut(CHUNK)
-            .zip(values.par_chunks(CHUNK))
-            .enumerate()
-            .for_each(|(chunk, (out, values))| {
-                vectorized(|| {
-                    let first = (chunk * (CHUNK / LANES)) as u64;
-                    let groups = out.chunks_mut(LANES).zip(values.chunks(LANES));
-                    for (group, (out, values)) in groups.enumerate() {
-                        let index = first + group as u64;
-                        let words = philox(
-                            [index as u32, (index >> 32) as u32, stream[0], stream[1]],
-                            key,
-                        );
-                        for (lane, (out, &value)) in out.iter_mut().zip(values).enumerate() {
-                            let uniform = words[lane / 2] >> (16 * (lane % 2)) & 0xFFFF;
-                            let kept = if uniform >= threshold {
-                                value * scale
-                            } else {
-                                0.0
-                            };
-                            *out = store(kept, *out);
-                        }
+        let chunks = out.chunks_mut(CHUNK).zip(values.chunks(CHUNK)).enumerate();
+        parallel::for_each(chunks, |(chunk, (out, values))| {
+            vectorized(|| {
+                let first = (chunk * (CHUNK / LANES)) as u64;
+                let groups = out.chunks_mut(LANES).zip(values.chunks(LANES));
+                for (group, (out, values)) in groups.enumerate() {
+                    let index = first + group as u64;
+                    let words = philox(
+                        [index as u32, (index >> 32) as u32, stream[0], stream[1]],
+                        key,
+                    );
+                    for (lane, (out, &value)) in out.iter_mut().zip(values).enumerate() {
+                        let uniform = words[lane / 2] >> (16 * (lane % 2)) & 0xFFFF;
+                        let kept = if uniform >= threshold {
+                            value * scale
+                        } else {
+                            0.0
+                        };
+                        *out = store(kept, *out);
                     }
-                });
+                }
             });
+        });
     }
 }
 

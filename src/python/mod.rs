@@ -10,5 +10,6 @@ pub mod adapter;
 mod caller;
 #[cfg(feature = "engine")]
 pub mod engine;
+pub mod memory;
 pub mod quant;
 pub mod threads;

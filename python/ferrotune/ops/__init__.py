@@ -1,0 +1,250 @@
+"""LoRA and 4-bit operations for PyTorch, with PEFT's and bitsandbytes' semantics.
+
+Each is also an operator of PyTorch's dispatcher (``torch.ops.ferrotune``) with a fake kernel and
+autograd, which ``torch.compile`` takes without a graph break.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import autograd, flat, library
+from . import dropout as _dropout
+from .types import BLOCKSIZES, Projection, Quant4bit
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+__all__ = [
+    "Projection",
+    "Quant4bit",
+    "dequantize_4bit",
+    "dropout_mask",
+    "dropout_seed",
+    "lora_linear",
+    "lora_linear_group",
+    "quantize_4bit",
+]
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | Quant4bit | None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+    *,
+    bias: Tensor | None = None,
+    lora_bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``y = x·Wᵀ + bias + scaling·(dropout(x)·Aᵀ·Bᵀ + lora_bias)`` (Hu et al., 2021).
+
+    Args:
+        x: ``[..., k]``, float32, float16 or bfloat16 (float64 too, in plain PyTorch).
+        weight: frozen W ``[n, k]`` in x's dtype, or a 4-bit one; None for the LoRA term alone. A
+            dense W that requires a gradient gets one, through PyTorch's own linear.
+        lora_A: ``[r, k]``; None without adapter. Of any float dtype, as ``lora_B`` ``[n, r]``.
+        scaling: ``lora_alpha / r``, or ``lora_alpha / √r`` (rsLoRA).
+        bias: ``[n]``, of x's dtype.
+        lora_bias: ``[n]``: the bias of PEFT's ``lora_B`` layer.
+        dropout_p: probability with which an element of x is dropped before A; realised to 2⁻¹⁷.
+        seed: of the dropout mask, from ``dropout_seed``; drawn from PyTorch's generator if None.
+
+    Returns:
+        ``[..., n]`` in x's dtype. Under autocast, x and all weights are cast to its dtype first.
+
+    The LoRA term is computed in the wider of x's and A's dtypes. Gradients have the dtype of what
+    they belong to. Raises ``ValueError`` or ``TypeError`` naming the argument that does not fit.
+    """
+    dense, quant = (None, weight) if isinstance(weight, Quant4bit) else (weight, None)
+    projection = Projection(dense, quant, bias, lora_A, lora_B, lora_bias, scaling, dropout_p)
+    return _run(x, [projection], seed)[0]
+
+
+def lora_linear_group(
+    x: Tensor, projections: Sequence[Projection], *, seed: Tensor | None = None
+) -> list[Tensor]:
+    """``lora_linear`` of projections that share x (q, k and v; gate and up), as one operation.
+
+    Each has a dropout mask of its own: ``Projection.stream`` of one seed, its index in the group
+    unless the projections' streams differ already.
+
+    Returns ``y`` ``[..., n]`` of every projection. Errors are those of ``lora_linear``.
+    """
+    if len(projections) > 1 and len({projection.stream for projection in projections}) == 1:
+        projections = [projection._replace(stream=i) for i, projection in enumerate(projections)]
+    return _run(x, list(projections), seed)
+
+
+def _run(x: Tensor, projections: list[Projection], seed: Tensor | None) -> list[Tensor]:
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+        projections = [_cast(projection, dtype) for projection in projections]
+    for projection in projections:
+        _check(x, projection)
+    trained = [
+        projection.weight if _is_trained(projection.weight) else None for projection in projections
+    ]
+    if any(weight is not None for weight in trained):
+        return _with_trained_weights(x, projections, trained, seed)
+    if seed is None and any(projection.dropout_p for projection in projections):
+        seed = dropout_seed(x)
+    if not torch.compiler.is_compiling():
+        return list(autograd.apply(x, projections, seed))
+    numbers = flat.numbers(projections)
+    if len(projections) == 1:
+        return [
+            torch.ops.ferrotune.lora_linear(
+                x, seed, *flat.tensors(projections[0]), *(column[0] for column in numbers)
+            )[0]
+        ]
+    columns = flat.by_name(x, projections)
+    return list(torch.ops.ferrotune.lora_linear_group(x, seed, *columns, *numbers)[0])
+
+
+def _is_trained(weight: Tensor | None) -> bool:
+    return weight is not None and weight.requires_grad and torch.is_grad_enabled()
+
+
+def _with_trained_weights(
+    x: Tensor, projections: list[Projection], trained: list[Tensor | None], seed: Tensor | None
+) -> list[Tensor]:
+    """Trained W go through PyTorch's linear; the rest of their projections is added."""
+    found: list[Tensor] = []
+    rest = [
+        projection if weight is None else projection._replace(weight=None, bias=None)
+        for projection, weight in zip(projections, trained, strict=True)
+    ]
+    live = [
+        projection
+        for projection in rest
+        if projection.weight is not None or projection.quant is not None or projection.rank
+    ]
+    terms = iter(_run(x, live, seed) if live else [])
+    for projection, weight, other in zip(projections, trained, rest, strict=True):
+        term = next(terms) if any(other is one for one in live) else None
+        if weight is not None:
+            base = torch.nn.functional.linear(x, weight, projection.bias)
+            term = base if term is None else base + term
+        assert term is not None
+        found.append(term)
+    return found
+
+
+def _cast(projection: Projection, dtype: torch.dtype) -> Projection:
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        return tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor
+
+    return projection._replace(
+        weight=cast(projection.weight),
+        bias=cast(projection.bias),
+        lora_A=cast(projection.lora_A),
+        lora_B=cast(projection.lora_B),
+        lora_bias=cast(projection.lora_bias),
+    )
+
+
+def _check(x: Tensor, projection: Projection) -> None:
+    if x.dtype not in _FLOATS:
+        raise TypeError(f"x must be float32, float16 or bfloat16, not {x.dtype}")
+    if not 0 <= projection.dropout_p <= 1:
+        raise ValueError(f"dropout_p must be in [0, 1], not {projection.dropout_p}")
+    n, k = projection.shape
+    if x.shape[-1:] != (k,):
+        raise ValueError(f"x has shape {list(x.shape)}, but the weight is [{n}, {k}]: k differs")
+    weight, bias = projection.weight, projection.bias
+    lora_A, lora_B = projection.lora_A, projection.lora_B
+    if weight is not None and weight.dtype != x.dtype:
+        raise TypeError(f"weight is {weight.dtype}, but x is {x.dtype}: cast one of them")
+    if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype):
+        raise ValueError(f"bias must be [{n}] in {x.dtype}, not {list(bias.shape)} {bias.dtype}")
+    if (lora_A is None) != (lora_B is None):
+        raise ValueError("lora_A and lora_B go together")
+    if lora_A is None or lora_B is None:
+        return
+    r = lora_A.shape[0]
+    if lora_A.shape != (r, k) or lora_B.shape != (n, r):
+        raise ValueError(
+            f"lora_A must be [r, {k}] and lora_B [{n}, r], not {list(lora_A.shape)} and "
+            f"{list(lora_B.shape)}"
+        )
+    lora_bias = projection.lora_bias
+    if lora_bias is not None and lora_bias.shape != (n,):
+        raise ValueError(f"lora_bias must be [{n}], not {list(lora_bias.shape)}")
+
+
+def quantize_4bit(
+    values: Tensor, *, blocksize: int = 64, quant_type: str = "nf4", double_quant: bool = True
+) -> Quant4bit:
+    """``values`` in bitsandbytes' 4-bit format; codes and absmax are those of its code.
+
+    Args:
+        values: float32, float16 or bfloat16, of any shape; finite.
+        blocksize: elements that share an absmax: 32 to 4096, a power of two.
+        quant_type: "nf4" or "fp4" (Dettmers et al., 2023).
+        double_quant: quantises the absmax too, to 8 bits in blocks of 256.
+
+    Raises ``TypeError`` for another dtype and ``ValueError`` for another block size or type.
+    """
+    if values.dtype not in _FLOATS[:3]:
+        raise TypeError(f"values must be float32, float16 or bfloat16, not {values.dtype}")
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize must be one of {BLOCKSIZES}, not {blocksize}")
+    if quant_type not in ("nf4", "fp4"):
+        raise ValueError(f"quant_type must be 'nf4' or 'fp4', not {quant_type!r}")
+    packed, absmax, *nested = torch.ops.ferrotune.quantize_4bit(
+        values.detach(), blocksize, quant_type, double_quant
+    )
+    nested_absmax, nested_code, nested_offset = nested if double_quant else (None, None, None)
+    return Quant4bit(
+        packed, absmax, nested_absmax, nested_code, nested_offset,
+        quant_type, blocksize, 256 if double_quant else 0, tuple(values.shape), values.dtype,
+    )  # fmt: skip
+
+
+def dequantize_4bit(quant: Quant4bit, dtype: torch.dtype | None = None) -> Tensor:
+    """The values of ``quant`` in ``dtype`` (the quantised one unless given); bitsandbytes' bits.
+
+    Raises ``ValueError`` if the parts do not fit together.
+    """
+    if not torch.compiler.is_compiling():
+        quant.check()
+    return torch.ops.ferrotune.dequantize_4bit(  # type: ignore[no-any-return]
+        *quant.tensors, quant.quant_type, quant.blocksize, quant.nested_blocksize,
+        list(quant.shape), quant.dtype, quant.dtype if dtype is None else dtype,
+    )  # fmt: skip
+
+
+def dropout_seed(x: Tensor) -> Tensor:
+    """One draw of PyTorch's generator of x's device, for one operation's masks: int64 ``[1]``.
+
+    ``torch.manual_seed``, checkpointing and CUDA graphs hold for it as for ``nn.Dropout``.
+    """
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=x.device)
+
+
+def dropout_mask(
+    shape: Sequence[int],
+    p: float,
+    seed: Tensor,
+    stream: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """What ``lora_linear`` multiplies x of this shape by: 0 or 1/(1 − p); on the seed's device."""
+    elements = 1
+    for size in shape:
+        elements *= size
+    return _dropout.mask(elements, p, seed, stream).to(dtype).reshape(tuple(shape))
+
+
+_ = library  # registers the operators

@@ -1,0 +1,227 @@
+"""The operations on every device that PyTorch has: its products, and the Rust core on the CPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import dropout
+from .types import Grads, Need, Projection, Quant4bit
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from torch import Tensor
+
+
+def forward(
+    x: Tensor, projections: Sequence[Projection], seed: Tensor | None
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Of x ``[m, k]``: ``ys`` ``[m, n]`` in its dtype; ``hs`` ``[m, r]``: scaling·dropout(x)·Aᵀ."""
+    ys: list[Tensor] = []
+    hs: list[Tensor | None] = []
+    for projection in projections:
+        y = _base(x, projection)
+        h = None
+        if projection.lora_A is not None and projection.lora_B is not None:
+            kind = term_dtype(x, projection.lora_A)
+            dropped = dropout.apply(x, projection.dropout_p, seed, projection.stream).to(kind)
+            h = _product(dropped, projection.lora_A.to(kind).t(), projection.scaling)
+            y = _add_product(y, h, projection.lora_B.to(kind).t(), x.dtype)
+            if projection.lora_bias is not None:
+                wide = torch.promote_types(projection.lora_bias.dtype, torch.float32)
+                y += (projection.lora_bias.to(wide) * projection.scaling).to(y.dtype)
+        assert y is not None
+        ys.append(y)
+        hs.append(h)
+    return ys, hs
+
+
+def backward(
+    grads: Sequence[Tensor | None],
+    x: Tensor,
+    hs: Sequence[Tensor | None],
+    projections: Sequence[Projection],
+    seed: Tensor | None,
+    need: Need,
+) -> Grads:
+    """Gradients of ``forward``'s inputs in their dtypes; ``grads`` ``[m, n]`` are contiguous."""
+    dx: Tensor | None = None
+    nothing: list[Tensor | None] = [None] * len(projections)
+    found = Grads(None, nothing[:], nothing[:], nothing[:], nothing[:])
+    for i, (grad, h, projection) in enumerate(zip(grads, hs, projections, strict=True)):
+        lora_A, lora_B, bias = projection.lora_A, projection.lora_B, projection.bias
+        if grad is None:
+            continue
+        if need.x:
+            weight = dense(projection, x.dtype)
+            if weight is not None:
+                dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
+            del weight
+        if need.bias[i] and bias is not None:
+            found.bias[i] = _columns(grad).to(bias.dtype)
+        if lora_A is None or lora_B is None or h is None:
+            continue
+        if need.lora_bias[i] and projection.lora_bias is not None:
+            sums = _columns(grad) * projection.scaling
+            found.lora_bias[i] = sums.to(projection.lora_bias.dtype)
+        kind = h.dtype
+        wide = grad.to(kind)
+        if need.lora_B[i]:
+            found.lora_B[i] = (wide.t() @ h).to(lora_B.dtype)
+        if not (need.lora_A[i] or need.x):
+            continue
+        g = _product(wide, lora_B.to(kind), projection.scaling)
+        if need.lora_A[i]:
+            dropped = dropout.apply(x, projection.dropout_p, seed, projection.stream).to(kind)
+            found.lora_A[i] = (g.t() @ dropped).to(lora_A.dtype)
+        if need.x:
+            down = lora_A.to(kind)
+            if projection.dropout_p:
+                term = dropout.apply(g @ down, projection.dropout_p, seed, projection.stream)
+                dx = term.to(x.dtype) if dx is None else (dx + term).to(x.dtype)
+            else:
+                dx = _add_product(dx, g, down, x.dtype)
+    if need.x and dx is None:
+        dx = torch.zeros_like(x)
+    return found._replace(x=dx)
+
+
+def term_dtype(x: Tensor, lora_A: Tensor) -> torch.dtype:
+    """In what the LoRA term is computed: what holds both x's and A's values."""
+    return torch.promote_types(x.dtype, lora_A.dtype)
+
+
+def dense(projection: Projection, dtype: torch.dtype) -> Tensor | None:
+    """W ``[n, k]`` in ``dtype``; a 4-bit one is rounded to the type it was quantised from first."""
+    if projection.quant is None:
+        return projection.weight
+    return dequantize_4bit(projection.quant, projection.quant.dtype).to(dtype)
+
+
+def _base(x: Tensor, projection: Projection) -> Tensor | None:
+    weight = dense(projection, x.dtype)
+    if weight is None:
+        return None
+    return torch.nn.functional.linear(x, weight, projection.bias)
+
+
+def _product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """``scaling · a·b``, rounded once."""
+    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
+
+
+def _add_product(onto: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``onto + a·b`` in ``dtype``; may write to ``onto``."""
+    if onto is None:
+        return (a @ b).to(dtype)
+    if onto.dtype == a.dtype:
+        return onto.addmm_(a, b)
+    return (a @ b).add_(onto).to(dtype)
+
+
+def _columns(grad: Tensor) -> Tensor:
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    return grad.sum(0, dtype=wide)
+
+
+def quantize_4bit(values: Tensor, blocksize: int, quant_type: str, double_quant: bool) -> Quant4bit:
+    """bitsandbytes' codes and absmax of its CPU code."""
+    from .. import _native, threads
+
+    threads.share_with_torch()
+    source = values.detach().cpu().contiguous()
+    fields = _native.quantize_4bit(
+        _flat(source),
+        list(source.shape),
+        str(source.dtype).removeprefix("torch."),
+        quant_type,
+        blocksize,
+        double_quant,
+    )
+    nested = fields["nested_absmax"] is not None
+
+    def tensor(name: str) -> Tensor:
+        return torch.from_numpy(fields[name]).to(values.device)
+
+    offset = torch.tensor(fields["nested_offset"], device=values.device) if nested else None
+    return Quant4bit(
+        packed=tensor("packed").unsqueeze(1),
+        absmax=tensor("absmax"),
+        nested_absmax=tensor("nested_absmax") if nested else None,
+        nested_code=tensor("nested_quant_map") if nested else None,
+        nested_offset=offset,
+        quant_type=quant_type,
+        blocksize=blocksize,
+        nested_blocksize=fields["nested_blocksize"] or 0,
+        shape=tuple(values.shape),
+        dtype=values.dtype,
+    )
+
+
+def _flat(source: Tensor) -> Any:
+    flat = source.reshape(-1)
+    return (flat if flat.dtype == torch.float32 else flat.view(torch.uint16)).numpy()
+
+
+def dequantize_4bit(quant: Quant4bit, dtype: torch.dtype) -> Tensor:
+    """W in ``dtype``: f32 products rounded once."""
+    if quant.packed.device.type != "cpu":
+        return _dequantize_by_torch(quant, dtype)
+    from .. import _native, threads
+
+    threads.share_with_torch()
+    out = torch.empty(quant.shape, dtype=dtype)
+    absmax, nested, code, offset = quant.absmax, quant.nested_absmax, quant.nested_code, 0.0
+    if quant.nested_offset is not None:
+        offset = quant.nested_offset.item()
+    _native.dequantize_4bit_at(
+        quant.packed.data_ptr(),
+        quant.packed.numel() * quant.packed.element_size(),
+        absmax.data_ptr(),
+        absmax.numel(),
+        0 if nested is None else nested.data_ptr(),
+        0 if nested is None else nested.numel(),
+        0 if code is None else code.data_ptr(),
+        offset,
+        quant.quant_type,
+        quant.blocksize,
+        quant.nested_blocksize,
+        out.data_ptr(),
+        out.numel(),
+        str(dtype).removeprefix("torch."),
+    )
+    return out
+
+
+def _dequantize_by_torch(quant: Quant4bit, dtype: torch.dtype) -> Tensor:
+    elements = 1
+    for size in quant.shape:
+        elements *= size
+    packed = quant.packed.reshape(-1).view(torch.uint8)
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[:elements]
+    absmax = quant.absmax
+    if quant.nested_absmax is not None:
+        assert quant.nested_code is not None
+        assert quant.nested_offset is not None
+        outer = quant.nested_absmax.repeat_interleave(quant.nested_blocksize)[: absmax.numel()]
+        absmax = quant.nested_code[absmax.long()] * outer + quant.nested_offset.float()
+    scale = absmax.repeat_interleave(quant.blocksize)[:elements]
+    book = _codebook(quant.quant_type).to(packed.device)
+    return (book[codes.long()] * scale).to(dtype).reshape(quant.shape)
+
+
+def _codebook(quant_type: str) -> Tensor:
+    """The 16 values, read off a block that holds every code once."""
+    from .. import _native
+
+    codes = torch.tensor([(2 * i << 4) | (2 * i + 1) for i in range(8)], dtype=torch.uint8)
+    out = torch.empty(16)
+    one = torch.ones(1)
+    _native.dequantize_4bit_at(
+        codes.data_ptr(), 8, one.data_ptr(), 1, 0, 0, 0, 0.0, quant_type, 32, 0,
+        out.data_ptr(), 16, "float32",
+    )  # fmt: skip
+    return out
