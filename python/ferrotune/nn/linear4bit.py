@@ -298,8 +298,12 @@ class Linear4bit(nn.Module):
         same = all(_alike(a, b) for a, b in zip(loaded.tensors, own.tensors, strict=True))
         if assign or not same:
             device = loaded.packed.device if assign else self.weight.device
-            moved = [None if part is None else part.to(device) for part in loaded.tensors]
-            self._store(loaded.with_tensors(moved))
+            moved: Any = {
+                name: part.to(device, copy=not assign)
+                for name in ("packed", *_BUFFERS)
+                if (part := getattr(loaded, name)) is not None
+            }
+            self._store(loaded._replace(**moved))
             return self.weight
         with torch.no_grad():
             for target, source in zip(own.tensors[1:], loaded.tensors[1:], strict=True):
