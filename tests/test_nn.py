@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from modules import COLUMNS, ROWS, dense, difference, inputs, randomised, run
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ferrotune import ops
 from ferrotune.nn import Linear4bit, LoraLinear, LoraLinear4bit
+from modules import COLUMNS, ROWS, dense, difference, inputs, randomised, run
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 PARTS = ("weight", "absmax", "nested_absmax", "nested_code", "nested_offset")
@@ -391,7 +391,7 @@ def test_missing_and_unexpected_keys_are_named() -> None:
     without = {name: x for name, x in state.items() if name != "bias"}
     found = layer.load_state_dict({**without, "other": state["bias"]}, strict=False)
     assert (found.missing_keys, found.unexpected_keys) == (["bias"], ["other"])
-    with pytest.raises(RuntimeError, match='Missing key.*"weight"'):
+    with pytest.raises(RuntimeError, match=r'Missing key.*"weight"'):
         layer.load_state_dict({"bias": state["bias"]})
 
 

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
+from ferrotune.nn import Linear4bit, LoraLinear, LoraLinear4bit
 from modules import (
     COLUMNS,
     ROWS,
@@ -18,9 +21,6 @@ from modules import (
     randomised,
     run,
 )
-from torch import nn
-
-from ferrotune.nn import Linear4bit, LoraLinear, LoraLinear4bit
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 # Of a relative error in the norm: a few roundings of each type.
