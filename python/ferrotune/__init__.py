@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import ops
+    from . import ops as ops
     from ._native import FormatError
     from .commands.demo import demo
     from .commands.evaluate import eval as eval  # a star import would hide the builtin
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from .commands.merge import merge
     from .commands.train import train
     from .options import SettingError
+    from .patching import Certificate, PatchError, PatchReport, patch, unpatch, verify
+    from .patching.callback import TrainerCallback
     from .quant import Quantized4bit, dequantize_4bit, quantize_4bit
     from .results import (
         DemoResult,
@@ -25,36 +27,47 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Certificate",
     "DemoResult",
     "EvaluateResult",
     "FormatError",
     "GenerateResult",
     "MergeResult",
+    "PatchError",
+    "PatchReport",
     "Quantized4bit",
     "SettingError",
     "TrainInterrupted",
     "TrainResult",
+    "TrainerCallback",
     "demo",
     "dequantize_4bit",
     "evaluate",
     "generate",
     "merge",
+    "patch",
     "quantize_4bit",
     "train",
+    "unpatch",
+    "verify",
 ]
 
 # Public name -> (module, name there). Nothing is imported before its first use, so that
 # `import ferrotune` stays a matter of milliseconds.
 _EXPORTS = {
+    "Certificate": ("patching", "Certificate"),
     "DemoResult": ("results", "DemoResult"),
     "EvaluateResult": ("results", "EvaluateResult"),
     "FormatError": ("_native", "FormatError"),
     "GenerateResult": ("results", "GenerateResult"),
     "MergeResult": ("results", "MergeResult"),
+    "PatchError": ("patching", "PatchError"),
+    "PatchReport": ("patching", "PatchReport"),
     "Quantized4bit": ("quant", "Quantized4bit"),
     "SettingError": ("options", "SettingError"),
     "TrainInterrupted": ("results", "TrainInterrupted"),
     "TrainResult": ("results", "TrainResult"),
+    "TrainerCallback": ("patching.callback", "TrainerCallback"),
     "__version__": ("version", "version"),
     "demo": ("commands.demo", "demo"),
     "dequantize_4bit": ("quant", "dequantize_4bit"),
@@ -62,8 +75,11 @@ _EXPORTS = {
     "evaluate": ("commands.evaluate", "evaluate"),
     "generate": ("commands.generate", "generate"),
     "merge": ("commands.merge", "merge"),
+    "patch": ("patching", "patch"),
     "quantize_4bit": ("quant", "quantize_4bit"),
     "train": ("commands.train", "train"),
+    "unpatch": ("patching", "unpatch"),
+    "verify": ("patching", "verify"),
 }
 
 

@@ -38,7 +38,7 @@ def apply(values: Tensor, p: float, seed: Tensor | None, stream: int) -> Tensor:
 def mask(elements: int, p: float, seed: Tensor, stream: int) -> Tensor:
     """0 or 1/(1 − p), f32, ``[elements]``, on the seed's device."""
     if seed.device.type == "cpu":
-        return apply(torch.ones(elements), p, seed, stream)
+        return apply(torch.ones(elements, dtype=torch.float32), p, seed, stream)
     lanes = torch.arange(-(-elements // 8), device=seed.device)
     key = seed.reshape(())
     words = _philox(
@@ -47,7 +47,7 @@ def mask(elements: int, p: float, seed: Tensor, stream: int) -> Tensor:
     )
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     uniform = torch.stack(halves, dim=1).reshape(-1)[:elements]
-    return torch.where(uniform >= round(p * 65_536), _scale(p), 0.0)
+    return (uniform >= round(p * 65_536)).to(torch.float32) * _scale(p)
 
 
 def _scale(p: float) -> float:

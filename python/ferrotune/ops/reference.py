@@ -146,7 +146,11 @@ def quantize_4bit(values: Tensor, blocksize: int, quant_type: str, double_quant:
     def tensor(name: str) -> Tensor:
         return torch.from_numpy(fields[name]).to(values.device)
 
-    offset = torch.tensor(fields["nested_offset"], device=values.device) if nested else None
+    offset = (
+        torch.tensor(fields["nested_offset"], dtype=torch.float32, device=values.device)
+        if nested
+        else None
+    )
     return Quant4bit(
         packed=tensor("packed").unsqueeze(1),
         absmax=tensor("absmax"),
@@ -218,8 +222,8 @@ def _codebook(quant_type: str) -> Tensor:
     from .. import _native
 
     codes = torch.tensor([(2 * i << 4) | (2 * i + 1) for i in range(8)], dtype=torch.uint8)
-    out = torch.empty(16)
-    one = torch.ones(1)
+    out = torch.empty(16, dtype=torch.float32)
+    one = torch.ones(1, dtype=torch.float32)
     _native.dequantize_4bit_at(
         codes.data_ptr(), 8, one.data_ptr(), 1, 0, 0, 0, 0.0, quant_type, 32, 0,
         out.data_ptr(), 16, "float32",

@@ -1,0 +1,129 @@
+"""The frozen layer under an adapter: which kinds ferrotune reads, and when it may."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import Quant4bit
+from .classes import Replaced, defined_in, stock_of
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def is_dense(module: nn.Module) -> bool:
+    """An ``nn.Linear``, or a subclass of it with its forward."""
+    return type(module).forward is nn.Linear.forward
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' ``Conv1D`` (GPT-2): a linear layer that keeps W as ``[k, n]``."""
+    return defined_in(type(module), "transformers.pytorch_utils", "Conv1D")
+
+
+def is_4bit(module: nn.Module) -> bool:
+    """bitsandbytes' ``Linear4bit``."""
+    return defined_in(stock_of(module), "bitsandbytes.nn.modules", "Linear4bit")
+
+
+def is_plain(tensor: Any) -> bool:
+    """A dense tensor without behaviour of its own (no DTensor, no quantised subclass)."""
+    return type(tensor) in _PLAIN
+
+
+def is_bypassed(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its class's forward."""
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return True
+    return "forward" in module.__dict__ and not _only_moves_inputs(module)
+
+
+def _only_moves_inputs(module: nn.Module) -> bool:
+    """accelerate's hook of a model spread over devices, where the weights stay in their place.
+
+    It moves inputs to the weights' device; who skips it must see that they are there already.
+    """
+    hook: Any = module.__dict__.get("_hf_hook")
+    return (
+        type(hook).__name__ == "AlignDevicesHook"
+        and type(hook).__module__ == "accelerate.hooks"
+        and not hook.offload
+        and not hook.no_grad
+    )
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings the weights only for the time of the call."""
+    return bool(getattr(module.__dict__.get("_hf_hook"), "offload", False))
+
+
+def quant_of(base: Any) -> Quant4bit | None:
+    """The 4-bit weight where it lies; None where its bytes are not in the usual order.
+
+    Raises ``ValueError`` if the quant state's tensors do not fit its shape.
+    """
+    state = getattr(base.weight, "quant_state", None)
+    if state is None:
+        if getattr(base, "quant_state", None) is None:
+            return None  # not quantised yet
+        from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
+
+        fix_4bit_weight_quant_state_from_module(base)  # FSDP loses the state of the parameter
+        state = base.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        return None  # bitsandbytes repacked it for inference on this CPU
+    return Quant4bit.from_bitsandbytes(base.weight, state)
+
+
+def dense_weight(base: Any, x: Tensor) -> Tensor | None:
+    """W ``[n, k]`` of a frozen dense base that a product with x may use, else None."""
+    weight: Tensor
+    if is_dense(base):
+        weight = base.weight
+    elif is_conv1d(base):
+        weight = base.weight.t()
+    else:
+        return None
+    if not is_plain(base.weight) or weight.requires_grad or weight.device != x.device:
+        return None
+    if torch.is_autocast_enabled(x.device.type):
+        return weight if x.dtype != torch.float64 else None
+    bias = base.bias
+    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        return None
+    return weight
+
+
+def describe_base(base: nn.Module) -> str:
+    """What the report calls it: ``Linear bfloat16``, ``Linear4bit nf4``."""
+    name = stock_of(base).__name__
+    weight: Any = getattr(base, "weight", None)
+    if is_4bit(base):
+        state = getattr(weight, "quant_state", None) or getattr(base, "quant_state", None)
+        return f"{name} {getattr(state, 'quant_type', 'not quantised')}"
+    if isinstance(weight, Tensor):
+        return f"{name} {dtype_name(weight.dtype)}"
+    return name
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def is_instance(module: nn.Module, where: str, name: str) -> bool:
+    """``isinstance`` of a class of a module that need not be imported: then nothing is of it."""
+    cls = getattr(sys.modules.get(where), name, None)
+    return cls is not None and isinstance(module, cls)
+
+
+def is_replaced(module: nn.Module) -> bool:
+    return isinstance(module, Replaced)

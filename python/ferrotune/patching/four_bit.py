@@ -1,0 +1,75 @@
+"""bitsandbytes' Linear4bit run by ferrotune."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import ops
+from . import runs
+from .base import quant_of
+from .classes import Replaced
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class FourBitForward(Replaced):
+    """``y = x·Wᵀ + bias`` in the layer's compute dtype; y in x's dtype."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        reason = "arguments besides the input" if args or kwargs else runs.not_for_ferrotune(x)
+        quant = None if reason else readable(self, x)
+        if reason is None and quant is None:
+            reason = UNREADABLE
+        runs.note(self, reason)
+        if quant is None:
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        return product(self, quant, x)
+
+
+UNREADABLE = (
+    "its 4-bit weight is in bitsandbytes' packing for inference on this CPU, on another device, "
+    "or trained"
+)
+
+
+def readable(base: Any, x: Tensor) -> ops.Quant4bit | None:
+    """The weight, where x's dtype and device allow its use."""
+    if x.dtype not in _FLOATS or base.weight.device != x.device or base.weight.requires_grad:
+        return None
+    quant = quant_of(base)
+    return quant if quant is not None and quant.shape[1] == x.shape[-1] else None
+
+
+def compute_dtype(base: Any, x: Tensor) -> torch.dtype:
+    """The type bitsandbytes computes in; decided at the layer's first call if not set before."""
+    if not base.compute_type_is_set:
+        base.set_compute_type(x)
+        base.compute_type_is_set = True
+    dtype: torch.dtype | None = base.compute_dtype
+    return x.dtype if dtype is None else dtype
+
+
+def bias_as(base: Any, dtype: torch.dtype) -> Tensor | None:
+    bias: Tensor | None = base.bias
+    return None if bias is None else bias.to(dtype)
+
+
+def product(base: Any, quant: ops.Quant4bit, x: Tensor) -> Tensor:
+    """The layer alone, without adapter. bitsandbytes' product takes no part in autocast."""
+    dtype = compute_dtype(base, x)
+    with no_autocast(x):
+        y = ops.lora_linear(x.to(dtype), quant, bias=bias_as(base, dtype))
+    return y.to(x.dtype)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -1,0 +1,153 @@
+"""patch and unpatch: the classes of layers are swapped, nothing else of a model is touched."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from . import runs
+from .base import is_instance
+from .classes import Replaced, subclass
+from .errors import PatchError
+from .report import LayerReport, PatchReport
+from .rules import Rule, rule_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
+    """Makes the LoRA layers of PEFT and the 4-bit layers of bitsandbytes in ``model`` run through
+    ferrotune, in place, with the same results to rounding.
+
+    Each such layer gets a subclass of its own class that differs in its forward alone: parameters,
+    names, hooks, state dicts, ``save_pretrained``, ``merge_and_unload``, ``set_adapter``,
+    ``disable_adapter`` and all else stay PEFT's, and ``unpatch`` gives the classes back. Layers
+    that ferrotune does not cover keep their own forward, and so does a replaced layer while a
+    DoRA adapter or the like is active in it, or in a mixed batch (``adapter_names``).
+
+    A second call takes up layers that came since (``add_adapter``), and reports on all.
+
+    Args:
+        model: any module: a ``PeftModel``, a transformers model with ``add_adapter``, one with
+            ``inject_adapter_in_model``, or one with bitsandbytes' ``Linear4bit`` alone.
+        strict: raises if a LoRA layer would be left behind.
+
+    Returns:
+        A report of every LoRA and 4-bit layer: what replaced it, or why nothing did.
+
+    Raises:
+        PatchError: (a ``ValueError``) without any LoRA or 4-bit layer; for a layer that is merged,
+            or whose shapes or quant state do not fit, naming it; with ``strict``, naming what was
+            left behind. ``UnsupportedLayerError`` (also a ``NotImplementedError``) for a dtype or
+            device that ferrotune does not compute on. The model is then as it was.
+    """
+    return apply(model, strict=strict)[0]
+
+
+def unpatch(model: nn.Module) -> int:
+    """Gives every layer of ``model`` that `patch` replaced its own class back.
+
+    Returns how many there were. Raises ``PatchError`` if another library changed such a layer's
+    class after `patch`; the model is then as it was.
+    """
+    _check_module(model)
+    return restore(list(model.modules()))
+
+
+def apply(model: nn.Module, *, strict: bool) -> tuple[PatchReport, list[nn.Module]]:
+    """`patch`, and the modules that it replaced."""
+    _check_module(model)
+    found = list(_look(model))
+    if not found:
+        raise PatchError(_nothing(model))
+    swaps: list[tuple[nn.Module, type[nn.Module]]] = []
+    layers: list[LayerReport] = []
+    told: set[int] = set()  # bases of LoRA layers: one row tells of both
+    for name, module, rule, place in found:
+        reason = place or rule.why_not(module)
+        if reason is None and not isinstance(module, Replaced):
+            rule.check(name, module)
+            swaps.append((module, subclass(type(module), rule.replacement)))
+        if reason is None:
+            told.add(id(getattr(module, "base_layer", None)))
+        if id(module) not in told:
+            layers.append(_report(name, module, rule, reason))
+    report = PatchReport(tuple(layers))
+    if strict:
+        _refuse_left(report)
+    for module, made in swaps:
+        module.__class__ = made
+    return report, [module for module, _ in swaps]
+
+
+def restore(modules: list[nn.Module]) -> int:
+    """Gives those of ``modules`` that are replaced their own classes back; returns how many."""
+    replaced: list[tuple[nn.Module, type[nn.Module]]] = [
+        (module, module.ferrotune_stock) for module in modules if isinstance(module, Replaced)
+    ]
+    for module, _ in replaced:
+        if "ferrotune_stock" not in type(module).__dict__:
+            raise PatchError(
+                f"a {type(module).__name__} layer got another class after patch (FSDP2's "
+                "fully_shard does that): unpatch before, or keep it"
+            )
+    for module, stock in replaced:
+        module.__class__ = stock
+    return len(replaced)
+
+
+def _check_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+
+
+def _look(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule, str | None]]:
+    """Every module that a rule is for, outer before inner, and why its place keeps it as it is."""
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        rule = rule_of(module)
+        if rule is None:
+            continue
+        place = next((prefix for prefix in inside if name.startswith(prefix)), None)
+        reason = place and "lora.MultiheadAttention merges it for each call, and never calls it"
+        if is_instance(module, "peft.tuners.lora.layer", "MultiheadAttention"):
+            inside.append(f"{name}.")
+        yield name or "(the model itself)", module, rule, reason
+
+
+def _report(name: str, module: nn.Module, rule: Rule, reason: str | None) -> LayerReport:
+    latest = runs.last_reason(module)
+    notes = (
+        [] if reason else [rule.notes(module), latest and f"its latest forward was not: {latest}"]
+    )
+    return LayerReport(
+        name=name,
+        kind=rule.kind,
+        layer=rule.describe(module),
+        details=rule.details(module),
+        replaced_by=None if reason else rule.product,
+        reason=reason,
+        note="; ".join(note for note in notes if note) or None,
+    )
+
+
+def _refuse_left(report: PatchReport) -> None:
+    left = [layer for layer in report.left if layer.kind == "LoRA"]
+    if left:
+        listed = "\n".join(f"  {layer.name}: {layer.reason}" for layer in left)
+        raise PatchError(
+            f"{len(left)} LoRA layers would keep PEFT's forward (strict=True):\n{listed}",
+            *(layer.name for layer in left),
+        )
+
+
+def _nothing(model: nn.Module) -> str:
+    text = f"{type(model).__name__} has no LoRA layers and no 4-bit layers: nothing to patch"
+    if any(
+        is_instance(module, "peft.tuners.tuners_utils", "BaseTunerLayer")
+        for module in model.modules()
+    ):
+        return f"{text} (its PEFT layers are of another method than LoRA)"
+    return f"{text}; call peft.get_peft_model first"

@@ -1,0 +1,251 @@
+"""Which modules ferrotune replaces, what must hold for them, and what they get instead.
+
+A rule is all that `patch` knows of a kind of module; a further kind is one more rule in `RULES`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from . import four_bit, lora
+from .base import (
+    FLOATS,
+    describe_base,
+    dtype_name,
+    is_4bit,
+    is_bypassed,
+    is_conv1d,
+    is_dense,
+    is_instance,
+    is_offloaded,
+    is_plain,
+    quant_of,
+)
+from .classes import Replaced, defined_in, stock_of
+from .errors import PatchError, UnsupportedLayerError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+
+class Rule(NamedTuple):
+    """One kind of module.
+
+    ``matches`` says whether a module is of the kind; it imports nothing, for of a library that is
+    not imported there are no modules. ``why_not`` says why one keeps its own forward, or None.
+    ``check`` raises ``PatchError`` for one that is broken. ``describe`` and ``details`` are what
+    the report shows. ``replacement`` brings the forward.
+    """
+
+    kind: str
+    matches: Callable[[nn.Module], bool]
+    why_not: Callable[[Any], str | None]
+    check: Callable[[str, Any], None]
+    describe: Callable[[Any], str]
+    details: Callable[[Any], str]
+    notes: Callable[[Any], str | None]
+    replacement: type[Replaced]
+    product: str
+    """What the report says a replaced module is."""
+
+
+def rule_of(module: nn.Module) -> Rule | None:
+    return next((rule for rule in RULES if rule.matches(module)), None)
+
+
+# ---- PEFT's LoRA layers
+
+_FOUR_BIT_LORA = ("peft.tuners.lora.bnb", "Linear4bit")
+_LINEAR_LORA = ("peft.tuners.lora.layer", "Linear")
+
+
+def _is_lora(module: nn.Module) -> bool:
+    return is_instance(module, "peft.tuners.lora.layer", "LoraLayer")
+
+
+def _why_not_lora(layer: Any) -> str | None:
+    stock = stock_of(layer)
+    if not any(defined_in(stock, *place) for place in (_LINEAR_LORA, _FOUR_BIT_LORA)):
+        what = _WHAT_IT_IS.get(stock.__name__, "a class")
+        return f"lora.{stock.__name__} is {what} that ferrotune has no forward for"
+    if "forward" in layer.__dict__:
+        return "its forward is replaced on the instance (a hook of accelerate, X-LoRA or the like)"
+    if is_offloaded(layer.base_layer):
+        return "its weights are offloaded: accelerate brings them for the time of a call"
+    names = lora.active(layer) or list(layer.lora_A)
+    return next((found for name in names if (found := lora.why_not_adapter(layer, name))), None)
+
+
+_WHAT_IT_IS = {
+    "Embedding": "an embedding",
+    "Conv1d": "a convolution",
+    "Conv2d": "a convolution",
+    "Conv3d": "a convolution",
+    "MultiheadAttention": "an attention layer",
+    "ParamWrapper": "a LoRA on a bare parameter",
+    "Linear8bitLt": "an 8-bit layer",
+}
+
+
+def _check_lora(name: str, layer: Any) -> None:
+    base = layer.get_base_layer()
+    if layer.merged:
+        raise PatchError(
+            f"{name}: adapter {', '.join(map(repr, layer.merged_adapters))} is merged into the "
+            "weight; call unmerge_adapter() on the model first",
+            name,
+        )
+    if is_4bit(base):
+        _check_4bit(name, base)
+    elif is_dense(base) or is_conv1d(base):
+        _check_tensor(name, "base weight", base.weight)
+    shape = (layer.out_features, layer.in_features)
+    for adapter in layer.lora_A:
+        lora_A, lora_B = layer.lora_A[adapter], layer.lora_B[adapter]
+        _check_tensor(name, f"lora_A['{adapter}']", lora_A.weight)
+        _check_tensor(name, f"lora_B['{adapter}']", lora_B.weight)
+        r = layer.r[adapter]
+        _check_shape(name, f"lora_A['{adapter}']", lora_A.weight, (r, shape[1]), "[r, k]")
+        _check_shape(name, f"lora_B['{adapter}']", lora_B.weight, (shape[0], r), "[n, r]")
+        if lora_B.bias is not None:
+            _check_shape(name, f"lora_B['{adapter}'].bias", lora_B.bias, shape[:1], "[n]")
+        device = getattr(getattr(base, "weight", None), "device", lora_A.weight.device)
+        if lora_A.weight.device != device:
+            raise UnsupportedLayerError(
+                f"{name}: adapter '{adapter}' is on {lora_A.weight.device}, its base weight on "
+                f"{device}; each layer must be on one device",
+                name,
+            )
+    if is_dense(base) and is_plain(base.weight):
+        _check_shape(name, "base weight", base.weight, shape, "[n, k]")
+    elif is_conv1d(base) and is_plain(base.weight):
+        _check_shape(name, "base weight", base.weight, shape[::-1], "[k, n]")
+
+
+def _check_tensor(name: str, part: str, tensor: Tensor) -> None:
+    if tensor.device.type == "meta":
+        raise UnsupportedLayerError(
+            f"{name}: {part} is on the meta device, without values; load the weights first", name
+        )
+    if tensor.dtype not in FLOATS:
+        raise UnsupportedLayerError(
+            f"{name}: {part} is {dtype_name(tensor.dtype)}; ferrotune computes in float32, "
+            "float16 and bfloat16",
+            name,
+        )
+
+
+def _check_shape(
+    name: str, part: str, tensor: Tensor, expected: tuple[int, ...], meaning: str
+) -> None:
+    if tuple(tensor.shape) != expected:
+        raise PatchError(
+            f"{name}: {part} has shape {list(tensor.shape)}, but {meaning} of this layer is "
+            f"{list(expected)}",
+            name,
+        )
+
+
+def _describe_lora(layer: Any) -> str:
+    return f"lora.{stock_of(layer).__name__} on {describe_base(layer.get_base_layer())}"
+
+
+def _adapters(layer: Any) -> str:
+    names = [*layer.lora_A] or [*layer.lora_embedding_A]
+    active = set(layer.active_adapters)
+    texts = []
+    for name in names:
+        text = f"{name} r={layer.r[name]}"
+        dropout = getattr(layer.lora_dropout[name], "p", 0.0) if name in layer.lora_dropout else 0
+        text += f" dropout={dropout:g}" if dropout else ""
+        texts.append(text if name in active else f"{text} (inactive)")
+    return ", ".join(texts)
+
+
+def _notes_lora(layer: Any) -> str | None:
+    """What of a replaced layer stays PEFT's: adapters that are not active now."""
+    reasons = [lora.why_not_adapter(layer, name) for name in layer.lora_A]
+    notes = [f"PEFT runs it where active: {reason}" for reason in reasons if reason]
+    base = layer.base_layer
+    if is_bypassed(base):
+        notes.append("its base layer has hooks and runs by itself; the LoRA term is ferrotune's")
+    elif not (is_dense(base) or is_conv1d(base) or is_4bit(base)):
+        notes.append(
+            f"its base layer, a {type(base).__name__}, runs by itself; the LoRA term is ferrotune's"
+        )
+    elif not is_4bit(base) and base.weight.requires_grad:
+        notes.append("its base weight is trained and runs by itself; the LoRA term is ferrotune's")
+    return "; ".join(notes) or None
+
+
+# ---- bitsandbytes' 4-bit layers
+
+
+def _why_not_4bit(layer: Any) -> str | None:
+    if "forward" in layer.__dict__ and is_bypassed(layer):
+        return "its forward is replaced on the instance (a hook of accelerate or the like)"
+    if is_offloaded(layer):
+        return "its weights are offloaded: accelerate brings them for the time of a call"
+    state = getattr(layer.weight, "quant_state", None) or layer.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        return "bitsandbytes repacked its weight for inference on this CPU"
+    return None
+
+
+def _check_4bit(name: str, layer: Any) -> None:
+    weight = layer.weight
+    if weight.device.type == "meta":
+        _check_tensor(name, "4-bit weight", weight)
+    state = getattr(weight, "quant_state", None) or layer.quant_state
+    if state is None:
+        raise PatchError(
+            f"{name}: its weight is not quantised yet; move the model to its device first", name
+        )
+    if getattr(state, "packing_format_for_cpu", False):
+        return
+    try:
+        quant = quant_of(layer)
+    except ValueError as error:
+        raise PatchError(
+            f"{name}: its 4-bit weight does not fit together: {error}", name
+        ) from error
+    shape = (layer.out_features, layer.in_features)
+    if quant is not None and quant.shape != shape:
+        raise PatchError(
+            f"{name}: its 4-bit weight is {list(quant.shape)}, but the layer is {list(shape)}", name
+        )
+    if layer.bias is not None and tuple(layer.bias.shape) != shape[:1]:
+        _check_shape(name, "bias", layer.bias, shape[:1], "[n]")
+
+
+def _details_4bit(layer: Any) -> str:
+    dtype = layer.compute_dtype
+    return f"computes in {'its input type' if dtype is None else dtype_name(dtype)}"
+
+
+RULES: list[Rule] = [
+    Rule(
+        kind="LoRA",
+        matches=_is_lora,
+        why_not=_why_not_lora,
+        check=_check_lora,
+        describe=_describe_lora,
+        details=_adapters,
+        notes=_notes_lora,
+        replacement=lora.LoraForward,
+        product="LoRA linear",
+    ),
+    Rule(
+        kind="4-bit",
+        matches=is_4bit,
+        why_not=_why_not_4bit,
+        check=_check_4bit,
+        describe=describe_base,
+        details=_details_4bit,
+        notes=lambda _: None,
+        replacement=four_bit.FourBitForward,
+        product="4-bit linear",
+    ),
+]
