@@ -39,6 +39,11 @@ def mask(elements: int, p: float, seed: Tensor, stream: int) -> Tensor:
     """0 or 1/(1 − p), f32, ``[elements]``, on the seed's device."""
     if seed.device.type == "cpu":
         return apply(torch.ones(elements, dtype=torch.float32), p, seed, stream)
+    return mask_by_torch(elements, p, seed, stream)
+
+
+def mask_by_torch(elements: int, p: float, seed: Tensor, stream: int) -> Tensor:
+    """``mask`` in PyTorch's integers, on any device."""
     lanes = torch.arange(-(-elements // 8), device=seed.device)
     key = seed.reshape(())
     words = _philox(

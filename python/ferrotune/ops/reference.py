@@ -27,12 +27,14 @@ def forward(
         h = None
         if projection.lora_A is not None and projection.lora_B is not None:
             kind = term_dtype(x, projection.lora_A)
-            dropped = dropout.apply(x, projection.dropout_p, seed, projection.stream).to(kind)
+            dropped = dropout.apply(x.to(kind), projection.dropout_p, seed, projection.stream)
             h = _product(dropped, projection.lora_A.to(kind).t(), projection.scaling)
-            y = _add_product(y, h, projection.lora_B.to(kind).t(), x.dtype)
-            if projection.lora_bias is not None:
-                wide = torch.promote_types(projection.lora_bias.dtype, torch.float32)
-                y += (projection.lora_bias.to(wide) * projection.scaling).to(y.dtype)
+            up = projection.lora_B.to(kind).t()
+            if projection.lora_bias is None:
+                y = _add_product(y, h, up, x.dtype)
+            else:
+                term = torch.addmm(projection.lora_bias.to(kind) * projection.scaling, h, up)
+                y = (term if y is None else y + term).to(x.dtype)
         assert y is not None
         ys.append(y)
         hs.append(h)
@@ -75,7 +77,7 @@ def backward(
             continue
         g = _product(wide, lora_B.to(kind), projection.scaling)
         if need.lora_A[i]:
-            dropped = dropout.apply(x, projection.dropout_p, seed, projection.stream).to(kind)
+            dropped = dropout.apply(x.to(kind), projection.dropout_p, seed, projection.stream)
             found.lora_A[i] = (g.t() @ dropped).to(lora_A.dtype)
         if need.x:
             down = lora_A.to(kind)

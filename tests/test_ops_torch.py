@@ -1,0 +1,214 @@
+"""The operations inside PyTorch: dispatcher, autograd, compile, checkpointing, autocast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+from ferrotune import ops  # noqa: E402
+from ferrotune.ops import flat  # noqa: E402
+from lora_cases import DTYPES, Case, make, ours, run  # noqa: E402
+
+OPS = torch.ops.ferrotune
+
+
+def projection(case: Case, leaves: dict[str, torch.Tensor], stream: int = 0) -> ops.Projection:
+    return ops.Projection(
+        None if case.quant else case.weight, case.quant, leaves.get("bias"), leaves.get("lora_A"),
+        leaves.get("lora_B"), leaves.get("lora_bias"), case.scaling, case.dropout_p, stream,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quant_type", [None, "nf4"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_opcheck(dtype: torch.dtype, quant_type: str | None, dropout_p: float) -> None:
+    settings: dict[str, Any] = {"dtype": dtype, "quant_type": quant_type, "dropout_p": dropout_p}
+    case = make((2, 5, 32), 8, bias=True, lora_bias=True, adapter_dtype=torch.float32, **settings)
+    leaves = case.inputs()
+    one = projection(case, leaves)
+    numbers = flat.numbers([one])
+    torch.library.opcheck(
+        OPS.lora_linear.default,
+        (leaves["x"], case.seed, *flat.tensors(one), *(column[0] for column in numbers)),
+    )
+    bare = ops.Projection(make((2, 5, 32), 3, dtype=dtype).weight)
+    group = [one, bare, projection(case, case.inputs(), 1)]
+    torch.library.opcheck(
+        OPS.lora_linear_group.default,
+        (leaves["x"], case.seed, *flat.by_name(leaves["x"], group), *flat.numbers(group)),
+    )
+
+
+def test_opcheck_of_the_backward_and_of_4bit() -> None:
+    case = make((4, 32), 8, quant_type="nf4", bias=True)
+    leaves = {name: tensor.detach() for name, tensor in case.inputs().items()}
+    one = projection(case, leaves)
+    columns, numbers = flat.by_name(leaves["x"], [one]), flat.numbers([one])
+    _, h = OPS.lora_linear_group(leaves["x"], None, *columns, *numbers)
+    torch.library.opcheck(
+        OPS.lora_linear_group_backward.default,
+        ([case.grad], h, [True] * 5, leaves["x"], None, *columns, *numbers),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+    for double_quant in (False, True):
+        values = torch.randn(7, 33)
+        torch.library.opcheck(OPS.quantize_4bit.default, (values, 32, "fp4", double_quant))
+        quant = ops.quantize_4bit(values, blocksize=32, double_quant=double_quant)
+        torch.library.opcheck(
+            OPS.dequantize_4bit.default,
+            (*quant.tensors, "nf4", 32, quant.nested_blocksize, [7, 33], torch.float32,
+             torch.bfloat16),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradcheck(dropout_p: float, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiled:  # the dispatcher's autograd, without the compiler
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    case = make((3, 7), 5, 2, bias=True, lora_bias=True, dropout_p=dropout_p)
+    case.weight = case.weight.double()
+    leaves = {name: tensor.detach().double() for name, tensor in case.inputs().items()}
+    names = list(leaves)
+
+    def formula(*tensors: torch.Tensor) -> torch.Tensor:
+        return ours(case, **dict(zip(names, tensors, strict=True)))
+
+    assert torch.autograd.gradcheck(formula, [leaf.requires_grad_() for leaf in leaves.values()])
+
+
+def test_the_two_ways_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    for settings in ({}, {"quant_type": "fp4", "bias": True}, {"dropout_p": 0.3, "r": 0}):
+        case = make(**settings)  # type: ignore[arg-type]
+        eager = run(case, ours)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, "is_compiling", lambda: True)
+            other = run(case, ours)
+        for name, tensor in eager.items():
+            assert torch.equal(tensor, other[name]), name
+
+
+def test_compiles_whole_and_once() -> None:
+    """`fullgraph` raises at a graph break; step after step takes the same graph, scaling too."""
+    torch._dynamo.reset()
+    case = make((2, 8, 32), 16, quant_type="nf4", dropout_p=0.2)
+    case.seed = None  # drawn in the graph
+    counts = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def step(x: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> torch.Tensor:
+        y = ours(case, x, lora_A=lora_A, lora_B=lora_B)
+        first, second = ops.lora_linear_group(
+            x,
+            [ops.Projection(case.weight, None, None, lora_A, lora_B), ops.Projection(case.weight)],
+        )
+        return (y * first + second).tanh()
+
+    compiled = torch.compile(step, backend=counts, fullgraph=True)
+    losses = []
+    for i in range(4):
+        torch.manual_seed(i)
+        leaves = case.inputs()
+        leaves["x"] = leaves["x"].detach() + i
+        loss = compiled(**leaves).square().mean()
+        loss.backward()
+        losses.append(loss.item())
+        assert leaves["lora_A"].grad.any()
+    assert counts.frame_count == 1
+    assert len(set(losses)) == 4
+
+
+@pytest.mark.slow
+def test_inductor_gives_eager_numbers() -> None:
+    torch._dynamo.reset()
+    case = make((2, 8, 32), 16, quant_type="nf4", bias=True, dropout_p=0.2)
+    names = list(case.inputs())
+
+    def formula(*tensors: torch.Tensor) -> torch.Tensor:
+        return ours(case, **dict(zip(names, tensors, strict=True))).tanh()
+
+    found = {}
+    for key, call in {"eager": formula, "compiled": torch.compile(formula, fullgraph=True)}.items():
+        leaves = case.inputs()
+        y = call(*leaves.values())
+        y.backward(case.grad)
+        found[key] = [y.detach(), *(leaf.grad for leaf in leaves.values())]
+    for eager, compiled in zip(found["eager"], found["compiled"], strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_repeats_the_mask(use_reentrant: bool) -> None:
+    case = make((4, 40), dropout_p=0.5)
+    case.seed = None
+    results = []
+    for wrap in (False, True):
+        torch.manual_seed(5)
+        leaves = case.inputs()
+
+        def block(x: torch.Tensor, leaves: dict[str, torch.Tensor] = leaves) -> torch.Tensor:
+            return ours(case, x, lora_A=leaves["lora_A"], lora_B=leaves["lora_B"]).tanh()
+
+        x = leaves["x"]
+        y = checkpoint(block, x, use_reentrant=use_reentrant) if wrap else block(x)
+        torch.rand(3)  # what follows must not change the mask of the recomputation
+        y.backward(case.grad)
+        results.append([y.detach(), *(leaf.grad for leaf in leaves.values())])
+    for plain, again in zip(*results, strict=True):
+        assert torch.equal(plain, again)
+
+
+@pytest.mark.parametrize("quant_type", [None, "nf4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_the_cast_operation(dtype: torch.dtype, quant_type: str | None) -> None:
+    case = make((4, 32), 16, bias=True, quant_type=quant_type)
+    leaves = case.inputs()
+    with torch.autocast("cpu", dtype):
+        y = ours(case, **leaves)
+    assert y.dtype == dtype
+    y.backward(case.grad.to(dtype))
+    cast = case.inputs()
+    narrow = make((4, 32), 16, bias=True)
+    narrow.weight, narrow.quant = case.weight.to(dtype), case.quant
+    expected = ours(narrow, **{name: tensor.to(dtype) for name, tensor in cast.items()})
+    expected.backward(case.grad.to(dtype))
+    assert torch.equal(y, expected)
+    for name, tensor in leaves.items():
+        assert tensor.grad.dtype == torch.float32
+        assert torch.equal(tensor.grad, cast[name].grad)
+
+
+def test_a_grad_scaler_unscales() -> None:
+    case = make((4, 32), 16)
+    leaves = case.inputs()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD([leaves["lora_A"], leaves["lora_B"]], lr=0.1)
+    before = leaves["lora_A"].detach().clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ours(case, **leaves).float().square().mean()
+    scaler.scale(loss).backward()
+    scaled = leaves["lora_A"].grad.clone()
+    scaler.unscale_(optimizer)
+    torch.testing.assert_close(leaves["lora_A"].grad * 1024, scaled)
+    scaler.step(optimizer)
+    scaler.update()
+    assert not torch.equal(before, leaves["lora_A"].detach())
+
+
+def test_saved_tensors_are_freed_and_versions_checked() -> None:
+    case = make((4, 32), 16)
+    leaves = case.inputs()
+    y = ours(case, **leaves)
+    y.backward(case.grad)
+    with pytest.raises(RuntimeError, match="second time"):
+        y.backward(case.grad)
+    y = ours(case, **leaves)
+    with torch.no_grad():
+        leaves["lora_B"].add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward(case.grad)
