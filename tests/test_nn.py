@@ -441,3 +441,19 @@ def test_repr() -> None:
         "in_features=128, out_features=48, bias=True, quant_type='nf4', blocksize=64, "
         "double_quant=True, compute_dtype=torch.bfloat16" in text
     )
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("make", ADAPTED)
+def test_hooks_of_the_modules_inside_are_called(make: Any, dtype: torch.dtype) -> None:
+    layer = make(dtype=dtype, lora_bias=True, lora_dropout=0.3)
+    x, weights = inputs(dtype)
+    torch.manual_seed(5)
+    wanted = run(layer, x, weights)
+    called: list[str] = []
+    for name in ("base_layer", "lora_A.default", "lora_B.default"):
+        layer.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
+    torch.manual_seed(5)
+    found = run(layer, x, weights)
+    assert called == ["base_layer", "lora_A.default", "lora_B.default"]
+    assert difference(found, wanted) < {F32: 1e-6, BF16: 1.2e-2}[dtype]

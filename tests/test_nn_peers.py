@@ -73,20 +73,27 @@ def test_lora_linear_4bit_is_pefts(
     assert all(torch.equal(own[name].to(tensor.dtype), tensor) for name, tensor in theirs.items())
 
 
-@pytest.mark.parametrize("cast", [F32, BF16], ids=str)
-def test_autocast_gives_pefts_types(cast: torch.dtype) -> None:
+@pytest.mark.parametrize("compute_dtype", [None, BF16], ids=str)
+def test_autocast_gives_pefts_types_and_precision(compute_dtype: torch.dtype | None) -> None:
     x, weights = inputs()
-    dense_pair = (randomised(peft_layer(dense())), LoraLinear(COLUMNS, ROWS, r=4, lora_alpha=12))
-    quant = bnb_linear(dense())
-    four_pair = (
-        randomised(peft_layer(copy.deepcopy(quant))),
-        LoraLinear4bit(COLUMNS, ROWS, r=4, lora_alpha=12),
-    )
-    for peft, layer in (dense_pair, four_pair):
-        layer.load_state_dict(peft.state_dict())
-        with torch.autocast("cpu", BF16, enabled=cast is BF16):
+    four_bit = LoraLinear4bit(COLUMNS, ROWS, r=4, lora_alpha=12, compute_dtype=compute_dtype)
+    pairs: list[tuple[Any, nn.Module]] = [
+        (peft_layer(dense()), LoraLinear(COLUMNS, ROWS, r=4, lora_alpha=12)),
+        (peft_layer(bnb_linear(dense(), compute_dtype=compute_dtype)), four_bit),
+    ]
+    for peft, layer in pairs:
+        layer.load_state_dict(randomised(peft).state_dict())
+        with torch.autocast("cpu", BF16):
             found, wanted = run(layer, x, weights), run(peft, x, weights)
-        assert difference(found, wanted) < TOLERANCE[cast]
+        assert difference(found, wanted) < TOLERANCE[BF16]
+
+
+def test_autocast_leaves_bitsandbytes_product_alone() -> None:
+    x, _ = inputs()
+    layer = LoraLinear4bit.from_linear(bnb_linear(dense()), r=4)  # whose B is zero
+    with torch.autocast("cpu", BF16):
+        y = layer(x)
+    assert torch.equal(y, layer(x))
 
 
 def test_initialisation_draws_what_peft_draws() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +15,7 @@ from . import bnb, checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
@@ -42,7 +45,8 @@ class Linear4bit(nn.Module):
         quant_type: "nf4" or "fp4".
         blocksize: elements that share an absmax: 32 to 4096, a power of two.
         double_quant: quantises the absmax too, to 8 bits in blocks of 256.
-        compute_dtype: type of the product, x's own unless given; y has x's type always.
+        compute_dtype: type of the product, x's own unless given, under autocast too; y has x's
+            type always.
         quant_storage: type as which the packed bytes are held, changing no bit of them: FSDP wants
             that of the other parameters.
 
@@ -197,7 +201,9 @@ class Linear4bit(nn.Module):
         """y ``[..., out_features]`` in the dtype of x ``[..., in_features]``."""
         kind = x.dtype if self.compute_dtype is None else self.compute_dtype
         bias = None if self.bias is None else self.bias.to(kind)
-        return ops.lora_linear(x.to(kind), self.quant, bias=bias).to(x.dtype)
+        with _no_autocast(x):
+            y = ops.lora_linear(x.to(kind), self.quant, bias=bias)
+        return y.to(x.dtype)
 
     def extra_repr(self) -> str:
         shown = [
@@ -240,6 +246,18 @@ class Linear4bit(nn.Module):
 
         super()._apply(exact, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """Where torch.distributed.checkpoint looks up the keys below ``weight``, as attributes."""
+        return {"weight": "_keys"}
+
+    @property
+    def _keys(self) -> SimpleNamespace:
+        parts = SimpleNamespace()
+        for name, tensor in checkpoint.to_tensors(self.quant).items():
+            first, _, second = name.partition(".")
+            setattr(parts, first, SimpleNamespace(**{second: tensor}) if second else tensor)
+        return SimpleNamespace(weight=parts)
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -317,6 +335,11 @@ class Linear4bit(nn.Module):
 def kind_of(module: object) -> str:
     """The full name of a module's class, for errors."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _held_as(packed: Tensor, storage: torch.dtype) -> Tensor:

@@ -169,6 +169,25 @@ class _Lora(nn.Module, Generic[Base]):
         down: Any = self.lora_A[self.adapter_name]
         return down.weight, up.weight, up.bias
 
+    def _through_modules(self, x: Tensor) -> Tensor | None:
+        """y by calling the base layer and the adapter's modules, where that is more than a product.
+
+        They may have hooks or be wrapped: FSDP shards parameters by such modules, and has them
+        whole during their forward alone. None where the parameters can be used as they are.
+        """
+        down: Any = self.lora_A[self.adapter_name]
+        up: Any = self.lora_B[self.adapter_name]
+        if not any(map(_does_more, (self.base_layer, down, up))):
+            return None
+        y: Tensor = self.base_layer(x)
+        dropped = x.to(down.weight.dtype)
+        if self.training and self.lora_dropout:
+            seed = ops.dropout_seed(x)
+            dropped = dropped * ops.dropout_mask(
+                x.shape, self.lora_dropout, seed, dtype=dropped.dtype
+            )
+        return (y + up(down(dropped)) * self.scaling).to(y.dtype)
+
     def _linear(self, x: Tensor, weight: Tensor | ops.Quant4bit | None) -> Tensor:
         """The whole layer with W, or the adapter's term alone without."""
         down, up, lora_bias = self._adapter()
@@ -198,12 +217,23 @@ class _Lora(nn.Module, Generic[Base]):
         super()._load_from_state_dict(*args)
 
 
+def _does_more(module: nn.Module) -> bool:
+    """Whether calling a linear layer does more than its class's forward."""
+    return type(module) not in (nn.Linear, Linear4bit) or bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 class LoraLinear(_Lora[nn.Linear]):
     """``y = x·Wᵀ + bias + scaling·(dropout(x)·Aᵀ·Bᵀ + lora_bias)``, W and bias frozen.
 
     LoRA (Hu et al., 2021) with PEFT's semantics and its layer's state dict: ``base_layer.weight``,
     ``base_layer.bias``, ``lora_A.default.weight``, ``lora_B.default.weight``,
-    ``lora_B.default.bias``. The adapters' own modules hold the parameters and are not called.
+    ``lora_B.default.bias``. The modules inside hold the parameters and are called
+    only if they have hooks, or are wrapped (by FSDP) or replaced.
 
     Args:
         in_features: k.
@@ -255,7 +285,8 @@ class LoraLinear(_Lora[nn.Linear]):
         """y ``[..., out_features]`` in the dtype of x ``[..., in_features]``, which is W's."""
         if self.merged:
             return self.base_layer(x)  # type: ignore[no-any-return]
-        return self._linear(x, self.base_layer.weight)
+        y = self._through_modules(x)
+        return self._linear(x, self.base_layer.weight) if y is None else y
 
     def _value_dtype(self) -> torch.dtype:
         return self.base_layer.weight.dtype
@@ -272,8 +303,8 @@ class LoraLinear4bit(_Lora[Linear4bit]):
     """``LoraLinear`` on a ``Linear4bit`` (QLoRA; Dettmers et al., 2023).
 
     State dicts have the names of PEFT's layer on bitsandbytes' Linear4bit: ``base_layer.weight``,
-    ``base_layer.weight.absmax``, … , ``lora_A.default.weight``. With a ``compute_dtype`` other than
-    x's, the base layer computes in it, and the adapter's term as without it.
+    ``base_layer.weight.absmax``, … , ``lora_A.default.weight``. The base layer computes in its
+    ``compute_dtype``; the adapter's term is not rounded to it.
 
     Args:
         in_features: k.
@@ -351,8 +382,17 @@ class LoraLinear4bit(_Lora[Linear4bit]):
         base = self.base_layer
         if self.merged:
             return base(x)  # type: ignore[no-any-return]
-        if base.compute_dtype in (None, x.dtype):
-            return self._linear(x, base.quant).to(x.dtype)
+        found = self._through_modules(x)
+        if found is not None:
+            return found
+        dtype = x.dtype if base.compute_dtype is None else base.compute_dtype
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            together = dtype == torch.get_autocast_dtype(kind)
+        else:
+            together = torch.promote_types(x.dtype, dtype) == dtype
+        if together:
+            return self._linear(x.to(dtype), base.quant).to(x.dtype)
         y: Tensor = base(x)
         return y + self._linear(x, None).to(x.dtype)
 
