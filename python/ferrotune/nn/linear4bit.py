@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +11,10 @@ from torch import nn
 
 from .. import ops
 from . import bnb, checkpoint
+from .parts import alike, held_as, kind_of, no_autocast, unset
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
@@ -92,7 +91,7 @@ class Linear4bit(nn.Module):
             )
         self.in_features, self.out_features = in_features, out_features
         self.compute_dtype, self.quant_storage = compute_dtype, quant_storage
-        quant = _unset(
+        quant = unset(
             (out_features, in_features), quant_type, blocksize, double_quant, device, dtype
         )
         quant.check()
@@ -201,7 +200,7 @@ class Linear4bit(nn.Module):
         """y ``[..., out_features]`` in the dtype of x ``[..., in_features]``."""
         kind = x.dtype if self.compute_dtype is None else self.compute_dtype
         bias = None if self.bias is None else self.bias.to(kind)
-        with _no_autocast(x):
+        with no_autocast(x):
             y = ops.lora_linear(x.to(kind), self.quant, bias=bias)
         return y.to(x.dtype)
 
@@ -227,7 +226,7 @@ class Linear4bit(nn.Module):
 
     def _store(self, quant: ops.Quant4bit) -> None:
         """Takes the parts of ``quant`` as they are, its packed bytes as ``quant_storage``."""
-        packed = _held_as(quant.packed, self.quant_storage)
+        packed = held_as(quant.packed, self.quant_storage)
         self.weight = nn.Parameter(packed, requires_grad=False)
         for name in _BUFFERS:
             self.register_buffer(name, getattr(quant, name), persistent=False)
@@ -311,9 +310,9 @@ class Linear4bit(nn.Module):
             raise ValueError(f"has shape {list(loaded.shape)}, but the layer {list(shape)}")
         if not materialised and not assign:
             return weight  # `nn.Module` warns that nothing is loaded
-        loaded = loaded._replace(packed=_held_as(loaded.packed, self.quant_storage))
+        loaded = loaded._replace(packed=held_as(loaded.packed, self.quant_storage))
         own = self.quant
-        same = all(_alike(a, b) for a, b in zip(loaded.tensors, own.tensors, strict=True))
+        same = all(alike(a, b) for a, b in zip(loaded.tensors, own.tensors, strict=True))
         if assign or not same:
             device = loaded.packed.device if assign else self.weight.device
             moved: Any = {
@@ -330,58 +329,3 @@ class Linear4bit(nn.Module):
         self.quant_type, self.dtype = loaded.quant_type, loaded.dtype
         self.blocksize, self.nested_blocksize = loaded.blocksize, loaded.nested_blocksize
         return loaded.packed
-
-
-def kind_of(module: object) -> str:
-    """The full name of a module's class, for errors."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
-def _held_as(packed: Tensor, storage: torch.dtype) -> Tensor:
-    """The same bytes, zeros appended up to a whole element, ``[elements, 1]``."""
-    if packed.dtype == storage:
-        return packed
-    flat = packed.reshape(-1).view(torch.uint8)
-    flat = nn.functional.pad(flat, (0, -len(flat) % storage.itemsize))
-    return flat.view(storage).unsqueeze(1)
-
-
-def _alike(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.shape == b.shape and a.dtype == b.dtype
-
-
-def _unset(
-    shape: tuple[int, int],
-    quant_type: str,
-    blocksize: int,
-    double_quant: bool,
-    device: torch.device | str | int | None,
-    dtype: torch.dtype,
-) -> ops.Quant4bit:
-    """The parts of a weight of this shape, with no values in them."""
-    elements = shape[0] * shape[1]
-    blocks = -(-elements // blocksize) if blocksize > 0 else 0
-    nested = double_quant
-
-    def empty(size: tuple[int, ...], kind: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(size, device=device, dtype=kind)
-
-    return ops.Quant4bit(
-        packed=empty((-(-elements // 2), 1), torch.uint8),
-        absmax=empty((blocks,), torch.uint8 if nested else torch.float32),
-        nested_absmax=empty((-(-blocks // 256),)) if nested else None,
-        nested_code=empty((256,)) if nested else None,
-        nested_offset=empty(()) if nested else None,
-        quant_type=quant_type,
-        blocksize=blocksize,
-        nested_blocksize=256 if nested else 0,
-        shape=shape,
-        dtype=dtype,
-    )
