@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +28,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from ferrotune.nn import LoraLinear, LoraLinear4bit
+from ferrotune import patching
+from ferrotune.nn import Linear4bit, LoraLinear, LoraLinear4bit
 
 WORLD, ROWS, STEPS = 2, 6, 3
 WIDTH = 64
@@ -86,9 +87,8 @@ class Llama(nn.Module):
 
     def __init__(self, checkpointed: bool = False, folder: Path | None = None) -> None:
         super().__init__()
-        import tiny_models
-
         import ferrotune
+        import tiny_models
 
         base = self.base(folder)
         self.model = tiny_models.with_lora(base)
@@ -137,16 +137,23 @@ class Llama4bit(Llama):
 
 @dataclass(frozen=True)
 class Job:
-    """One way to train one model. ``wrap``: "ddp", "fsdp1", "fsdp2", or "" for one process."""
+    """One way to train one model.
+
+    ``wrap`` is "ddp", "fsdp1", "fsdp2", or "" for one process; "fsdp1 leaves" and "fsdp2 leaves"
+    shard every linear layer by itself, as PEFT's policy for FSDP does.
+    """
 
     model: Callable[..., Any]
     wrap: str = ""
     options: dict[str, Any] = field(default_factory=dict)
     dropout_seed: int | None = None
+    differing: bool = False
+    """Whether every rank starts from weights of its own; DDP gives all of them the first one's."""
 
     @property
     def name(self) -> str:
         shown = [f"{key}={value}" for key, value in self.options.items() if key != "folder"]
+        shown += ["differing"] if self.differing else []
         return " ".join([self.model.__name__, self.wrap, *shown])
 
 
@@ -161,10 +168,12 @@ class Result:
     """The gathered state dict after training."""
     reloaded_loss: float
     """Of a fresh model, wrapped in the same way, that has loaded ``state``."""
+    left: set[str | None]
+    """Why patched layers did not run through ferrotune."""
 
 
 def build(job: Job) -> Any:
-    torch.manual_seed(0)
+    torch.manual_seed(dist.get_rank() if job.differing else 0)
     model = job.model(**job.options)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -177,12 +186,17 @@ def build(job: Job) -> Any:
 def wrap(job: Job, model: Any) -> Any:
     if job.wrap == "ddp":
         return nn.parallel.DistributedDataParallel(model)
-    if job.wrap == "fsdp1":
+    if "fsdp1" in job.wrap:
+
+        def is_unit(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+            return recurse or ("leaves" in job.wrap and isinstance(module, nn.Linear))
+
         return FullyShardedDataParallel(
-            model, use_orig_params=True, device_id=torch.device("cpu")
+            model, use_orig_params=True, device_id=torch.device("cpu"), auto_wrap_policy=is_unit
         )
-    if job.wrap == "fsdp2":
-        for unit in model.units:
+    if "fsdp2" in job.wrap:
+        leaves = [m for m in model.modules() if isinstance(m, (nn.Linear, Linear4bit))]
+        for unit in leaves if "leaves" in job.wrap else model.units:
             fully_shard(unit)
         fully_shard(model)
     return model
@@ -195,11 +209,13 @@ def run(job: Job) -> Result:
     batch = [part.chunk(world)[rank] for part in job.model.batch()]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses, gradients = [], {}
+    left: set[str | None] = set()
     for step in range(STEPS):
         if job.dropout_seed is not None:
             torch.manual_seed(job.dropout_seed + 10 * step + rank)
         optimizer.zero_grad()
-        loss = model(*batch)
+        with patching.listening(lambda layer, reason: left.add(reason)):
+            loss = model(*batch)
         loss.backward()
         if step == 0:
             gradients = whole(job, model, gradient=True)
@@ -210,7 +226,8 @@ def run(job: Job) -> Result:
     load(job, fresh, state)
     with torch.no_grad():
         reloaded = mean(job, fresh.eval()(*batch))
-    return Result(losses, gradients, whole(job, model, gradient=False), state, reloaded)
+    trained = whole(job, model, gradient=False)
+    return Result(losses, gradients, trained, state, reloaded, left - {None})
 
 
 def perturbed(model: Any) -> Any:
@@ -244,9 +261,9 @@ def whole(job: Job, model: Any, *, gradient: bool) -> dict[str, Tensor]:
 
 
 def parameters_gathered(job: Job, model: Any) -> contextlib.AbstractContextManager[Any]:
-    if job.wrap == "fsdp1":
-        found: contextlib.AbstractContextManager[Any] = (
-            FullyShardedDataParallel.summon_full_params(model, with_grads=True)
+    if "fsdp1" in job.wrap:
+        found: contextlib.AbstractContextManager[Any] = FullyShardedDataParallel.summon_full_params(
+            model, with_grads=True
         )
         return found
     return contextlib.nullcontext()

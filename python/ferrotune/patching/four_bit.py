@@ -42,7 +42,7 @@ UNREADABLE = (
 
 def readable(base: Any, x: Tensor) -> ops.Quant4bit | None:
     """The weight, where x's dtype and device allow its use."""
-    if x.dtype not in _FLOATS or base.weight.device != x.device or base.weight.requires_grad:
+    if x.dtype not in _FLOATS or base.weight.device != x.device:
         return None
     quant = quant_of(base)
     return quant if quant is not None and quant.shape[1] == x.shape[-1] else None
