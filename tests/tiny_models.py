@@ -88,14 +88,18 @@ def base_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def base_4bit_model(name: str, dtype: torch.dtype, folder: Path, **options: Any) -> Any:
-    """The same as transformers loads it with bitsandbytes: NF4, double-quantised, on the CPU."""
+    """The same as transformers loads it with bitsandbytes: NF4, double-quantised, on the CPU.
+
+    In training mode: bitsandbytes repacks weights in evaluation, on processors with AVX512-BF16.
+    """
     base_model(name, dtype).save_pretrained(folder)
     settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, **options}
     if name in _SKIPPED:  # heads that PEFT trains whole cannot be in 4 bits
         settings.setdefault("llm_int8_skip_modules", _SKIPPED[name])
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **settings)
     head = _HEADS.get(name, AutoModelForCausalLM)
-    return head.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map="cpu")
+    model = head.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map="cpu")
+    return model.train()
 
 
 def with_lora(model: Any, name: str = "llama", *, filled: bool = True, **options: Any) -> PeftModel:

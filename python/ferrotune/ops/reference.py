@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from typing import TYPE_CHECKING
 
 import torch
@@ -72,7 +74,8 @@ def backward(
         kind = h.dtype
         wide = grad.to(kind)
         if need.lora_B[i]:
-            found.lora_B[i] = (wide.t() @ h).to(lora_B.dtype)
+            # The long way round reads the wide gradient in the order in which it lies.
+            found.lora_B[i] = (h.t() @ wide).t().to(lora_B.dtype).contiguous()
         if not (need.lora_A[i] or need.x):
             continue
         g = _product(wide, lora_B.to(kind), projection.scaling)
@@ -98,9 +101,36 @@ def term_dtype(x: Tensor, lora_A: Tensor) -> torch.dtype:
 
 def dense(projection: Projection, dtype: torch.dtype) -> Tensor | None:
     """W ``[n, k]`` in ``dtype``; a 4-bit one is rounded to the type it was quantised from first."""
-    if projection.quant is None:
+    quant = projection.quant
+    if quant is None:
         return projection.weight
-    return dequantize_4bit(projection.quant, projection.quant.dtype).to(dtype)
+    if quant.packed.device.type != "cpu":
+        return _dequantize_by_torch(quant, quant.dtype).to(dtype)
+    return _dequantize_into(_scratch(quant), quant).to(dtype)
+
+
+class _Scratch(threading.local):
+    """Memory for one dense weight a thread and dtype, as large as the largest so far.
+
+    The system would hand out large new memory page by page: slower than dequantising into it.
+    """
+
+    def __init__(self) -> None:
+        self.flat: dict[torch.dtype, Tensor] = {}
+
+
+_SCRATCH = _Scratch()
+
+
+def _scratch(quant: Quant4bit) -> Tensor:
+    """Valid until the thread's next call."""
+    elements = math.prod(quant.shape)
+    flat = _SCRATCH.flat.get(quant.dtype)
+    if flat is None or flat.numel() < elements:
+        with torch.inference_mode(False):
+            flat = torch.empty(elements, dtype=quant.dtype, device="cpu")
+        _SCRATCH.flat[quant.dtype] = flat
+    return flat[:elements].view(quant.shape)
 
 
 def _base(x: Tensor, projection: Projection) -> Tensor | None:
@@ -176,10 +206,13 @@ def dequantize_4bit(quant: Quant4bit, dtype: torch.dtype) -> Tensor:
     """W in ``dtype``: f32 products rounded once."""
     if quant.packed.device.type != "cpu":
         return _dequantize_by_torch(quant, dtype)
+    return _dequantize_into(torch.empty(quant.shape, dtype=dtype, device="cpu"), quant)
+
+
+def _dequantize_into(out: Tensor, quant: Quant4bit) -> Tensor:
     from .. import _native, threads
 
     threads.share_with_torch()
-    out = torch.empty(quant.shape, dtype=dtype)
     absmax, nested, code, offset = quant.absmax, quant.nested_absmax, quant.nested_code, 0.0
     if quant.nested_offset is not None:
         offset = quant.nested_offset.item()
@@ -197,15 +230,13 @@ def dequantize_4bit(quant: Quant4bit, dtype: torch.dtype) -> Tensor:
         quant.nested_blocksize,
         out.data_ptr(),
         out.numel(),
-        str(dtype).removeprefix("torch."),
+        str(out.dtype).removeprefix("torch."),
     )
     return out
 
 
 def _dequantize_by_torch(quant: Quant4bit, dtype: torch.dtype) -> Tensor:
-    elements = 1
-    for size in quant.shape:
-        elements *= size
+    elements = math.prod(quant.shape)
     packed = quant.packed.reshape(-1).view(torch.uint8)
     codes = torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)[:elements]
     absmax = quant.absmax

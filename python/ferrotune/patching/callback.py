@@ -6,7 +6,13 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import TrainerCallback as _TrainerCallback
+
+try:
+    from transformers import TrainerCallback as _TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        "ferrotune.TrainerCallback needs transformers: pip install 'ferrotune[torch]'"
+    ) from error
 
 from .patcher import apply, restore
 

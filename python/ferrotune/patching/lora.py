@@ -64,7 +64,7 @@ def active(layer: Any) -> list[str]:
 def why_not_adapter(layer: Any, name: str, x: Tensor | None = None) -> str | None:
     """Why an adapter of the layer is not ferrotune's, in words that follow "PEFT runs it:"."""
     variant = layer.lora_variant.get(name)
-    if variant is not None:
+    if variant is not None and type(variant).__name__ not in _PLAIN_VARIANTS:
         return f"adapter '{name}' is {_variant_name(variant)}, not plain LoRA"
     lora_A, lora_B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
     for part, module in (("lora_A", lora_A), ("lora_B", lora_B)):
@@ -95,13 +95,13 @@ def _why_not_input(layer: Any, name: str, A: Tensor, B: Tensor, x: Tensor) -> st
     return None
 
 
+_PLAIN_VARIANTS = {"MiCALinearVariant"}  # differs in its start and in what is trained alone
 _VARIANTS = {
     "ALoraLinearVariant": "aLoRA",
     "ArrowLinearVariant": "Arrow",
     "BdLoraLinearVariant": "BD-LoRA",
     "DoraLinearVariant": "DoRA",
     "KasaLinearVariant": "KaSA",
-    "MiCALinearVariant": "MiCA",
     "MontecloraLinearVariant": "MonteCLoRA",
     "VeloraLinearVariant": "VeLoRA",
 }

@@ -165,19 +165,31 @@ def _adapters(layer: Any) -> str:
 
 
 def _notes_lora(layer: Any) -> str | None:
-    """What of a replaced layer stays PEFT's: adapters that are not active now."""
+    """What of a replaced layer stays the libraries' own."""
     reasons = [lora.why_not_adapter(layer, name) for name in layer.lora_A]
     notes = [f"PEFT runs it where active: {reason}" for reason in reasons if reason]
-    base = layer.base_layer
-    if is_bypassed(base):
-        notes.append("its base layer has hooks and runs by itself; the LoRA term is ferrotune's")
-    elif not (is_dense(base) or is_conv1d(base) or is_4bit(base)):
-        notes.append(
-            f"its base layer, a {type(base).__name__}, runs by itself; the LoRA term is ferrotune's"
-        )
-    elif not is_4bit(base) and base.weight.requires_grad:
-        notes.append("its base weight is trained and runs by itself; the LoRA term is ferrotune's")
+    base = _why_not_base(layer.base_layer)
+    if base is not None:
+        notes.append(f"its base layer {base}, so it runs by itself; the LoRA term is ferrotune's")
     return "; ".join(notes) or None
+
+
+def _why_not_base(base: Any) -> str | None:
+    if is_bypassed(base):
+        return "has hooks"
+    if is_4bit(base):
+        packed = _is_repacked(base)
+        return "was repacked by bitsandbytes for inference on this CPU" if packed else None
+    if not (is_dense(base) or is_conv1d(base)):
+        return f"is a {type(base).__name__}"
+    if not is_plain(base.weight):
+        return f"has a {type(base.weight).__name__} as weight"
+    return "is trained" if base.weight.requires_grad else None
+
+
+def _is_repacked(layer: Any) -> bool:
+    state = getattr(layer.weight, "quant_state", None) or layer.quant_state
+    return bool(getattr(state, "packing_format_for_cpu", False))
 
 
 # ---- bitsandbytes' 4-bit layers
@@ -188,8 +200,7 @@ def _why_not_4bit(layer: Any) -> str | None:
         return "its forward is replaced on the instance (a hook of accelerate or the like)"
     if is_offloaded(layer):
         return "its weights are offloaded: accelerate brings them for the time of a call"
-    state = getattr(layer.weight, "quant_state", None) or layer.quant_state
-    if getattr(state, "packing_format_for_cpu", False):
+    if _is_repacked(layer):
         return "bitsandbytes repacked its weight for inference on this CPU"
     return None
 
@@ -203,7 +214,7 @@ def _check_4bit(name: str, layer: Any) -> None:
         raise PatchError(
             f"{name}: its weight is not quantised yet; move the model to its device first", name
         )
-    if getattr(state, "packing_format_for_cpu", False):
+    if _is_repacked(layer):
         return
     try:
         quant = quant_of(layer)
