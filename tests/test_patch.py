@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from torch import nn
 
@@ -302,6 +302,68 @@ def test_transforms_of_torch_func_go_to_peft(model: PeftModel) -> None:
     with counted() as counts:
         assert torch.equal(torch.func.vmap(layer)(x), expected)
     assert counts == {"a transform of torch.func is active": 1}
+
+
+def test_tracing_and_forward_mode_go_to_peft(model: PeftModel) -> None:
+    from torch.autograd import forward_ad
+
+    layer: Any = next(iter(layers(model).values()))
+    x = torch.randn(4, 64)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x))).tangent
+        ferrotune.patch(model)
+        with counted() as counts:
+            found = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x))).tangent
+    assert counts == {"forward-mode differentiation is active": 1}
+    assert torch.equal(found, tangent)
+    with counted() as counts:
+        traced = torch.jit.trace(layer, (x,), check_trace=False)
+    assert counts == {"torch.jit traces the model": 1}
+    assert_agree({"y": layer(x).detach()}, {"y": traced(x).detach()})
+
+
+def test_hooks_of_accelerate() -> None:
+    """Of a model spread over devices: skipped where the weights stay; offloaded ones are PEFT's."""
+    from accelerate import cpu_offload
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    base = base_model("llama").train()
+    for module in base.modules():
+        if isinstance(module, nn.Linear):
+            add_hook_to_module(
+                module, AlignDevicesHook(execution_device="cpu", io_same_device=True)
+            )
+    model = with_lora(base)
+    with counted() as counts:
+        stock, patched, report = both(model, batch("llama"))
+    assert counts == {None: 14}
+    assert not [row for row in report.layers if row.note]
+    assert_agree(stock, patched)
+    offloaded = base_model("llama")
+    cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    report = ferrotune.patch(with_lora(offloaded, filled=False))
+    assert {row.reason for row in report.left} == {
+        "its weights are offloaded: accelerate brings them for the time of a call"
+    }
+    assert len(report.left) == 14
+
+
+def test_lora_above_another_method() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    config = LoHaConfig(r=4, target_modules=["0", "2"])
+    model: Any = get_peft_model(base, config, adapter_name="loha", mixed=True)  # type: ignore[arg-type]
+    model.add_adapter("lora", LoraConfig(r=4, target_modules=["0", "2"]))
+    model.set_adapter(["loha", "lora"])
+    fill_lora_b(model)
+    with counted() as counts:
+        stock, patched, report = both(model, torch.randn(3, 16))
+    assert counts == {None: 2}
+    assert report.layers[0].note == (
+        "its base layer is a peft.tuners.loha.layer.Linear, so it runs by itself; "
+        "the LoRA term is ferrotune's"
+    )
+    assert_agree(stock, patched)
 
 
 class Custom(nn.Module):

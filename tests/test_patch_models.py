@@ -16,9 +16,10 @@ from tiny_models import CONFIGS, base_4bit_model, base_model, batch, with_lora
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 STEPS = 30
-# Largest difference of two loss curves (nats) in 30 steps. In bf16 every step's rounding differs,
-# and the stock model is as far from float64.
-CURVE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+# Largest difference of two loss curves (nats) in 30 steps: twice what was found at most. A loss
+# that the model returns in bf16 differs by two steps of its grid: 2⁻⁷ from 1 to 2, 2⁻⁵ from 4 to 8.
+CURVE = {"f32": 2e-6, "bf16": 3e-3}
+CURVE_OF_BF16_LOSS = {"bert": 2**-6, "roberta": 2**-6, "t5": 2**-4}
 # A bf16 gradient's relative difference: T5's ReLU switches on other elements after rounding.
 STEP_BF16 = {"t5": 0.25}
 
@@ -78,7 +79,8 @@ def test_thirty_steps(
     worst = max(abs(a - b) for a, b in zip(*curves, strict=True))
     record_property("largest_difference", worst)
     print(f"{name} {quant} {dtype}: largest difference of the loss in {STEPS} steps {worst:.1e}")
-    assert worst <= CURVE[DTYPES[dtype]]
+    own = CURVE_OF_BF16_LOSS if dtype == "bf16" else {}
+    assert worst <= own.get(name, CURVE[dtype])
     assert statistics.mean(curves[1][-5:]) < statistics.mean(curves[1][:5])
 
 

@@ -44,10 +44,13 @@ class Quant4bit(NamedTuple):
         return self[:5]
 
     @classmethod
-    def from_bitsandbytes(cls, packed: Tensor, quant_state: Any) -> Quant4bit:
+    def from_bitsandbytes(
+        cls, packed: Tensor, quant_state: Any, *, check: bool = True
+    ) -> Quant4bit:
         """A view of bitsandbytes' weight and ``QuantState``; nothing is copied.
 
-        Raises ``ValueError`` if the tensors do not fit the state's shape.
+        Raises ``ValueError`` if the tensors do not fit the state's shape, unless that was checked
+        before (``check=False``).
         """
         nested = quant_state.state2 if quant_state.nested else None
         quant = cls(
@@ -62,7 +65,8 @@ class Quant4bit(NamedTuple):
             shape=tuple(quant_state.shape),
             dtype=quant_state.dtype,
         )
-        quant.check()
+        if check:
+            quant.check()
         return quant
 
     def check(self) -> None:

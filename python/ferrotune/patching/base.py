@@ -66,41 +66,40 @@ def is_offloaded(module: nn.Module) -> bool:
     return bool(getattr(module.__dict__.get("_hf_hook"), "offload", False))
 
 
-def quant_of(base: Any) -> Quant4bit | None:
+def quant_of(base: Any, *, check: bool = True) -> Quant4bit | None:
     """The 4-bit weight where it lies; None where its bytes are not in the usual order.
 
-    Raises ``ValueError`` if the quant state's tensors do not fit its shape.
+    Raises ``ValueError`` if the quant state's tensors do not fit its shape, with ``check``.
     """
-    state = getattr(base.weight, "quant_state", None)
+    weight = base.weight
+    state = getattr(weight, "quant_state", None)
     if state is None:
         if getattr(base, "quant_state", None) is None:
             return None  # not quantised yet
         from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 
         fix_4bit_weight_quant_state_from_module(base)  # FSDP loses the state of the parameter
-        state = base.weight.quant_state
+        weight = base.weight
+        state = weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         return None  # bitsandbytes repacked it for inference on this CPU
-    return Quant4bit.from_bitsandbytes(base.weight, state)
+    return Quant4bit.from_bitsandbytes(weight, state, check=check)
 
 
-def dense_weight(base: Any, x: Tensor) -> Tensor | None:
-    """W ``[n, k]`` of a frozen dense base that a product with x may use, else None."""
-    weight: Tensor
-    if is_dense(base):
-        weight = base.weight
-    elif is_conv1d(base):
-        weight = base.weight.t()
-    else:
+def dense_weight(base: Any, x: Tensor, autocast: bool) -> tuple[Tensor, Tensor | None] | None:
+    """W ``[n, k]`` and bias of a frozen dense base that a product with x may use, else None."""
+    dense = is_dense(base)
+    if not dense and not is_conv1d(base):
         return None
-    if not is_plain(base.weight) or weight.requires_grad or weight.device != x.device:
+    weight, bias = base.weight, base.bias
+    if not is_plain(weight) or weight.requires_grad or weight.device != x.device:
         return None
-    if torch.is_autocast_enabled(x.device.type):
-        return weight if x.dtype != torch.float64 else None
-    bias = base.bias
-    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+    if autocast:
+        if x.dtype == torch.float64:
+            return None
+    elif weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         return None
-    return weight
+    return (weight if dense else weight.t()), bias
 
 
 def describe_base(base: nn.Module) -> str:

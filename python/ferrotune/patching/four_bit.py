@@ -35,17 +35,19 @@ class FourBitForward(Replaced):
 
 
 UNREADABLE = (
-    "its 4-bit weight is in bitsandbytes' packing for inference on this CPU, on another device, "
-    "or trained"
+    "its 4-bit weight is in bitsandbytes' packing for inference on this CPU or on another device, "
+    "or the input is of another type or width"
 )
 
 
 def readable(base: Any, x: Tensor) -> ops.Quant4bit | None:
-    """The weight, where x's dtype and device allow its use."""
-    if x.dtype not in _FLOATS or base.weight.device != x.device:
+    """The weight, where x's dtype, device and width allow its use."""
+    if x.dtype not in _FLOATS:
         return None
-    quant = quant_of(base)
-    return quant if quant is not None and quant.shape[1] == x.shape[-1] else None
+    quant = quant_of(base, check=False)  # patch did
+    if quant is None or quant.packed.device != x.device or quant.shape[1] != x.shape[-1]:
+        return None
+    return quant
 
 
 def compute_dtype(base: Any, x: Tensor) -> torch.dtype:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +20,16 @@ _DROPOUTS = (nn.Identity, nn.Dropout, IndexDropout)
 _KEYWORDS = {"adapter_names", "alora_offsets"}  # PEFT's own; all others go to the base layer
 
 
+class Adapter(NamedTuple):
+    """One adapter of a layer, as ``ops.lora_linear`` takes it."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    lora_bias: Tensor | None
+    dropout_p: float
+
+
 class LoraForward(Replaced):
     """``y = base(x) + Σ scaling·(dropout(x)·Aᵀ·Bᵀ + lora_bias)`` over the active adapters.
 
@@ -28,14 +38,18 @@ class LoraForward(Replaced):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        reason = _why_not_now(self, x, args, kwargs)
-        runs.note(self, reason)
-        if reason is not None:
+        adapters = _adapters_now(self, x, args, kwargs)
+        if isinstance(adapters, str):
+            runs.note(self, adapters)
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
-        return _run(self, x)
+        runs.note(self, None)
+        return _run(self.base_layer, adapters, x)
 
 
-def _why_not_now(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def _adapters_now(
+    layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Adapter] | str:
+    """What this forward takes; or why it is PEFT's."""
     if layer.disable_adapters:
         return runs.DISABLED
     if kwargs.get("adapter_names") is not None:
@@ -50,9 +64,19 @@ def _why_not_now(layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, An
     reason = runs.not_for_ferrotune(x)
     if reason is None and x.dtype not in FLOATS:
         reason = f"the input is {x.dtype}"
-    return reason or next(
-        (found for name in names if (found := why_not_adapter(layer, name, x))), None
-    )
+    if reason is not None:
+        return reason
+    autocast = torch.is_autocast_enabled(x.device.type)
+    found = []
+    for name in names:
+        adapter = _read(layer, name)
+        if isinstance(adapter, str):
+            return adapter
+        reason = _why_not_input(layer, name, adapter, x, autocast)
+        if reason is not None:
+            return reason
+        found.append(adapter)
+    return found
 
 
 def active(layer: Any) -> list[str]:
@@ -61,32 +85,47 @@ def active(layer: Any) -> list[str]:
     return [name for name in layer.active_adapters if name in adapters]
 
 
-def why_not_adapter(layer: Any, name: str, x: Tensor | None = None) -> str | None:
-    """Why an adapter of the layer is not ferrotune's, in words that follow "PEFT runs it:"."""
+def why_not_adapter(layer: Any, name: str) -> str | None:
+    """Why an adapter of the layer is not ferrotune's, whatever the input."""
+    found = _read(layer, name)
+    return found if isinstance(found, str) else None
+
+
+def _read(layer: Any, name: str) -> Adapter | str:
+    """The adapter if it is plain LoRA, else what it is."""
     variant = layer.lora_variant.get(name)
     if variant is not None and type(variant).__name__ not in _PLAIN_VARIANTS:
         return f"adapter '{name}' is {_variant_name(variant)}, not plain LoRA"
     lora_A, lora_B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    weights: list[Any] = []
     for part, module in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if not is_dense(module) or not is_plain(module.weight):
-            return f"{part}['{name}'] is no plain nn.Linear ({type(module.weight).__name__})"
+        weight = getattr(module, "weight", None)
+        if not is_dense(module) or not is_plain(weight):
+            return f"{part}['{name}'] is no plain nn.Linear ({type(weight).__name__})"
         if is_bypassed(module):
             return f"{part}['{name}'] has hooks or a forward of its own"
+        weights.append(weight)
     if lora_A.bias is not None:
         return f"lora_A['{name}'] has a bias"
     if type(dropout) not in _DROPOUTS:
         return f"lora_dropout['{name}'] is a {type(dropout).__name__}"
     if is_bypassed(dropout):
         return f"lora_dropout['{name}'] has hooks or a forward of its own"
-    if not isinstance(layer.scaling[name], (int, float)):
-        return f"the scaling of adapter '{name}' is a {type(layer.scaling[name]).__name__}"
-    return None if x is None else _why_not_input(layer, name, lora_A.weight, lora_B.weight, x)
+    scaling = layer.scaling[name]
+    if not isinstance(scaling, (int, float)):
+        return f"the scaling of adapter '{name}' is a {type(scaling).__name__}"
+    # nn.Identity has no p; outside training nothing is dropped.
+    p = dropout.p if dropout.training and type(dropout) is not nn.Identity else 0.0
+    return Adapter(weights[0], weights[1], scaling, lora_B.bias, p)
 
 
-def _why_not_input(layer: Any, name: str, A: Tensor, B: Tensor, x: Tensor) -> str | None:
+def _why_not_input(
+    layer: Any, name: str, adapter: Adapter, x: Tensor, autocast: bool
+) -> str | None:
+    A, B = adapter.lora_A, adapter.lora_B
     if A.device != x.device or B.device != x.device:
         return f"adapter '{name}' is on {A.device}, the input on {x.device}"
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast:
         return None
     if A.dtype != B.dtype:
         return f"lora_A['{name}'] is {A.dtype}, lora_B {B.dtype}"
@@ -111,63 +150,50 @@ def _variant_name(variant: object) -> str:
     return _VARIANTS.get(type(variant).__name__, type(variant).__name__)
 
 
-def _run(layer: Any, x: Tensor) -> Tensor:
-    first, *others = active(layer)
-    y = _base_with(layer, first, x)
+def _run(base: Any, adapters: list[Adapter], x: Tensor) -> Tensor:
+    first, *others = adapters
+    y = None if is_bypassed(base) else _base_with(base, first, x)
     if y is None:
-        y = layer.base_layer(x)
-        others.insert(0, first)
+        y = base(x)
+        others = adapters
     dtype = y.dtype
-    for name in others:
-        y = y + _term(layer, name, x)
+    for adapter in others:
+        y = y + _term(adapter, x)
     return y.to(dtype)
 
 
-def _base_with(layer: Any, name: str, x: Tensor) -> Tensor | None:
+def _base_with(base: Any, adapter: Adapter, x: Tensor) -> Tensor | None:
     """The base layer and one adapter as one operation; None where the base must run by itself."""
-    base = layer.base_layer
-    if is_bypassed(base):
-        return None
+    kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     if is_4bit(base):
-        return _base_4bit_with(layer, name, x)
-    weight = dense_weight(base, x)
-    if weight is None:
+        return _base_4bit_with(base, adapter, x, autocast)
+    dense = dense_weight(base, x, autocast is not None)
+    if dense is None:
         return None
-    return ops.lora_linear(x, weight, bias=base.bias, **_adapter(layer, name))
+    weight, bias = dense
+    return ops.lora_linear(x, weight, bias=bias, **adapter._asdict())
 
 
-def _base_4bit_with(layer: Any, name: str, x: Tensor) -> Tensor | None:
-    base = layer.base_layer
+def _base_4bit_with(
+    base: Any, adapter: Adapter, x: Tensor, autocast: torch.dtype | None
+) -> Tensor | None:
     quant = four_bit.readable(base, x)
     if quant is None:
         return None
     dtype = four_bit.compute_dtype(base, x)
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        together = dtype == torch.get_autocast_dtype(kind)
+    if autocast is not None:
+        together = dtype == autocast
     else:
         together = torch.promote_types(x.dtype, dtype) == dtype
     if not together:  # the adapter is not rounded to a compute dtype that is the base's alone
-        return (four_bit.product(base, quant, x) + _term(layer, name, x)).to(x.dtype)
+        return (four_bit.product(base, quant, x) + _term(adapter, x)).to(x.dtype)
     bias = four_bit.bias_as(base, dtype)
-    y = ops.lora_linear(x.to(dtype), quant, bias=bias, **_adapter(layer, name))
+    y = ops.lora_linear(x.to(dtype), quant, bias=bias, **adapter._asdict())
     return y.to(x.dtype)
 
 
-def _term(layer: Any, name: str, x: Tensor) -> Tensor:
+def _term(adapter: Adapter, x: Tensor) -> Tensor:
     """The LoRA term alone, in the wider of x's and the adapter's dtypes."""
-    wide = torch.promote_types(x.dtype, layer.lora_A[name].weight.dtype)
-    return ops.lora_linear(x.to(wide), None, **_adapter(layer, name))
-
-
-def _adapter(layer: Any, name: str) -> dict[str, Any]:
-    lora_B, dropout = layer.lora_B[name], layer.lora_dropout[name]
-    # Identity has no p; a dropout outside training drops nothing.
-    dropped = dropout.p if dropout.training and type(dropout) is not nn.Identity else 0.0
-    return {
-        "lora_A": layer.lora_A[name].weight,
-        "lora_B": lora_B.weight,
-        "scaling": layer.scaling[name],
-        "lora_bias": lora_B.bias,
-        "dropout_p": dropped,
-    }
+    wide = torch.promote_types(x.dtype, adapter.lora_A.dtype)
+    return ops.lora_linear(x.to(wide), None, **adapter._asdict())

@@ -181,7 +181,7 @@ def _why_not_base(base: Any) -> str | None:
         packed = _is_repacked(base)
         return "was repacked by bitsandbytes for inference on this CPU" if packed else None
     if not (is_dense(base) or is_conv1d(base)):
-        return f"is a {type(base).__name__}"
+        return f"is a {type(base).__module__}.{type(base).__qualname__}"
     if not is_plain(base.weight):
         return f"has a {type(base.weight).__name__} as weight"
     return "is trained" if base.weight.requires_grad else None
