@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import ops as ops
-    from ._native import FormatError
+    from ._native import CudaError, FormatError
     from .commands.demo import demo
+    from .commands.doctor import DoctorResult, doctor
     from .commands.evaluate import eval as eval  # a star import would hide the builtin
     from .commands.evaluate import evaluate
     from .commands.generate import generate
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Certificate",
+    "CudaError",
     "DemoResult",
+    "DoctorResult",
     "EvaluateResult",
     "FormatError",
     "GenerateResult",
@@ -42,6 +45,7 @@ __all__ = [
     "TrainerCallback",
     "demo",
     "dequantize_4bit",
+    "doctor",
     "evaluate",
     "generate",
     "merge",
@@ -56,7 +60,9 @@ __all__ = [
 # `import ferrotune` stays a matter of milliseconds.
 _EXPORTS = {
     "Certificate": ("patching", "Certificate"),
+    "CudaError": ("_native", "CudaError"),
     "DemoResult": ("results", "DemoResult"),
+    "DoctorResult": ("commands.doctor", "DoctorResult"),
     "EvaluateResult": ("results", "EvaluateResult"),
     "FormatError": ("_native", "FormatError"),
     "GenerateResult": ("results", "GenerateResult"),
@@ -71,6 +77,7 @@ _EXPORTS = {
     "__version__": ("version", "version"),
     "demo": ("commands.demo", "demo"),
     "dequantize_4bit": ("quant", "dequantize_4bit"),
+    "doctor": ("commands.doctor", "doctor"),
     "eval": ("commands.evaluate", "eval"),
     "evaluate": ("commands.evaluate", "evaluate"),
     "generate": ("commands.generate", "generate"),
