@@ -91,7 +91,7 @@ _EXPORTS = {
 
 
 # Packages that need PyTorch.
-_PACKAGES = ("ops",)
+_PACKAGES = ("nn", "ops")
 
 
 def __getattr__(name: str) -> Any:
