@@ -13,8 +13,15 @@ if TYPE_CHECKING:
     from .commands.merge import merge
     from .commands.train import train
     from .options import SettingError
-    from .patching import Certificate, PatchError, PatchReport, patch, unpatch, verify
-    from .patching.callback import TrainerCallback
+
+    # Below what needs PyTorch: no part of a star import, which works without.
+    from .patching import Certificate as Certificate
+    from .patching import PatchError as PatchError
+    from .patching import PatchReport as PatchReport
+    from .patching import patch as patch
+    from .patching import unpatch as unpatch
+    from .patching import verify as verify
+    from .patching.callback import TrainerCallback as TrainerCallback
     from .quant import Quantized4bit, dequantize_4bit, quantize_4bit
     from .results import (
         DemoResult,
@@ -28,7 +35,6 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
-    "Certificate",
     "CudaError",
     "DemoResult",
     "DoctorResult",
@@ -36,24 +42,18 @@ __all__ = [
     "FormatError",
     "GenerateResult",
     "MergeResult",
-    "PatchError",
-    "PatchReport",
     "Quantized4bit",
     "SettingError",
     "TrainInterrupted",
     "TrainResult",
-    "TrainerCallback",
     "demo",
     "dequantize_4bit",
     "doctor",
     "evaluate",
     "generate",
     "merge",
-    "patch",
     "quantize_4bit",
     "train",
-    "unpatch",
-    "verify",
 ]
 
 # Public name -> (module, name there). Nothing is imported before its first use, so that
@@ -89,7 +89,6 @@ _EXPORTS = {
     "verify": ("patching", "verify"),
 }
 
-
 # Packages that need PyTorch.
 _PACKAGES = ("nn", "ops")
 
@@ -98,7 +97,14 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     if name in _PACKAGES:
-        return import_module(f"{__name__}.{name}")
+        try:
+            return import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise ImportError(
+                f"ferrotune.{name} needs PyTorch: pip install 'ferrotune[torch]'"
+            ) from None
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _EXPORTS[name]
