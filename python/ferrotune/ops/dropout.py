@@ -52,7 +52,8 @@ def mask_by_torch(elements: int, p: float, seed: Tensor, stream: int) -> Tensor:
     )
     halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
     uniform = torch.stack(halves, dim=1).reshape(-1)[:elements]
-    return (uniform >= round(p * 65_536)).to(torch.float32) * _scale(p)
+    scale = torch.full((), _scale(p), dtype=torch.float32, device=seed.device)
+    return torch.where(uniform >= round(p * 65_536), scale, torch.zeros_like(scale))
 
 
 def _scale(p: float) -> float:
