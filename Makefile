@@ -6,7 +6,7 @@ python ?= .venv/bin/python
 build: ## an optimised build in .venv, with all that the rest here needs
 	test -x $(python) || python3 -m venv .venv
 	$(python) -m pip install -q maturin
-	VIRTUAL_ENV=$(abspath .venv) $(python) -m maturin develop --release --extras test,dev
+	NVCC=$$(.ci/nvcc $(python)) VIRTUAL_ENV=$(abspath .venv) $(python) -m maturin develop --release --extras test,dev
 
 test: test-rust test-python
 
@@ -26,7 +26,7 @@ bench: build
 	for script in benches/*_cpu.py; do $(python) $$script || exit 1; done
 
 wheel: ## manylinux_2_28, into dist/
-	PATH="$(abspath $(dir $(python))):$$PATH" $(python) -m maturin build --release --zig --compatibility manylinux_2_28 --out dist
+	NVCC=$$(.ci/nvcc $(python)) PATH="$(abspath $(dir $(python))):$$PATH" $(python) -m maturin build --release --zig --compatibility manylinux_2_28 --out dist
 
 demo:
 	$(python) -m ferrotune demo

@@ -82,7 +82,7 @@ def machine(threads: int, packages: Sequence[str]) -> dict[str, Any]:
     """Where and with what a result was measured."""
     return {
         "commit": _git("rev-parse", "--short=12", "HEAD")
-        + ("-dirty" if _git("status", "--porcelain", "src") else ""),
+        + ("-dirty" if _git("status", "--porcelain", "src", "kernels") else ""),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "cpu": _cpu(),
         "cores": os.cpu_count(),

@@ -29,6 +29,10 @@ pub enum Error {
     #[cfg(feature = "engine")]
     #[error("{0}")]
     Candle(#[from] candle_core::Error),
+    /// A CUDA call that failed. Python: `CudaError`.
+    #[cfg(feature = "cuda")]
+    #[error("{0}")]
+    Cuda(#[from] crate::cuda::CudaError),
     #[cfg(feature = "python")]
     #[error("{0}")]
     Python(#[from] pyo3::PyErr),
@@ -69,6 +73,8 @@ mod python {
     use pyo3::exceptions::{
         PyKeyboardInterrupt, PyNotImplementedError, PyOSError, PyRuntimeError, PyValueError,
     };
+    #[cfg(feature = "cuda")]
+    use pyo3::prelude::*;
     use pyo3::{PyErr, create_exception};
 
     create_exception!(
@@ -77,6 +83,24 @@ mod python {
         PyValueError,
         "A file whose content is not what its format requires."
     );
+
+    create_exception!(
+        ferrotune,
+        CudaError,
+        PyRuntimeError,
+        "A CUDA call that failed, or could not be made; `code` is CUDA's number for it."
+    );
+
+    #[cfg(feature = "cuda")]
+    fn cuda_error(code: i32, text: String) -> PyErr {
+        Python::attach(|py| {
+            let error = CudaError::new_err(text);
+            match error.value(py).setattr("code", code) {
+                Ok(()) => error,
+                Err(other) => other,
+            }
+        })
+    }
 
     impl From<Error> for PyErr {
         fn from(error: Error) -> Self {
@@ -98,6 +122,8 @@ mod python {
                 Error::Run(_) => PyRuntimeError::new_err(text),
                 #[cfg(feature = "engine")]
                 Error::Candle(_) => PyRuntimeError::new_err(text),
+                #[cfg(feature = "cuda")]
+                Error::Cuda(error) => cuda_error(error.code, text),
                 Error::Python(error) => error,
             }
         }
@@ -105,4 +131,4 @@ mod python {
 }
 
 #[cfg(feature = "python")]
-pub use python::FormatError;
+pub use python::{CudaError, FormatError};

@@ -1,8 +1,11 @@
 //! ferrotune: LoRA and QLoRA fine-tuning at the speed of the frozen model.
 //!
 //! Dependencies point one way: `python` → `engine`, `data`, `adapter` → `folder`, `lora`, `quant` → `error`, `dtype`, `file`.
+//! `cuda` stands beside the engine: `python` → `cuda` → `error`, `dtype`.
 
 pub mod adapter;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 #[cfg(feature = "engine")]
 pub mod data;
 pub mod dtype;
@@ -25,9 +28,15 @@ mod python;
 #[pyo3::pymodule(name = "_native")]
 mod native {
     #[pymodule_export]
-    use crate::error::FormatError;
+    use crate::error::{CudaError, FormatError};
     #[pymodule_export]
     use crate::python::adapter::{match_targets, read_adapter, write_adapter};
+    #[cfg(feature = "cuda")]
+    #[pymodule_export]
+    use crate::python::cuda::{
+        cuda_dequantize_4bit, cuda_devices, cuda_driver, cuda_dropout_mask, cuda_images,
+        cuda_prepare, cuda_quantize_4bit, cuda_quantize_absmax,
+    };
     #[cfg(feature = "engine")]
     #[pymodule_export]
     use crate::python::engine::{compute, evaluate, generate, merge, train};
@@ -35,7 +44,8 @@ mod native {
     use crate::python::memory::{dequantize_4bit_at, dropout_at};
     #[pymodule_export]
     use crate::python::quant::{
-        dequantize_4bit, quant_state_from_tensors, quant_state_to_tensors, quantize_4bit,
+        dequantize_4bit, dynamic_map, quant_state_from_tensors, quant_state_to_tensors,
+        quantize_4bit,
     };
     #[pymodule_export]
     use crate::python::threads::use_openmp;
@@ -43,4 +53,16 @@ mod native {
     #[pymodule_export]
     #[expect(non_upper_case_globals, reason = "Python's name for it")]
     const __version__: &str = env!("CARGO_PKG_VERSION");
+
+    /// Whether the CUDA kernels were built in.
+    #[pymodule_export]
+    #[expect(non_upper_case_globals, reason = "Python's name for it")]
+    const has_cuda: bool = cfg!(feature = "cuda");
+
+    #[pymodule_init]
+    fn init(module: &pyo3::Bound<'_, pyo3::types::PyModule>) -> pyo3::PyResult<()> {
+        use pyo3::types::PyAnyMethods;
+        // Instances carry their own; the class has it so that the attribute is always there.
+        module.getattr("CudaError")?.setattr("code", 0)
+    }
 }

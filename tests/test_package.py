@@ -23,6 +23,31 @@ def test_public_names_exist() -> None:
         ferrotune.tran  # noqa: B018
 
 
+def test_without_torch() -> None:
+    """Everything but the drop-in works, and that says what to install."""
+    code = """
+import sys
+sys.modules["torch"] = None  # an import of it fails
+from ferrotune import *
+import ferrotune
+assert callable(train) and callable(quantize_4bit)
+for name in ("patch", "verify", "ops", "nn"):
+    try:
+        getattr(ferrotune, name)
+    except ImportError as error:
+        print(error)
+    else:
+        raise SystemExit(name)
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert said.returncode == 0, said.stderr
+    lines = said.stdout.splitlines()
+    assert len(lines) == 4
+    assert all("pip install 'ferrotune[torch]'" in line for line in lines)
+
+
 def test_import_is_light() -> None:
     code = "import sys, ferrotune; print(*sorted({m.split('.')[0] for m in sys.modules}))"
     found = subprocess.run(

@@ -4,16 +4,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import ops as ops
-    from ._native import FormatError
+    from ._native import CudaError, FormatError
     from .commands.demo import demo
+    from .commands.doctor import DoctorResult, doctor
     from .commands.evaluate import eval as eval  # a star import would hide the builtin
     from .commands.evaluate import evaluate
     from .commands.generate import generate
     from .commands.merge import merge
     from .commands.train import train
     from .options import SettingError
-    from .patching import Certificate, PatchError, PatchReport, patch, unpatch, verify
-    from .patching.callback import TrainerCallback
+
+    # Below what needs PyTorch: no part of a star import, which works without.
+    from .patching import Certificate as Certificate
+    from .patching import PatchError as PatchError
+    from .patching import PatchReport as PatchReport
+    from .patching import patch as patch
+    from .patching import unpatch as unpatch
+    from .patching import verify as verify
+    from .patching.callback import TrainerCallback as TrainerCallback
     from .quant import Quantized4bit, dequantize_4bit, quantize_4bit
     from .results import (
         DemoResult,
@@ -27,36 +35,34 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
-    "Certificate",
+    "CudaError",
     "DemoResult",
+    "DoctorResult",
     "EvaluateResult",
     "FormatError",
     "GenerateResult",
     "MergeResult",
-    "PatchError",
-    "PatchReport",
     "Quantized4bit",
     "SettingError",
     "TrainInterrupted",
     "TrainResult",
-    "TrainerCallback",
     "demo",
     "dequantize_4bit",
+    "doctor",
     "evaluate",
     "generate",
     "merge",
-    "patch",
     "quantize_4bit",
     "train",
-    "unpatch",
-    "verify",
 ]
 
 # Public name -> (module, name there). Nothing is imported before its first use, so that
 # `import ferrotune` stays a matter of milliseconds.
 _EXPORTS = {
     "Certificate": ("patching", "Certificate"),
+    "CudaError": ("_native", "CudaError"),
     "DemoResult": ("results", "DemoResult"),
+    "DoctorResult": ("commands.doctor", "DoctorResult"),
     "EvaluateResult": ("results", "EvaluateResult"),
     "FormatError": ("_native", "FormatError"),
     "GenerateResult": ("results", "GenerateResult"),
@@ -71,6 +77,7 @@ _EXPORTS = {
     "__version__": ("version", "version"),
     "demo": ("commands.demo", "demo"),
     "dequantize_4bit": ("quant", "dequantize_4bit"),
+    "doctor": ("commands.doctor", "doctor"),
     "eval": ("commands.evaluate", "eval"),
     "evaluate": ("commands.evaluate", "evaluate"),
     "generate": ("commands.generate", "generate"),
@@ -82,16 +89,22 @@ _EXPORTS = {
     "verify": ("patching", "verify"),
 }
 
-
 # Packages that need PyTorch.
-_PACKAGES = ("ops",)
+_PACKAGES = ("nn", "ops")
 
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     if name in _PACKAGES:
-        return import_module(f"{__name__}.{name}")
+        try:
+            return import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != "torch":
+                raise
+            raise ImportError(
+                f"ferrotune.{name} needs PyTorch: pip install 'ferrotune[torch]'"
+            ) from None
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _EXPORTS[name]

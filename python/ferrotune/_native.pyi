@@ -10,14 +10,25 @@ import numpy.typing as npt
 from ferrotune.quant import Quantized4bit
 
 __all__ = [
+    "CudaError",
     "FormatError",
     "__version__",
     "compute",
+    "cuda_dequantize_4bit",
+    "cuda_devices",
+    "cuda_driver",
+    "cuda_dropout_mask",
+    "cuda_images",
+    "cuda_prepare",
+    "cuda_quantize_4bit",
+    "cuda_quantize_absmax",
     "dequantize_4bit",
     "dequantize_4bit_at",
     "dropout_at",
+    "dynamic_map",
     "evaluate",
     "generate",
+    "has_cuda",
     "match_targets",
     "merge",
     "quant_state_from_tensors",
@@ -30,8 +41,12 @@ __all__ = [
 ]
 
 __version__: str
+has_cuda: bool  # without it there are no functions named cuda_*
 
 class FormatError(ValueError): ...
+
+class CudaError(RuntimeError):
+    code: int
 
 # ---- jobs
 # `config` is a JSON object with every setting of the Python function of the same name.
@@ -102,6 +117,7 @@ def quant_state_to_tensors(
 def quant_state_from_tensors(
     name: str, tensors: dict[str, tuple[str, list[int], npt.NDArray[np.uint8]]]
 ) -> dict[str, Any] | None: ...
+def dynamic_map() -> npt.NDArray[np.float32]: ...
 
 # ---- memory of CPU tensors, by address (0 for none)
 
@@ -126,3 +142,57 @@ def dropout_at(values: int, out: int, len: int, p: float, seed: int, stream: int
 # ---- threads
 # Addresses of libgomp's functions of these names.
 def use_openmp(gomp_parallel: int, omp_get_max_threads: int) -> None: ...
+
+# ---- CUDA
+# Device addresses, sizes and raw streams as integers; dtypes by torch's names. Nothing is allocated
+# or waited for.
+def cuda_driver() -> tuple[int | None, int]: ...
+def cuda_devices() -> int: ...
+def cuda_images() -> dict[str, bytes]: ...
+def cuda_prepare(device: int) -> dict[str, Any]: ...
+def cuda_dropout_mask(
+    device: int,
+    stream: int,
+    out: int,
+    dtype: str,
+    elements: int,
+    p: float,
+    seed: int,
+    index: int,
+) -> None: ...
+
+# packed, absmax, nested absmax, nested code, nested offset (the last three 0 without double
+# quantisation), quant_type, blocksize, nested_blocksize
+_Weight = tuple[int, int, int, int, int, str, int, int]
+
+def cuda_dequantize_4bit(
+    device: int,
+    stream: int,
+    weight: _Weight,
+    out: int,
+    dtype: str,
+    n: int,
+    k: int,
+    transpose: bool,
+) -> None: ...
+def cuda_quantize_4bit(
+    device: int,
+    stream: int,
+    values: int,
+    dtype: str,
+    elements: int,
+    quant_type: str,
+    blocksize: int,
+    packed: int,
+    absmax: int,
+) -> None: ...
+def cuda_quantize_absmax(
+    device: int,
+    stream: int,
+    absmax: int,
+    blocks: int,
+    offset: int,
+    code: int,
+    codes: int,
+    nested_absmax: int,
+) -> None: ...

@@ -8,6 +8,8 @@
 pub mod adapter;
 #[cfg(feature = "engine")]
 mod caller;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 #[cfg(feature = "engine")]
 pub mod engine;
 pub mod memory;

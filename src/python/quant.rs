@@ -289,3 +289,9 @@ pub fn quant_state_from_tensors<'py>(
         .map(|weight| Ok(Fields::new(py, weight).into_pyobject(py)?.into_any()))
         .transpose()
 }
+
+/// The 256 values of the 8-bit type that holds the absmax of double-quantised weights.
+#[pyfunction]
+pub fn dynamic_map(py: Python<'_>) -> Bound<'_, PyArray1<f32>> {
+    PyArray1::from_slice(py, quant::dynamic_map())
+}

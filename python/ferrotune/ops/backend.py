@@ -45,4 +45,9 @@ class Backend(Protocol):
 
 def choose(x: Tensor) -> Backend:
     """The implementation for tensors on x's device."""
+    if x.is_cuda:
+        from . import cuda
+
+        if cuda.usable(x.device.index):
+            return cuda
     return reference

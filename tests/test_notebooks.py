@@ -1,0 +1,81 @@
+"""The notebooks run, and what they show is what running them gives."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+import ferrotune
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+LARGEST = 300_000  # bytes
+
+
+def read(name: str) -> Any:
+    return nbformat.read(FOLDER / name, as_version=4)
+
+
+def outputs(notebook: Any) -> list[Any]:
+    return [found for cell in notebook.cells if cell.cell_type == "code" for found in cell.outputs]
+
+
+def printed(notebook: Any) -> str:
+    return "".join(found.text for found in outputs(notebook) if found.output_type == "stream")
+
+
+def shown(notebook: Any, kind: str) -> list[str]:
+    return [found.data[kind] for found in outputs(notebook) if kind in found.get("data", {})]
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.name)
+def test_outputs_are_of_one_run_and_small(path: Path) -> None:
+    notebook = read(path.name)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert all(found.output_type != "error" for found in outputs(notebook))
+    assert path.stat().st_size < LARGEST
+    texts = [printed(notebook), *shown(notebook, "text/plain"), *shown(notebook, "text/html")]
+    assert not [text for text in texts if "site-packages" in text or str(FOLDER.parent) in text]
+
+
+def test_drop_in_shows_its_story() -> None:
+    check_drop_in(read("drop_in.ipynb"))
+
+
+@pytest.mark.slow
+def test_drop_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The kernel runs in the notebook's folder: relative paths would end there.
+    monkeypatch.setenv("PYTHONPATH", str(Path(ferrotune.__file__).parent.parent))
+    spec = importlib.util.spec_from_file_location("execute", FOLDER / "execute.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = module.execute(FOLDER / "drop_in.ipynb")
+    check_drop_in(found)
+    assert held_out(found) == pytest.approx(held_out(read("drop_in.ipynb")), abs=0.05)
+
+
+def check_drop_in(notebook: Any) -> None:
+    pages = " ".join(shown(notebook, "text/html"))
+    assert "ferrotune (28 of 28 LoRA layers) agrees with the stock model" in pages
+    assert "ferrotune runs 28 of 28 LoRA layers" in pages
+    assert "step 80/80 · 100%" in pages
+    assert len(shown(notebook, "image/png")) == 1
+    before, after = held_out(notebook)
+    assert after < before - 1
+    text = printed(notebook)
+    assert "adapter_model.safetensors" in text
+    assert text.endswith("True\n")
+
+
+def held_out(notebook: Any) -> tuple[float, float]:
+    """The held-out losses that are printed, before and after training."""
+    line = next(x for x in printed(notebook).splitlines() if x.startswith("held-out loss"))
+    words = line.split()
+    return float(words[2]), float(words[4])
