@@ -17,7 +17,8 @@ from tiny_models import CONFIGS, base_4bit_model, base_model, batch, with_lora
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 STEPS = 30
 # Largest difference of two loss curves (nats) in 30 steps: twice what was found at most. A loss
-# that the model returns in bf16 differs by steps of its grid: 2⁻⁷ from 1 to 2, 2⁻⁵ from 4 to 8; three are allowed.
+# that the model returns in bf16 differs by steps of its grid (2⁻⁷ from 1 to 2, 2⁻⁵ from 4 to 8):
+# three of them.
 CURVE = {"f32": 2e-6, "bf16": 3e-3}
 CURVE_OF_BF16_LOSS = {"bert": 3 * 2**-7, "roberta": 3 * 2**-7, "t5": 3 * 2**-5}
 # A bf16 gradient's relative difference: T5's ReLU switches on other elements after rounding.
