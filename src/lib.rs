@@ -37,6 +37,11 @@ mod native {
         cuda_dequantize_4bit, cuda_devices, cuda_driver, cuda_dropout_mask, cuda_images,
         cuda_prepare, cuda_quantize_4bit, cuda_quantize_absmax,
     };
+    #[cfg(feature = "cuda")]
+    #[pymodule_export]
+    use crate::python::cuda_lora::{
+        cuda_lora_backward, cuda_lora_forward, cuda_lora_max_columns, cuda_lora_workspace,
+    };
     #[cfg(feature = "engine")]
     #[pymodule_export]
     use crate::python::engine::{compute, evaluate, generate, merge, train};

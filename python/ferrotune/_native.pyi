@@ -19,6 +19,10 @@ __all__ = [
     "cuda_driver",
     "cuda_dropout_mask",
     "cuda_images",
+    "cuda_lora_backward",
+    "cuda_lora_forward",
+    "cuda_lora_max_columns",
+    "cuda_lora_workspace",
     "cuda_prepare",
     "cuda_quantize_4bit",
     "cuda_quantize_absmax",
@@ -195,4 +199,35 @@ def cuda_quantize_absmax(
     code: int,
     codes: int,
     nested_absmax: int,
+) -> None: ...
+
+# x [m, k], m, k, dtype, planes, seed (0 without dropout), h, h_columns
+_GroupInput = tuple[int, int, int, str, int, int, int, int]
+# (lora_A, lora_B, their dtype, n, r), (scaling, dropout_p, stream, h_column), (y, or its gradient,
+# bias, lora_bias, its dtype), gradients of (lora_A, lora_B); addresses are 0 for what is not there
+_GroupProjection = tuple[
+    tuple[int, int, str, int, int],
+    tuple[float, float, int, int],
+    tuple[int, int, int, str],
+    tuple[int, int],
+]
+
+def cuda_lora_max_columns(device: int, planes: int) -> int: ...
+def cuda_lora_workspace(
+    device: int, m: int, k: int, planes: int, sizes: list[tuple[int, int]], backward: bool
+) -> int: ...
+def cuda_lora_forward(
+    device: int,
+    stream: int,
+    input: _GroupInput,
+    projections: list[_GroupProjection],
+    workspace: int,
+) -> None: ...
+def cuda_lora_backward(
+    device: int,
+    stream: int,
+    input: _GroupInput,
+    projections: list[_GroupProjection],
+    workspace: int,
+    grad_x: int,
 ) -> None: ...

@@ -24,6 +24,8 @@ pub struct Device {
     pub capability: (i32, i32),
     /// Streaming multiprocessors.
     pub multiprocessors: u32,
+    /// Shared memory that a block may ask for, bytes.
+    pub shared: u32,
     pub code: Code,
     context: sys::CUcontext,
     functions: Functions,
@@ -111,6 +113,7 @@ impl Device {
             name,
             capability,
             multiprocessors,
+            shared: shared as u32,
             code,
             context,
             functions,

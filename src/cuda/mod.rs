@@ -10,6 +10,7 @@ mod driver;
 pub mod dropout;
 mod error;
 mod launch;
+pub mod lora;
 mod module;
 pub mod quant;
 

@@ -10,6 +10,8 @@ pub mod adapter;
 mod caller;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+#[cfg(feature = "cuda")]
+pub mod cuda_lora;
 #[cfg(feature = "engine")]
 pub mod engine;
 pub mod memory;

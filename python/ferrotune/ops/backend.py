@@ -23,6 +23,11 @@ class Backend(Protocol):
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """See `reference.forward`."""
 
+    def saved(
+        self, x: Tensor, projections: Sequence[Projection]
+    ) -> list[tuple[tuple[int, int], torch.dtype] | None]:
+        """See `reference.saved`: the form of the second list that `forward` returns."""
+
     def backward(
         self,
         grads: Sequence[Tensor | None],
@@ -46,8 +51,8 @@ class Backend(Protocol):
 def choose(x: Tensor) -> Backend:
     """The implementation for tensors on x's device."""
     if x.is_cuda:
-        from . import cuda
+        from . import cuda, cuda_lora
 
         if cuda.usable(x.device.index):
-            return cuda
+            return cuda_lora
     return reference

@@ -1,4 +1,4 @@
-"""The operations by ferrotune's own CUDA kernels, on PyTorch's memory and current stream.
+"""Quantisation and masks by ferrotune's CUDA kernels, on PyTorch's memory and current stream.
 
 Nothing here allocates but through PyTorch, waits for the device, or loads code after ``prepare``:
 all of it can be captured in CUDA graphs.
@@ -13,19 +13,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import reference
-from .reference import backward, forward
 from .types import Quant4bit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "backward",
     "dequantize_4bit",
     "dropout_mask",
-    "forward",
     "prepare",
     "quantize_4bit",
+    "raw_stream",
     "usable",
 ]
 
@@ -102,7 +100,8 @@ def _dynamic_map(index: int) -> Tensor:
     return torch.from_numpy(_native.dynamic_map()).to(torch.device("cuda", index))
 
 
-def _stream(index: int) -> int:
+def raw_stream(index: int) -> int:
+    """PyTorch's current stream of a device, asked for at every call."""
     assert _raw_stream is not None
     return _raw_stream(index)  # type: ignore[no-any-return]
 
@@ -118,7 +117,7 @@ def quantize_4bit(values: Tensor, blocksize: int, quant_type: str, double_quant:
     blocks = -(-elements // blocksize)
     packed = source.new_empty((elements + 1) // 2, 1, dtype=torch.uint8)
     absmax = source.new_empty(blocks, dtype=torch.float32)
-    stream = _stream(index)
+    stream = raw_stream(index)
     _native.cuda_quantize_4bit(
         index,
         stream,
@@ -188,7 +187,7 @@ def dequantize_4bit(quant: Quant4bit, dtype: torch.dtype, transpose: bool = Fals
         offset = offset.float()  # whole checkpoints may have been cast
     _native.cuda_dequantize_4bit(
         device.index,
-        _stream(device.index),
+        raw_stream(device.index),
         (
             quant.packed.data_ptr(),
             quant.absmax.data_ptr(),
@@ -243,7 +242,7 @@ def dropout_mask(
     out = torch.empty(rows, columns, dtype=dtype, device=seed.device)
     _native.cuda_dropout_mask(
         index,
-        _stream(index),
+        raw_stream(index),
         out.data_ptr(),
         _name(dtype),
         out.numel(),

@@ -39,6 +39,11 @@ def mask(elements: int, p: float, seed: Tensor, stream: int) -> Tensor:
     """0 or 1/(1 − p), f32, ``[elements]``, on the seed's device."""
     if seed.device.type == "cpu":
         return apply(torch.ones(elements, dtype=torch.float32), p, seed, stream)
+    if seed.is_cuda:
+        from . import cuda
+
+        if cuda.usable(seed.device.index):
+            return cuda.dropout_mask(1, elements, p, seed, stream, torch.float32).view(elements)
     return mask_by_torch(elements, p, seed, stream)
 
 

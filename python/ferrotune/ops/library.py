@@ -1,9 +1,9 @@
 """The operations as PyTorch's dispatcher knows them: schemas, fakes and autograd.
 
 ``torch.compile``, ``torch.export`` and ``torch.library.opcheck`` see these; eager code takes the
-shorter way of ``autograd``. Lists are by projection (see ``flat``); ``h`` is what backward needs:
-``scaling · dropout(x) · Aᵀ`` ``[m, r]``, empty without adapter, and has no gradient. A tensor that
-is not there is an empty one in a list: the dispatcher's autograd knows no lists with holes.
+shorter way of ``autograd``. Lists are by projection (see ``flat``); ``h`` is what backward needs,
+``scaling · dropout(x) · Aᵀ`` in the backend's own form (its ``saved``), and has no gradient. A
+tensor that is not there is an empty one in a list: autograd here knows no lists with holes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import flat, reference
+from . import flat
 from .autograd import as_rows
 from .backend import choose
 from .types import Need, Quant4bit
@@ -81,13 +81,12 @@ def _group_fake(
     m = 1
     for size in x.shape[:-1]:
         m = m * size
+    rows = x.new_empty(m, x.shape[-1])
     return (
         [x.new_empty(*x.shape[:-1], projection.shape[0]) for projection in projections],
         [
-            x.new_empty(0)
-            if projection.lora_A is None
-            else x.new_empty(m, projection.rank, dtype=reference.term_dtype(x, projection.lora_A))
-            for projection in projections
+            x.new_empty(0) if form is None else x.new_empty(form[0], dtype=form[1])
+            for form in choose(x).saved(rows, projections)
         ],
     )
 
@@ -105,7 +104,7 @@ def _group_backward(
     found = choose(x).backward(
         [as_rows(grad) for grad in grads],
         as_rows(x),
-        [h if projection.rank else None for h, projection in zip(hs, projections, strict=True)],
+        [flat.present(h) for h in hs],
         projections,
         seed,
         asked,

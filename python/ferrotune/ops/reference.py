@@ -43,6 +43,18 @@ def forward(
     return ys, hs
 
 
+def saved(
+    x: Tensor, projections: Sequence[Projection]
+) -> list[tuple[tuple[int, int], torch.dtype] | None]:
+    """Shape and dtype of the ``hs`` of ``forward``, x being ``[m, k]``."""
+    return [
+        None
+        if projection.lora_A is None
+        else ((x.shape[0], projection.rank), term_dtype(x, projection.lora_A))
+        for projection in projections
+    ]
+
+
 def backward(
     grads: Sequence[Tensor | None],
     x: Tensor,
@@ -65,11 +77,11 @@ def backward(
                 dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
             del weight
         if need.bias[i] and bias is not None:
-            found.bias[i] = _columns(grad).to(bias.dtype)
+            found.bias[i] = columns(grad).to(bias.dtype)
         if lora_A is None or lora_B is None or h is None:
             continue
         if need.lora_bias[i] and projection.lora_bias is not None:
-            sums = _columns(grad) * projection.scaling
+            sums = columns(grad) * projection.scaling
             found.lora_bias[i] = sums.to(projection.lora_bias.dtype)
         kind = h.dtype
         wide = grad.to(kind)
@@ -105,7 +117,9 @@ def dense(projection: Projection, dtype: torch.dtype) -> Tensor | None:
     if quant is None:
         return projection.weight
     if quant.packed.device.type != "cpu":
-        return _dequantize_by_torch(quant, quant.dtype).to(dtype)
+        from .backend import choose
+
+        return choose(quant.packed).dequantize_4bit(quant, quant.dtype).to(dtype)
     return _dequantize_into(_scratch(quant), quant).to(dtype)
 
 
@@ -154,7 +168,8 @@ def _add_product(onto: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) 
     return (a @ b).add_(onto).to(dtype)
 
 
-def _columns(grad: Tensor) -> Tensor:
+def columns(grad: Tensor) -> Tensor:
+    """Sums over the tokens, in at least f32."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     return grad.sum(0, dtype=wide)
 

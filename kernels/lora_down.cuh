@@ -1,0 +1,135 @@
+// To the rank: H = scale * mask(x) P, of x [m, k] and a panel P [k, R] of every projection that shares x.
+#pragma once
+
+#include "common/lora.cuh"
+
+namespace ferrotune {
+
+struct LoraDown {
+    const void* x;      // [m, k]
+    const void* panel;  // [k, planes * columns]
+    void* out;          // [m, planes * columns]
+    Masks masks;
+    uint64_t m;
+    uint64_t k;
+    uint32_t planes;
+    uint32_t stages;   // of the ring in shared memory, 2 to 6
+    uint32_t vectors;  // 1: rows of x are aligned to 16 bytes, and k is a multiple of 8
+    uint32_t reserved;
+    Segment segments[MAX_SEGMENTS];
+};
+static_assert(sizeof(LoraDown) == 168, "src/cuda/lora/kernels.rs lays it out alike");
+
+// Rows and depth of a step of x, by the warps along the rows; the others share the depth.
+template <int ROW_WARPS>
+struct DownTile {
+    static constexpr int ROWS = 16 * ROW_WARPS;
+    static constexpr int DEPTH_WARPS = WARPS / ROW_WARPS;
+    static constexpr int DEPTH = ROW_WARPS == 1 ? 128 : 64;
+    static constexpr int STEPS = DEPTH / 16 / DEPTH_WARPS;  // a warp's, of 16
+};
+
+// A block of threads takes DownTile::ROWS rows of x and all of k, so that x is read once for all projections.
+//
+// Floor, x of 8192 x 4096 in 16 bits: 67 MB / 2.96 TB/s = 23 us; the panel's reads are L2's.
+template <typename T, int R, int ROW_WARPS>
+__device__ __forceinline__ void lora_down(const LoraDown& p) {
+    using Tile = DownTile<ROW_WARPS>;
+    constexpr int PARTS = R / SEGMENT;
+    extern __shared__ __align__(16) unsigned char shared[];
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int row_warp = warp % ROW_WARPS, depth_warp = warp / ROW_WARPS;
+    const int planes = p.planes;
+    const int panel_width = padded(R * planes);
+    const int x_elements = Tile::ROWS * padded(Tile::DEPTH);
+    const int stage_elements = x_elements + Tile::DEPTH * panel_width;
+    T* ring = reinterpret_cast<T*>(shared);
+    const T* x = static_cast<const T*>(p.x);
+    const T* panel = static_cast<const T*>(p.panel);
+    const uint64_t row0 = static_cast<uint64_t>(blockIdx.x) * Tile::ROWS;
+    const uint32_t steps = static_cast<uint32_t>((p.k + Tile::DEPTH - 1) / Tile::DEPTH);
+    const uint64_t seed = p.masks.seed != nullptr ? *p.masks.seed : 0;
+
+    const auto load = [&](uint32_t step) {
+        T* stage = ring + step % p.stages * stage_elements;
+        const uint64_t column0 = static_cast<uint64_t>(step) * Tile::DEPTH;
+        load_tile<T, Tile::ROWS, Tile::DEPTH>(stage, x, row0, p.m, column0, p.k, p.k, p.vectors);
+        load_panel<T, R>(stage + x_elements, panel, Tile::DEPTH, column0, p.k, planes * R, R, planes);
+    };
+
+    float sums[2 * PARTS][4] = {};
+    for (uint32_t step = 0; step + 1 < p.stages; ++step) {
+        if (step < steps) load(step);
+        commit_copies();
+    }
+    for (uint32_t step = 0; step < steps; ++step) {
+        wait_copies(p.stages - 2);
+        __syncthreads();
+        if (step + p.stages - 1 < steps) load(step + p.stages - 1);
+        commit_copies();
+
+        const T* x_tile = ring + step % p.stages * stage_elements;
+        const T* panel_tile = x_tile + x_elements;
+#pragma unroll
+        for (int s = 0; s < Tile::STEPS; ++s) {
+            const int depth = (depth_warp * Tile::STEPS + s) * 16;
+            const int place = rows_first(padded(Tile::DEPTH));
+            const Fragments a =
+                load_matrices<false>(x_tile + row_warp * 16 * padded(Tile::DEPTH) + depth + place);
+            Fragments masked = a;
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part) {
+                if (p.masks.seed != nullptr && p.segments[part].first) {
+                    const uint64_t row = row0 + row_warp * 16 + lane % 16;
+                    const uint64_t column = static_cast<uint64_t>(step) * Tile::DEPTH + depth + lane / 16 * 8;
+                    masked = mask_fragments<false>(
+                        a, kept_bits(seed, p.segments[part], row, column, p.masks.columns));
+                }
+                for (int plane = 0; plane < planes; ++plane) {
+                    const Fragments b = load_matrices<true>(panel_tile + depth * panel_width + plane * R +
+                                                            part * SEGMENT + rows_first(panel_width));
+                    multiply<T>(sums[2 * part], masked, b.part[0], b.part[1]);
+                    multiply<T>(sums[2 * part + 1], masked, b.part[2], b.part[3]);
+                }
+            }
+        }
+    }
+
+    // The warps that shared the depth add up in their order.
+    wait_copies(0);
+    __syncthreads();
+    float* exchange = reinterpret_cast<float*>(shared);  // [DEPTH_WARPS][ROWS][R]
+#pragma unroll
+    for (int tile = 0; tile < 2 * PARTS; ++tile) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = row_warp * 16 + lane / 4 + 8 * half, column = tile * 8 + 2 * (lane % 4);
+            *reinterpret_cast<float2*>(exchange + (depth_warp * Tile::ROWS + row) * R + column) =
+                make_float2(sums[tile][2 * half], sums[tile][2 * half + 1]);
+        }
+    }
+    __syncthreads();
+    T* out = static_cast<T*>(p.out);
+    for (int index = threadIdx.x; index < Tile::ROWS * R / 2; index += THREADS) {
+        const int row = index / (R / 2), column = index % (R / 2) * 2;
+        if (row0 + row >= p.m) continue;
+        float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll
+        for (int part = 0; part < Tile::DEPTH_WARPS; ++part) {
+            const float2 more = *reinterpret_cast<const float2*>(exchange + (part * Tile::ROWS + row) * R + column);
+            sum.x += more.x;
+            sum.y += more.y;
+        }
+        const float scale = p.segments[column / SEGMENT].scale;
+        sum.x *= scale;
+        sum.y *= scale;
+        T* place = out + (row0 + row) * planes * R + column;
+        *reinterpret_cast<uint32_t*>(place) = pack2<T>(sum.x, sum.y);
+        if (planes == 2) {
+            *reinterpret_cast<uint32_t*>(place + R) = pack2<T>(low_part<T>(sum.x), low_part<T>(sum.y));
+        }
+    }
+}
+
+}  // namespace ferrotune

@@ -1,0 +1,75 @@
+// Partial sums to what they are sums of: G as the other LoRA kernels read it, or a gradient in its parameter's type.
+#include "common/lora.cuh"
+
+namespace ferrotune {
+
+struct ReduceJob {
+    const float* partial;    // [ranges, rows, from_columns]
+    void* to;                // element (row, column) at row * row_stride + column * column_stride
+    uint64_t rows;
+    uint64_t row_stride;
+    uint64_t column_stride;
+    uint32_t ranges;
+    uint32_t from_columns;   // a multiple of 16
+    uint32_t from_column;    // a multiple of 16
+    uint32_t columns;        // that are written: r, or padded for G
+    uint32_t type;           // of `to`: 0 f32, 1 f16, 2 bf16
+    uint32_t plane;          // elements to the low part; 0 where there is none
+    uint32_t rows_first;     // 1: threads lie along the rows, where those are next to each other in `to`
+    float scale;
+};
+static_assert(sizeof(ReduceJob) == 72, "src/cuda/lora/kernels.rs lays it out alike");
+
+constexpr int MAX_REDUCE_JOBS = 8;
+
+struct LoraReduce {
+    ReduceJob jobs[MAX_REDUCE_JOBS];
+};
+
+__device__ __forceinline__ void store(void* to, uint32_t type, uint64_t at, float value) {
+    switch (type) {
+        case 0: static_cast<float*>(to)[at] = value; break;
+        case 1: static_cast<f16*>(to)[at] = from_float<f16>(value); break;
+        default: static_cast<bf16*>(to)[at] = from_float<bf16>(value); break;
+    }
+}
+
+// A thread four columns of a row, summed range by range; a row of blocks a job.
+__device__ __forceinline__ void lora_reduce(const LoraReduce& p) {
+    const ReduceJob& job = p.jobs[blockIdx.y];
+    const uint32_t chunks = (job.columns + 3) / 4;
+    const uint64_t step = static_cast<uint64_t>(gridDim.x) * blockDim.x;
+    for (uint64_t index = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; index < job.rows * chunks;
+         index += step) {
+        const uint64_t row = job.rows_first ? index % job.rows : index / chunks;
+        const uint32_t column = static_cast<uint32_t>(job.rows_first ? index / job.rows : index % chunks) * 4;
+        const float* from = job.partial + row * job.from_columns + job.from_column + column;
+        const uint64_t range = job.rows * job.from_columns;
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+        for (uint32_t i = 0; i < job.ranges; ++i) {
+            const float4 more = __ldcs(reinterpret_cast<const float4*>(from + i * range));
+            sum.x += more.x;
+            sum.y += more.y;
+            sum.z += more.z;
+            sum.w += more.w;
+        }
+        const float values[4] = {sum.x * job.scale, sum.y * job.scale, sum.z * job.scale, sum.w * job.scale};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (column + i >= job.columns) continue;
+            const uint64_t at = row * job.row_stride + (column + i) * job.column_stride;
+            store(job.to, job.type, at, values[i]);
+            if (job.plane != 0) {
+                const float low = job.type == 1 ? low_part<f16>(values[i]) : low_part<bf16>(values[i]);
+                store(job.to, job.type, at + job.plane, low);
+            }
+        }
+    }
+}
+
+}  // namespace ferrotune
+
+extern "C" __global__ void __launch_bounds__(256) lora_reduce(const __grid_constant__ ferrotune::LoraReduce p) {
+    ferrotune::lora_reduce(p);
+}

@@ -1,0 +1,242 @@
+//! LoRA's forward and backward of a group of projections that share their input, but for the base products.
+//!
+//! Forward writes `scaling · dropout(x)·Aᵀ·Bᵀ + bias` where the base product is then accumulated, and keeps
+//! H = scaling · dropout(x)·Aᵀ. Backward turns the gradients into G = scaling · dY·B, dB = dYᵀ·H and
+//! dA = Gᵀ·dropout(x), and writes mask ∘ (G·A) where dY·W is then accumulated. Panels, G and partial sums lie in a
+//! workspace of the caller's; [`Layout`] says how large it must be.
+
+mod backward;
+mod forward;
+mod kernels;
+
+use super::device::Device;
+use super::launch::Address;
+use crate::dtype::DType;
+use crate::error::Error;
+use kernels::{DownOuterPlan, MAX_SEGMENTS, Masks, SEGMENT, Segment};
+
+pub use backward::backward;
+pub use forward::forward;
+
+/// The types that the kernels take; their place among the variants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Float16 {
+    F16 = 0,
+    BF16 = 1,
+}
+
+impl TryFrom<DType> for Float16 {
+    type Error = Error;
+
+    fn try_from(dtype: DType) -> Result<Self, Error> {
+        match dtype {
+            DType::F16 => Ok(Self::F16),
+            DType::BF16 => Ok(Self::BF16),
+            DType::F32 => Err(Error::unsupported("the LoRA kernels take 16-bit inputs")),
+        }
+    }
+}
+
+/// How kernels number element types.
+const fn type_number(dtype: DType) -> u32 {
+    match dtype {
+        DType::F32 => 0,
+        DType::F16 => 1,
+        DType::BF16 => 2,
+    }
+}
+
+/// The input that a group shares.
+#[derive(Debug, Clone, Copy)]
+pub struct Input {
+    /// `[m, k]`, contiguous.
+    pub x: Address,
+    pub m: u64,
+    pub k: u64,
+    pub dtype: Float16,
+    /// Parts of an adapter's value: 1, or 2 where adapters are f32.
+    pub planes: u64,
+    /// Of an int64; 0 where nothing is dropped.
+    pub seed: Address,
+    /// `[m, planes · columns]`, every projection's H at its `h_column`.
+    pub h: Address,
+    /// Of H, over all projections of the forward pass.
+    pub h_columns: u64,
+}
+
+/// One projection. Addresses are 0 where there is nothing, or nothing is asked for.
+#[derive(Debug, Clone, Copy)]
+pub struct Projection {
+    /// `[r, k]` and `[n, r]`, contiguous, of `adapter` type.
+    pub lora_a: Address,
+    pub lora_b: Address,
+    pub adapter: DType,
+    pub n: u64,
+    pub r: u64,
+    pub scaling: f32,
+    pub p: f32,
+    /// Philox stream of its mask.
+    pub stream: u64,
+    /// Where its H starts, in columns.
+    pub h_column: u64,
+    /// Forward: the output `[m, n]`. Backward: its gradient.
+    pub y: Address,
+    /// Forward: `[n]` in the input's type, and in `lora_bias_dtype`.
+    pub bias: Address,
+    pub lora_bias: Address,
+    pub lora_bias_dtype: DType,
+    /// Backward: gradients to be written, as the parameters.
+    pub grad_a: Address,
+    pub grad_b: Address,
+}
+
+impl Projection {
+    /// Columns of its panels.
+    fn columns(&self) -> u64 {
+        self.r.next_multiple_of(SEGMENT)
+    }
+
+    fn segments(&self) -> usize {
+        (self.columns() / SEGMENT) as usize
+    }
+
+    /// Its segments, whose sums are scaled by `scale` and by what dropout leaves.
+    fn masked(&self, scale: f32) -> impl Iterator<Item = Segment> {
+        // With p = 1 nothing is kept, and nothing must be infinite.
+        let kept = if self.p < 1.0 {
+            1.0 / (1.0 - self.p)
+        } else {
+            0.0
+        };
+        let segment = Segment {
+            stream: self.stream,
+            scale: scale * kept,
+            threshold: (f64::from(self.p) * 65_536.0).round() as u32,
+            first: 0,
+            reserved: 0,
+        };
+        (0..self.segments()).map(move |i| Segment {
+            first: u32::from(i == 0),
+            ..segment
+        })
+    }
+}
+
+/// Which columns of a pass over `x` are whose.
+fn segments_of(
+    projections: &[Projection],
+    scale: impl Fn(&Projection) -> f32,
+) -> ([Segment; MAX_SEGMENTS], usize) {
+    let mut found = [Segment::default(); MAX_SEGMENTS];
+    let mut count = 0;
+    for segment in projections.iter().flat_map(|one| one.masked(scale(one))) {
+        found[count] = segment;
+        count += 1;
+    }
+    (found, count)
+}
+
+fn masks(input: &Input, projections: &[Projection]) -> Masks {
+    let dropped = projections.iter().any(|projection| projection.p > 0.0);
+    Masks {
+        seed: if dropped { input.seed } else { 0 },
+        columns: input.k,
+    }
+}
+
+/// Where the parts of a workspace lie, in bytes from its start.
+#[derive(Debug)]
+pub struct Layout {
+    /// A of all projections: `[k, planes · columns]`.
+    panel_a: u64,
+    /// B of each: `[n, planes · columns]`.
+    panel_b: Vec<u64>,
+    /// f32 `[n]` of each; forward alone, as what follows is backward's.
+    bias: Vec<u64>,
+    /// `[m, planes · columns]`
+    g: u64,
+    g_partial: Vec<u64>,
+    b_partial: Vec<u64>,
+    a_partial: u64,
+    plans: Vec<DownOuterPlan>,
+    pub bytes: u64,
+}
+
+/// What of a projection decides the workspace.
+pub type Size = (u64, u64); // n, r
+
+impl Layout {
+    /// # Errors
+    /// More columns than one pass takes: [`max_columns`].
+    pub fn new(
+        device: &Device,
+        m: u64,
+        k: u64,
+        planes: u64,
+        sizes: &[Size],
+        backward: bool,
+    ) -> Result<Self, Error> {
+        let padded = |r: u64| r.next_multiple_of(SEGMENT);
+        let columns: u64 = sizes.iter().map(|size| padded(size.1)).sum();
+        if columns == 0 || columns > SEGMENT * MAX_SEGMENTS as u64 {
+            return Err(Error::argument(format!(
+                "ranks of a group must add up to between 1 and {}, padded to 16",
+                SEGMENT * MAX_SEGMENTS as u64
+            )));
+        }
+        let mut bytes = 0;
+        let mut take = |size: u64| {
+            let start = bytes;
+            bytes += size.next_multiple_of(256);
+            start
+        };
+        let panel_a = take(2 * k * planes * columns);
+        let panel_b = sizes
+            .iter()
+            .map(|&(n, r)| take(2 * n * planes * padded(r)))
+            .collect();
+        let mut layout = Self {
+            panel_a,
+            panel_b,
+            bias: Vec::new(),
+            g: 0,
+            g_partial: Vec::new(),
+            b_partial: Vec::new(),
+            a_partial: 0,
+            plans: Vec::new(),
+            bytes: 0,
+        };
+        if backward {
+            layout.g = take(2 * m * planes * columns);
+            for &(n, r) in sizes {
+                let plan = DownOuterPlan::new(device, m, n, padded(r), planes)
+                    .ok_or_else(|| Error::unsupported("rank too large for this device"))?;
+                layout
+                    .g_partial
+                    .push(take(4 * plan.column_blocks * m * padded(r)));
+                layout.b_partial.push(take(4 * plan.ranges * n * padded(r)));
+                layout.plans.push(plan);
+            }
+            let (ranges, _) = kernels::outer_ranges(device, m, k);
+            layout.a_partial = take(4 * ranges * k * columns);
+        } else {
+            layout.bias = sizes.iter().map(|&(n, _)| take(4 * n)).collect();
+        }
+        layout.bytes = bytes;
+        Ok(layout)
+    }
+}
+
+/// The largest sum of ranks, each padded to 16, that one pass takes on this device.
+pub fn max_columns(device: &Device, planes: u64) -> u64 {
+    (1..=MAX_SEGMENTS as u64)
+        .map(|segments| segments * SEGMENT)
+        .filter(|&columns| DownOuterPlan::new(device, 1, 1, columns, planes).is_some())
+        .max()
+        .unwrap_or(0)
+}
+
+/// Whether rows of `columns` 16-bit elements at `address` start on 16 bytes.
+fn vectors(address: Address, columns: u64) -> u32 {
+    u32::from(address.is_multiple_of(16) && columns.is_multiple_of(8))
+}

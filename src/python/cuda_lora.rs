@@ -1,0 +1,169 @@
+//! LoRA on PyTorch's CUDA memory, as plain integers; `ferrotune.ops.cuda_lora` allocates and keeps tensors alive.
+
+use pyo3::prelude::*;
+
+use crate::cuda::lora::{self, Float16, Input, Layout, Projection};
+use crate::cuda::{Address, Device};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+
+/// The input that a group of projections shares.
+#[derive(FromPyObject)]
+pub struct GroupInput(
+    u64,    // x: [m, k], contiguous
+    u64,    // m
+    u64,    // k
+    String, // dtype
+    u64,    // planes: 2 where adapters are wider than x
+    u64,    // seed: of an int64; 0 without dropout
+    u64,    // h: [m, planes * h_columns]
+    u64,    // h_columns
+);
+
+impl GroupInput {
+    fn get(&self) -> Result<Input> {
+        if !matches!(self.4, 1 | 2) {
+            return Err(Error::argument(format!(
+                "planes must be 1 or 2, not {}",
+                self.4
+            )));
+        }
+        Ok(Input {
+            x: self.0,
+            m: self.1,
+            k: self.2,
+            dtype: Float16::try_from(DType::from_torch_name(&self.3)?)?,
+            planes: self.4,
+            seed: self.5,
+            h: self.6,
+            h_columns: self.7,
+        })
+    }
+}
+
+/// One projection; addresses are 0 for what is not there or not asked for.
+#[derive(FromPyObject)]
+pub struct GroupProjection(
+    // lora_A: [r, k] and lora_B: [n, r], contiguous, the dtype of both, n, r
+    (u64, u64, String, u64, u64),
+    // scaling, dropout_p, stream, h_column
+    (f32, f32, u64, u64),
+    // y: forward's output [m, n] or backward's gradient, bias, lora_bias, the dtype of lora_bias
+    (u64, u64, u64, String),
+    // gradients of lora_A and lora_B
+    (u64, u64),
+);
+
+impl GroupProjection {
+    fn get(&self) -> Result<Projection> {
+        let (lora_a, lora_b, ref adapter, n, r) = self.0;
+        let (scaling, p, stream, h_column) = self.1;
+        let (y, bias, lora_bias, ref lora_bias_dtype) = self.2;
+        let (grad_a, grad_b) = self.3;
+        if !(0.0..=1.0).contains(&p) {
+            return Err(Error::argument(format!(
+                "dropout_p must be in [0, 1], not {p}"
+            )));
+        }
+        Ok(Projection {
+            lora_a,
+            lora_b,
+            adapter: DType::from_torch_name(adapter)?,
+            n,
+            r,
+            scaling,
+            p,
+            stream,
+            h_column,
+            y,
+            bias,
+            lora_bias,
+            lora_bias_dtype: DType::from_torch_name(lora_bias_dtype)?,
+            grad_a,
+            grad_b,
+        })
+    }
+}
+
+fn layout_of(
+    device: &Device,
+    input: &Input,
+    projections: &[Projection],
+    backward: bool,
+) -> Result<Layout> {
+    let sizes: Vec<_> = projections.iter().map(|one| (one.n, one.r)).collect();
+    Layout::new(device, input.m, input.k, input.planes, &sizes, backward)
+}
+
+/// The largest sum of ranks, each padded to 16, that a group may have on this device.
+#[pyfunction]
+pub fn cuda_lora_max_columns(device: usize, planes: u64) -> Result<u64> {
+    Ok(lora::max_columns(Device::get(device)?, planes))
+}
+
+/// Bytes of workspace that a group needs; `sizes` are (n, r) of its projections.
+#[pyfunction]
+pub fn cuda_lora_workspace(
+    device: usize,
+    m: u64,
+    k: u64,
+    planes: u64,
+    sizes: Vec<(u64, u64)>,
+    backward: bool,
+) -> Result<u64> {
+    let device = Device::get(device)?;
+    Ok(Layout::new(device, m, k, planes, &sizes, backward)?.bytes)
+}
+
+/// Writes H and every projection's LoRA term with its biases.
+#[pyfunction]
+pub fn cuda_lora_forward(
+    device: usize,
+    stream: u64,
+    input: GroupInput,
+    projections: Vec<GroupProjection>,
+    workspace: Address,
+) -> Result<()> {
+    let device = Device::get(device)?;
+    let input = input.get()?;
+    let projections = projections
+        .iter()
+        .map(GroupProjection::get)
+        .collect::<Result<Vec<_>>>()?;
+    let layout = layout_of(device, &input, &projections, false)?;
+    // SAFETY: `ferrotune.ops.cuda_lora` allocated what is written and checked what is read.
+    unsafe { lora::forward(device, stream, &input, &projections, &layout, workspace) }?;
+    Ok(())
+}
+
+/// Writes the adapters' gradients that are asked for, and to `grad_x`, unless 0, the LoRA terms' part of x's gradient.
+#[pyfunction]
+pub fn cuda_lora_backward(
+    device: usize,
+    stream: u64,
+    input: GroupInput,
+    projections: Vec<GroupProjection>,
+    workspace: Address,
+    grad_x: Address,
+) -> Result<()> {
+    let device = Device::get(device)?;
+    let input = input.get()?;
+    let projections = projections
+        .iter()
+        .map(GroupProjection::get)
+        .collect::<Result<Vec<_>>>()?;
+    let layout = layout_of(device, &input, &projections, true)?;
+    // SAFETY: as above.
+    unsafe {
+        lora::backward(
+            device,
+            stream,
+            &input,
+            &projections,
+            &layout,
+            workspace,
+            grad_x,
+        )
+    }?;
+    Ok(())
+}
