@@ -123,7 +123,7 @@ def ours(case: Case, x: Tensor, **leaves: Tensor) -> Tensor:
     )
 
 
-def peft(case: Case, x: Tensor, **leaves: Tensor) -> Tensor:
+def peft(case: Case, x: Tensor, *, stream: int = 0, **leaves: Tensor) -> Tensor:
     """PEFT's own sequence of operations, its casts and roundings, under the same mask."""
     result = torch.nn.functional.linear(x, case.weight, leaves.get("bias"))
     kind = result.dtype
@@ -131,8 +131,9 @@ def peft(case: Case, x: Tensor, **leaves: Tensor) -> Tensor:
         wide = x.to(case.lora_A.dtype)
         if case.seed is not None:
             wide = wide * ops.dropout_mask(
-                (x.shape[:-1].numel(), x.shape[-1]), case.dropout_p, case.seed, dtype=wide.dtype
-            ).view(x.shape)
+                (x.shape[:-1].numel(), x.shape[-1]), case.dropout_p, case.seed, stream,
+                dtype=wide.dtype,
+            ).view(x.shape)  # fmt: skip
         down = torch.nn.functional.linear(wide, leaves["lora_A"])
         up = torch.nn.functional.linear(down, leaves["lora_B"], leaves.get("lora_bias"))
         result = result + up * case.scaling
