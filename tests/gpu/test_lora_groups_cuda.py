@@ -244,9 +244,9 @@ def test_groups_twice_are_equal(device: torch.device) -> None:
             assert torch.equal(tensor, second[name]), (settings, name)
 
 
-def test_make_is_not_degenerate() -> None:
+def test_make_is_not_degenerate(device: torch.device) -> None:
     """The LoRA term and its gradients are large enough for their errors to show."""
-    case = make((64, 128), 96, 16)
+    case = make((64, 128), 96, 16).to(device)
     base = replace(case, lora_A=None, lora_B=None)
     term = run(case, peft)["y"] - run(base, peft)["y"]
     assert 0.2 < float(term.norm() / run(base, peft)["y"].norm()) < 2
