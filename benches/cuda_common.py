@@ -138,6 +138,79 @@ def eager_times(
     return {name: _summary(values) for name, values in found.items()}
 
 
+def call_times(
+    contenders: Mapping[str, Work], *, calls: int = 20, rounds: int = 9
+) -> dict[str, DeviceTiming]:
+    """Time of a call on an idle device, from its first launch to its end: host time shows."""
+    found: dict[str, list[float]] = {name: [] for name in contenders}
+    flush = Flusher()
+    for work in contenders.values():
+        for i in range(_WARMUP):
+            work(i)
+    for _ in range(rounds):
+        for name, work in contenders.items():
+            times = []
+            for i in range(calls):
+                flush()
+                torch.cuda.synchronize()
+                start, end = _event(), _event()
+                start.record()
+                work(i)
+                end.record()
+                end.synchronize()
+                times.append(start.elapsed_time(end) * 1e3)
+            found[name].append(statistics.median(times))
+    return {name: _summary(values) for name, values in found.items()}
+
+
+def graph_or_eager_times(
+    contenders: Mapping[str, Work], *, pairs: int, rounds: int
+) -> tuple[dict[str, DeviceTiming], list[str]]:
+    """``graph_times``, and ``eager_times`` of those that no graph takes, whose names come too."""
+    refused = []
+    for name, work in contenders.items():
+        try:
+            capture(lambda work=work: work(0))  # type: ignore[misc]
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            print(f"no graph takes {name}: {str(error).splitlines()[0]}")
+            refused.append(name)
+    taken = {name: work for name, work in contenders.items() if name not in refused}
+    times = graph_times(taken, pairs=pairs, rounds=rounds)
+    if refused:
+        times |= eager_times({name: contenders[name] for name in refused}, rounds=rounds)
+    return {name: times[name] for name in contenders}, refused
+
+
+def extra_bytes(work: Callable[[], Sequence[torch.Tensor]]) -> int:
+    """Peak of a call beyond what was allocated before it and what it returns."""
+    for _ in range(_WARMUP):
+        work()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    returned = sum(tensor.numel() * tensor.element_size() for tensor in work())
+    return torch.cuda.max_memory_allocated() - before - returned
+
+
+def kernel_times(work: Work, *, calls: int = 5) -> dict[str, tuple[float, float]]:
+    """Of each kernel, copy and fill of a call: microseconds and launches, the longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for i in range(_WARMUP):
+        work(i)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for i in range(calls):
+            work(i)
+        torch.cuda.synchronize()
+    events = [event for event in found.key_averages() if event.self_device_time_total > 0]
+    events.sort(key=lambda event: -event.self_device_time_total)
+    return {
+        event.key: (event.self_device_time_total / calls, event.count / calls) for event in events
+    }
+
+
 def host_times(
     contenders: Mapping[str, Work], *, calls: int = 200, rounds: int = 7
 ) -> dict[str, DeviceTiming]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,14 @@ class Case:
     dropout_p: float
     seed: Tensor | None
     grad: Tensor
+    alone: bool = False  # the LoRA term without a base: ``weight`` is zeros
+
+    def to(self, device: torch.device) -> Case:
+        """The same values on another device."""
+        return replace(
+            self,
+            **{field.name: _moved(getattr(self, field.name), device) for field in fields(self)},
+        )
 
     def inputs(self) -> dict[str, Tensor]:
         """Those that may have a gradient, as fresh leaves."""
@@ -38,6 +46,12 @@ class Case:
             for name, tensor in found.items()
             if tensor is not None
         }
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, ops.Quant4bit):
+        return value._make(_moved(part, device) for part in value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def make(
@@ -95,7 +109,7 @@ def run(case: Case, formula: Any) -> dict[str, Tensor]:
 
 
 def ours(case: Case, x: Tensor, **leaves: Tensor) -> Tensor:
-    weight = case.weight if case.quant is None else case.quant
+    weight = None if case.alone else case.weight if case.quant is None else case.quant
     adapter = [leaves.get("lora_A"), leaves.get("lora_B")]
     return ops.lora_linear(
         x,
@@ -109,7 +123,7 @@ def ours(case: Case, x: Tensor, **leaves: Tensor) -> Tensor:
     )
 
 
-def peft(case: Case, x: Tensor, **leaves: Tensor) -> Tensor:
+def peft(case: Case, x: Tensor, *, stream: int = 0, **leaves: Tensor) -> Tensor:
     """PEFT's own sequence of operations, its casts and roundings, under the same mask."""
     result = torch.nn.functional.linear(x, case.weight, leaves.get("bias"))
     kind = result.dtype
@@ -117,8 +131,9 @@ def peft(case: Case, x: Tensor, **leaves: Tensor) -> Tensor:
         wide = x.to(case.lora_A.dtype)
         if case.seed is not None:
             wide = wide * ops.dropout_mask(
-                (x.shape[:-1].numel(), x.shape[-1]), case.dropout_p, case.seed, dtype=wide.dtype
-            ).view(x.shape)
+                (x.shape[:-1].numel(), x.shape[-1]), case.dropout_p, case.seed, stream,
+                dtype=wide.dtype,
+            ).view(x.shape)  # fmt: skip
         down = torch.nn.functional.linear(wide, leaves["lora_A"])
         up = torch.nn.functional.linear(down, leaves["lora_B"], leaves.get("lora_bias"))
         result = result + up * case.scaling

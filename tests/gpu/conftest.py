@@ -1,11 +1,18 @@
-"""Tests that need a CUDA device, and are skipped without one."""
+"""Tests that need a CUDA device, and are skipped without one.
+
+Those that take the fixture `device` run on another with FERROTUNE_TEST_DEVICE=cpu, where they hold
+the operations in plain PyTorch to the same.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+DEVICE = torch.device(os.environ.get("FERROTUNE_TEST_DEVICE", "cuda"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,8 +24,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
             # `poison` asks for warnings where PyTorch itself is not deterministic.
             item.add_marker(pytest.mark.filterwarnings("ignore:.*deterministic"))
-            if skip is not None:
+            elsewhere = DEVICE.type != "cuda" and "device" in getattr(item, "fixturenames", ())
+            if skip is not None and not elsewhere:
                 item.add_marker(skip)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return DEVICE
 
 
 @pytest.fixture(autouse=True)
