@@ -89,7 +89,7 @@ def train(model: nn.Module, name: str, seed: int = 7, steps: int = STEPS) -> lis
     """Losses of a plain loop over four batches."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-3)
-    batches = [batch(name, seed=i) for i in range(4)]
+    batches = [batch(name, seed=i, device=trained[0].device.type) for i in range(4)]
     torch.manual_seed(seed)
     losses = []
     for i in range(steps):

@@ -87,8 +87,10 @@ def base_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return model.to(dtype)
 
 
-def base_4bit_model(name: str, dtype: torch.dtype, folder: Path, **options: Any) -> Any:
-    """The same as transformers loads it with bitsandbytes: NF4, double-quantised, on the CPU.
+def base_4bit_model(
+    name: str, dtype: torch.dtype, folder: Path, device: str = "cpu", **options: Any
+) -> Any:
+    """The same as transformers loads it with bitsandbytes: NF4, double-quantised.
 
     In training mode: bitsandbytes repacks weights in evaluation, on processors with AVX512-BF16.
     """
@@ -98,7 +100,7 @@ def base_4bit_model(name: str, dtype: torch.dtype, folder: Path, **options: Any)
         settings.setdefault("llm_int8_skip_modules", _SKIPPED[name])
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **settings)
     head = _HEADS.get(name, AutoModelForCausalLM)
-    model = head.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map="cpu")
+    model = head.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map=device)
     return model.train()
 
 
@@ -121,7 +123,9 @@ def fill_lora_b(model: torch.nn.Module, seed: int = 2) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
 
 
-def batch(name: str, rows: int = 3, length: int = 12, seed: int = 3) -> dict[str, torch.Tensor]:
+def batch(
+    name: str, rows: int = 3, length: int = 12, seed: int = 3, device: str = "cpu"
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
     mask = torch.ones_like(ids)
@@ -130,4 +134,5 @@ def batch(name: str, rows: int = 3, length: int = 12, seed: int = 3) -> dict[str
         labels = torch.randint(0, 3, (rows,), generator=generator)
     else:
         labels = ids.masked_fill(mask == 0, -100)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    found = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {name: tensor.to(device) for name, tensor in found.items()}
