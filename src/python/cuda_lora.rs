@@ -14,10 +14,11 @@ pub struct GroupInput(
     u64,    // m
     u64,    // k
     String, // dtype
-    u64,    // planes: 2 where adapters are wider than x
+    u64,    // planes: 3 where adapters are wider than x
     u64,    // seed: of an int64; 0 without dropout
     u64,    // h: [m, planes * h_columns]
     u64,    // h_columns
+    bool,   // forward: the outputs hold the base products already
 );
 
 impl GroupInput {
@@ -37,6 +38,7 @@ impl GroupInput {
             seed: self.5,
             h: self.6,
             h_columns: self.7,
+            onto: self.8,
         })
     }
 }

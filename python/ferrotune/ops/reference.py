@@ -25,7 +25,7 @@ def forward(
     ys: list[Tensor] = []
     hs: list[Tensor | None] = []
     for projection in projections:
-        y = _base(x, projection)
+        y = base(x, projection)
         h = None
         if projection.lora_A is not None and projection.lora_B is not None:
             kind = term_dtype(x, projection.lora_A)
@@ -147,7 +147,8 @@ def _scratch(quant: Quant4bit) -> Tensor:
     return flat[:elements].view(quant.shape)
 
 
-def _base(x: Tensor, projection: Projection) -> Tensor | None:
+def base(x: Tensor, projection: Projection) -> Tensor | None:
+    """``x·Wᵀ + bias``; None for a LoRA term alone."""
     weight = dense(projection, x.dtype)
     if weight is None:
         return None

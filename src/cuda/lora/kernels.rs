@@ -82,9 +82,11 @@ pub struct Up {
     pub parts: u32,
     pub rows_per_block: u32,
     pub vectors: u32,
+    pub onto: u32,
+    pub reserved: u32,
     pub segments: [UpSegment; MAX_SEGMENTS],
 }
-const _: () = assert!(size_of::<Up>() == 224);
+const _: () = assert!(size_of::<Up>() == 232);
 // SAFETY: the kernel's structure, field for field.
 unsafe impl Parameters for Up {}
 
@@ -175,7 +177,7 @@ pub struct ReduceJob {
     pub from_column: u32,
     pub columns: u32,
     pub dtype: u32,
-    pub plane: u32,
+    pub planes: u32,
     pub rows_first: u32,
     pub scale: f32,
 }
@@ -294,7 +296,9 @@ impl DownOuterPlan {
                 small,
             })
         };
-        plan(256, 64, false, limit, 1).or_else(|| plan(128, 32, true, limit, 1))
+        plan(256, 64, false, shared_budget(device), 2)
+            .or_else(|| plan(256, 64, false, limit, 1))
+            .or_else(|| plan(128, 32, true, limit, 1))
     }
 }
 
@@ -316,16 +320,23 @@ pub unsafe fn down(
     mut p: Down,
 ) -> Result<()> {
     let few = p.m.div_ceil(64) < u64::from(device.multiprocessors) * 3 / 4;
-    let (variants, rows, depth) = if few {
-        (DOWN_FEW, 16, 128)
+    let depth = 128;
+    let (variants, rows) = if few {
+        (DOWN_FEW, 16)
     } else {
-        (DOWN, 64, 64)
+        (DOWN, if segments <= 2 { 32 } else { 64 })
     };
     let panel_row = row_bytes(SEGMENT * segments as u64 * u64::from(p.planes));
     let stage = rows * row_bytes(depth) + depth * panel_row;
-    let stages = stages(shared_budget(device), 0, stage, 6).unwrap_or(2);
+    let blocks = p.m.div_ceil(rows);
+    let budget = if blocks <= u64::from(device.multiprocessors) {
+        u64::from(device.shared)
+    } else {
+        shared_budget(device)
+    };
+    let stages = stages(budget, 0, stage, 6).unwrap_or(2);
     p.stages = stages as u32;
-    let grid = launch_grid((p.m.div_ceil(rows), 1), stages * stage);
+    let grid = launch_grid((blocks, 1), stages * stage);
     let kernel = variants[dtype as usize][segments - 1];
     // SAFETY: the caller's promise.
     unsafe { device.launch(kernel, grid, stream, &p) }
@@ -410,7 +421,7 @@ pub unsafe fn pack(
     p.jobs[..jobs.len()].copy_from_slice(jobs);
     let items = jobs
         .iter()
-        .map(|job| job.rows * u64::from(job.parts.max(1)));
+        .map(|job| job.rows * 2 * u64::from(job.parts.max(1)));
     let grid = jobs_grid(device, items.max().unwrap_or(0), jobs.len());
     // SAFETY: the caller's promise.
     unsafe { device.launch(PACK[dtype as usize], grid, stream, &p) }
