@@ -128,12 +128,10 @@ pub unsafe fn backward(
             parts: count as u32,
             rows_per_block: 0,
             vectors: vectors(grad_x, input.k),
-            onto: 0,
-            reserved: 0,
             segments,
         };
         // SAFETY: as above.
-        unsafe { kernels::up(device, stream, input.dtype, up) }?;
+        unsafe { kernels::up(device, stream, input.dtype, false, up) }?;
     }
 
     if projections.iter().any(|projection| projection.grad_a != 0) {
