@@ -54,6 +54,7 @@ def train(config: str, on_event: Callable[[str], bool]) -> str:
         "records": 1000, "train_records": 950, "heldout_records": 50, "train_tokens": 190_000,
         "heldout_tokens": 10_000, "truncated": 2, "skipped_total": 1,
         "skipped": [{"file": "a.jsonl", "record": 17, "reason": "empty text"}],
+        "files": [*settings["data"], *settings["heldout_data"]],
     }  # fmt: skip
     model = {
         "architecture": "LlamaForCausalLM", "parameters": 1_070_000, "trainable": 70_656,

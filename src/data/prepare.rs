@@ -57,6 +57,8 @@ pub struct DataReport {
     /// The first records that were left out.
     pub skipped: Vec<Skipped>,
     pub skipped_total: usize,
+    /// Every file that was read, folders expanded; the held-out ones last.
+    pub files: Vec<PathBuf>,
     /// SHA-256 of every record read, in order, as hexadecimal digits: equal fingerprints are equal data.
     pub fingerprint: String,
 }
@@ -87,11 +89,13 @@ pub fn prepare(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
     let mut fingerprint = Sha256::new();
     let mut train = Source::read(&config.data, &config.columns, &mut skips)?;
     train.hash(&mut fingerprint);
+    let mut files = train.paths.clone();
     let heldout = if config.heldout_data.is_empty() {
         train.split(config)?
     } else {
         let heldout = Source::read(&config.heldout_data, &config.columns, &mut skips)?;
         heldout.hash(&mut fingerprint);
+        files.extend_from_slice(&heldout.paths);
         train.remove(&heldout, &mut skips);
         if train.records.is_empty() {
             return Err(Error::argument(format!(
@@ -133,6 +137,7 @@ pub fn prepare(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
         split,
         skipped: skips.first,
         skipped_total: skips.total,
+        files,
         fingerprint: format!("{:x}", fingerprint.finalize()),
     };
     Ok(Prepared {
