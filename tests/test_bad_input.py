@@ -325,11 +325,17 @@ def test_data_that_the_tokenizer_cannot_encode_at_all(work: Path) -> None:
         (("--learning-rate", 0), ["learning_rate", "above 0"]),
         (("--heldout", 1), ["heldout", "below 1"]),
         (("--blocksize", 48), ["blocksize", "48"]),
-        (("--threads", 0), ["threads must be at least 1, not 0"]),
+        (("--threads", 0), ["threads must be from 1 to 1024, not 0"]),
+        (("--threads", 100_000), ["threads must be from 1 to 1024, not 100000"]),
+        (("--epochs", "1e30"), ["epochs must be above 0 and at most 1e6"]),
         (("--method", "dora"), ["dora", "lora", "qlora", "full"]),
         (("--quant-type", "int4"), ["int4", "nf4", "fp4"]),
         (("--max-step", 3), ["--max-step", "--max-steps"]),
         (("--seed", "one"), ["seed", "one"]),
+        (("--seed", -1), ["seed", "from 0", "-1"]),
+        (("--max-steps", 10**20), ["max-steps", "2^63 - 1", str(10**20)]),
+        (("--output", ""), ["output wants a path, not ''"]),
+        (("--data", ""), ["data wants a path, not ''"]),
     ],
 )
 def test_settings_that_cannot_be_used(
