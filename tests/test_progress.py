@@ -60,6 +60,17 @@ def test_status() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("reason", "fraction"), [("finished", 1.0), ("max_seconds", 1.0), ("interrupted", 0.25)]
+)
+def test_status_of_a_run_that_has_ended(reason: str, fraction: float) -> None:
+    status = Status()
+    status.add(step(25))
+    status.add({"event": "stop", "reason": reason, "step": 25, "best_step": 25})
+    assert status.fraction == fraction
+    assert status.left_text() == "took 0:25"
+
+
 def test_sentences() -> None:
     skipped = {"file": "a.jsonl", "record": 17, "reason": "empty text"}
     data = {
@@ -203,7 +214,7 @@ def test_in_a_terminal(tmp_path: Path) -> None:
     assert 120 in steps
     assert len(steps) > 5
     assert re.search(r"loss \d\.\d{3}  held-out \d\.\d{3}  lr 2\.00e-04  speed 20\.5k tok", plain)
-    assert "100%  0:00 left" in plain
+    assert "100%  took 0:12" in plain
     assert "━" in plain
     assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")  # the cursor is shown again
     assert "trained parameters" in plain

@@ -273,15 +273,17 @@ class DemoResult(Result):
 
     def __rich__(self) -> "RenderableType":
         from rich.console import Group
+        from rich.table import Table as RichTable
         from rich.text import Text
 
-        lines: list[RenderableType] = []
+        shown: list[RenderableType] = []
         for sample in self.samples:
+            grid = RichTable.grid(padding=(0, 1))
             for label, text in (("before", sample.before), ("after", sample.after)):
-                shown = Text.assemble((f"{label:<7}", "cyan"), (sample.prompt, "bold"))
-                lines.append(shown.append(_flat(text)))
-            lines.append(Text())
-        return Group(*lines, self.table().rich())
+                continued = Text.assemble((sample.prompt, "bold"), _flat(text))
+                grid.add_row(Text(label, style="cyan"), continued)
+            shown += [grid, Text()]
+        return Group(*shown, self.table().rich())
 
     def _repr_html_(self) -> str:
         import html
@@ -296,7 +298,9 @@ class DemoResult(Result):
 
 
 def _flat(text: str) -> str:
-    return text.replace("\r", "").replace("\n", " / ")
+    """Generated text on one line; the dots say that it was cut off there."""
+    start = " " if text[:1].isspace() else ""
+    return f"{start}{' '.join(text.split())} …"
 
 
 def _one_line(sample: Sample) -> str:

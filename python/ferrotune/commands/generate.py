@@ -12,17 +12,19 @@ SAMPLING = "sampling"
 
 
 def _call(invocation: Invocation) -> GenerateResult | None:
-    """Writes the text to stdout as it comes."""
+    """Writes the text to stdout as it comes, behind the prompt."""
     import sys
 
     if invocation.as_json:
         return generate(**invocation.values)
+    pending = [invocation.values["prompt"]]
 
     def write(text: str) -> None:
-        sys.stdout.write(text)
+        """The prompt waits for the first text: settings and model are good then."""
+        sys.stdout.write("".join([*pending, text]))
         sys.stdout.flush()
+        pending.clear()
 
-    write(invocation.values["prompt"])
     result = generate(**invocation.values, on_text=write)
     write("\n")
     speed = f"{result.tokens_per_second:.0f} tokens/s"
