@@ -126,6 +126,7 @@ def evaluate(config: str, on_event: Callable[[str], bool]) -> str:
     _fail(settings)
     on_event(json.dumps({"event": "data", "train_records": 0, "heldout_records": 10}))
     found = {"loss": 2.0, "perplexity": math.exp(2.0), "bits_per_byte": 1.25, "tokens": 4096}
+    found["skipped"] = 0
     return json.dumps({**found, "seconds": 0.5, "tokens_per_second": 8192.0})
 
 
@@ -139,7 +140,13 @@ def generate(config: str, on_text: Callable[[str], bool] | None) -> str:
         said.append(word)
         if on_text is not None and not on_text(word):
             break
-    found = {"text": "".join(said), "tokens": len(said), "seconds": 0.1, "tokens_per_second": 30.0}
+    found: dict[str, Any] = {
+        "text": "".join(said),
+        "tokens": len(said),
+        "seconds": 0.1,
+        "tokens_per_second": 30.0,
+    }
+    found["warnings"] = []
     return json.dumps(found)
 
 
@@ -149,4 +156,5 @@ def merge(config: str) -> str:
     _fail(settings)
     os.makedirs(settings["output"])
     files = ["config.json", "model.safetensors"]
-    return json.dumps({"output": settings["output"], "files": files, "merged_modules": 28})
+    found = {"output": settings["output"], "files": files, "merged_modules": 28, "warnings": []}
+    return json.dumps(found)

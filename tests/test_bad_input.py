@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llamas import edit_config
-from refusals import made, refused_and_unwritten, train, work
+from refusals import made, refused_and_unwritten, run, train, work
 from texts import BOS, EOS, lines
 
 __all__ = ["made", "work"]
@@ -290,6 +290,26 @@ def test_text_that_the_tokenizer_cannot_encode_is_skipped_and_counted(work: Path
         "data.jsonl" in skip["file"] and "tokenizer" in skip["reason"] for skip in data["skipped"]
     )
     assert "3 skipped, first data.jsonl:41: the tokenizer gives no tokens for it" in found.stderr
+
+
+def test_an_evaluation_tells_what_it_skips_and_measures_the_rest(work: Path) -> None:
+    word_tokenizer(work / "base")
+    words = ("eval", "--model", "base", "--data", "data.jsonl", "--sequence-length", 48, "--json")
+    clean = json.loads(run(work, *words).stdout)
+    assert clean["skipped"] == 0
+    with (work / "data.jsonl").open("a") as file:
+        file.write('{"text": "ὦ φίλος"}\n{"text": ""}\n')
+    found = run(work, *words)
+    line = "warning: 40 records are read; 2 skipped, such as data.jsonl, record 41: the tokenizer"
+    assert line in found.stderr
+    rest = json.loads(found.stdout)
+    assert rest["skipped"] == 2
+    assert [rest[name] for name in ("loss", "bits_per_byte", "tokens")] == [
+        clean[name] for name in ("loss", "bits_per_byte", "tokens")
+    ]
+    cut = run(work, *words[:5], "--sequence-length", 4, "--no-packing", "--json")
+    assert "40 records are read, 38 of them cut to sequence_length" in cut.stderr
+    assert json.loads(cut.stdout)["bits_per_byte"] is None
 
 
 def test_data_that_the_tokenizer_cannot_encode_at_all(work: Path) -> None:

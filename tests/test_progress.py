@@ -220,6 +220,16 @@ def test_in_a_terminal(tmp_path: Path) -> None:
     assert "trained parameters" in plain
 
 
+def test_an_evaluation_in_a_terminal_leaves_its_title_and_result(tmp_path: Path) -> None:
+    words = command("eval", "--model", "m", "--data", "d.txt")
+    code, output = in_terminal(words, tmp_path)
+    assert code == 0, output
+    assert "step" not in output
+    last = output[output.rindex("preparing") :]
+    assert last.index("\x1b[2K") < last.index("evaluation")  # the line is erased
+    assert "bits per byte  1.250" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output)
+
+
 @pytest.mark.parametrize("columns", [40, 80])
 def test_the_bar_fits_the_terminal(columns: int) -> None:
     from rich.console import Console
@@ -278,6 +288,7 @@ def handles(monkeypatch: pytest.MonkeyPatch) -> list[Handle]:
 
     package, module = types.ModuleType("IPython"), types.ModuleType("IPython.display")
     package.get_ipython = lambda: types.SimpleNamespace(kernel=object())  # type: ignore[attr-defined]
+    package.version_info = (9, 0, 0)  # type: ignore[attr-defined]  # matplotlib asks for it
     module.HTML = module.Image = Shown  # type: ignore[attr-defined]
     module.display = display  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "IPython", package)
@@ -298,6 +309,14 @@ def test_in_a_notebook(handles: list[Handle], engine: Any, tmp_path: Path) -> No
     assert curve.shown[-1].data.startswith(b"\x89PNG")
     assert len(curve.shown) < 5  # drawing is throttled
     assert "<table" in result._repr_html_()
+
+
+def test_an_evaluation_in_a_notebook(handles: list[Handle], engine: Any, tmp_path: Path) -> None:
+    ferrotune.evaluate("m", tmp_path / "d.txt")
+    (numbers,) = handles
+    assert "preparing" in numbers.shown[0].data
+    assert "evaluation" in numbers.shown[-1].data
+    assert not re.search("preparing|left|step", numbers.shown[-1].data)
 
 
 def test_a_terminal_ipython_and_none_are_no_notebook(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ class _Relay:
         return answer is not False and not self.interrupted
 
     def _start(self) -> None:
-        """Data, model and, for a resumed run, its checkpoint fit: only now does config.toml change."""
+        """Data, model and the checkpoint of a resumed run fit: config.toml may change."""
         self._started = True
         self.fingerprints = report.fingerprints(self._files)
         report.write_config(Path(self._settings["output"]), self._settings)

@@ -119,7 +119,7 @@ pub fn prepare(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
         }
         truncated += packing.truncated;
         split += packing.split;
-        Ok((packing.packed, records))
+        Ok((packing.packed, records.len()))
     };
     let (train, train_records) = side(&train, "training")?;
     let (heldout, heldout_records) = side(&heldout, "held-out")?;
@@ -252,13 +252,13 @@ impl Source {
         }
     }
 
-    /// The packed rows, and how many records are in them.
-    pub(super) fn pack(
-        &self,
+    /// The packed rows, and the records that are in them.
+    pub(super) fn pack<'a>(
+        &'a self,
         config: &DataConfig,
         tokenizer: &Tokenizer,
         skips: &mut Skips,
-    ) -> Result<(Packing, usize)> {
+    ) -> Result<(Packing, Vec<&'a Record>)> {
         let records: Vec<&Record> = self.records.iter().collect();
         let mut skip = |record: &Record, reason: &Reason| {
             skips.add(&self.paths[record.file], record.number, reason);
@@ -274,7 +274,6 @@ impl Source {
                 Err(reason) => skip(record, &reason),
             }
         }
-        let count = kept.len();
         let packing = Packing::new(
             examples,
             config.sequence_length,
@@ -284,7 +283,10 @@ impl Source {
         for &index in &packing.untrained {
             skip(kept[index], &Reason::Untrained(config.sequence_length));
         }
-        let records = count - packing.untrained.len();
+        let untrained: HashSet<usize> = packing.untrained.iter().copied().collect();
+        let records = kept.into_iter().enumerate();
+        let records = records.filter(|(index, _)| !untrained.contains(index));
+        let records = records.map(|(_, record)| record).collect();
         Ok((packing, records))
     }
 }
@@ -293,7 +295,7 @@ impl Source {
 #[derive(Default)]
 pub(super) struct Skips {
     first: Vec<Skipped>,
-    total: usize,
+    pub(super) total: usize,
 }
 
 impl Skips {

@@ -75,7 +75,9 @@ def evaluate(
     display = open_display(settings.pop("progress"), "evaluation")
 
     def relay(line: str) -> bool:
-        display.event(json.loads(line))
+        event = json.loads(line)
+        if event["event"] != "eval":  # that is the result
+            display.event(event)
         return True
 
     try:
@@ -83,7 +85,7 @@ def evaluate(
     finally:
         display.close()
     names = ("loss", "perplexity", "bits_per_byte", "tokens", "seconds", "tokens_per_second")
-    return EvaluateResult(**{name: found[name] for name in names})
+    return EvaluateResult(**{name: found[name] for name in names}, skipped=found["skipped"])
 
 
 eval = evaluate

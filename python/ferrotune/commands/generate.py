@@ -27,6 +27,8 @@ def _call(invocation: Invocation) -> GenerateResult | None:
 
     result = generate(**invocation.values, on_text=write)
     write("\n")
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     speed = f"{result.tokens_per_second:.0f} tokens/s"
     print(f"{result.tokens} tokens in {result.seconds:.1f} s, {speed}", file=sys.stderr)
     return None
@@ -92,4 +94,5 @@ def generate(
     relay = None if on_text is None else lambda text: on_text(text) is not False
     found = json.loads(_native.generate(json.dumps(settings), relay))
     names = ("text", "tokens", "seconds", "tokens_per_second")
-    return GenerateResult(settings["prompt"], **{name: found[name] for name in names})
+    values = {name: found[name] for name in names}
+    return GenerateResult(settings["prompt"], **values, warnings=tuple(found["warnings"]))
