@@ -1,5 +1,6 @@
 """`ferrotune eval`."""
 
+from pathlib import Path
 from typing import Annotated
 
 from ..options import Option, collect
@@ -72,7 +73,8 @@ def evaluate(
     from ..progress import open_display
 
     settings = collect(evaluate, arguments)
-    display = open_display(settings.pop("progress"), "evaluation")
+    title = f"evaluation of {Path(settings['model']).name}"
+    display = open_display(settings.pop("progress"), title)
 
     def relay(line: str) -> bool:
         event = json.loads(line)
