@@ -242,7 +242,7 @@ fn the_report_counts_everything() {
     let json = serde_json::to_value(report).unwrap();
     assert_eq!(json["skipped"][0]["file"], serde_json::json!(&data));
     assert_eq!(json["skipped"][0]["reason"], "`text` is empty");
-    assert_eq!(report.files, [data.clone()]);
+    assert_eq!(report.files, std::slice::from_ref(&data));
 
     let report = prepare(&settings(false), &tokenizer).unwrap().report;
     assert_eq!((report.split, report.truncated), (0, 3));
