@@ -193,7 +193,8 @@ def quantize_4bit(
         quant_type: "nf4" or "fp4" (Dettmers et al., 2023).
         double_quant: quantises the absmax too, to 8 bits in blocks of 256.
 
-    Raises ``TypeError`` for another dtype and ``ValueError`` for another block size or type.
+    Nothing of the result has a gradient. Raises ``TypeError`` for another dtype and ``ValueError``
+    for another block size or type.
     """
     if values.dtype not in _FLOATS[:3]:
         raise TypeError(f"values must be float32, float16 or bfloat16, not {values.dtype}")
@@ -214,6 +215,7 @@ def quantize_4bit(
 def dequantize_4bit(quant: Quant4bit, dtype: torch.dtype | None = None) -> Tensor:
     """The values of ``quant`` in ``dtype`` (the quantised one unless given); bitsandbytes' bits.
 
+    They have no gradient, as 4-bit weights are frozen: ``lora_linear`` has one through them, to x.
     Raises ``ValueError`` if the parts do not fit together.
     """
     if not torch.compiler.is_compiling():
