@@ -54,7 +54,6 @@ def test_opcheck_of_the_backward_and_of_4bit() -> None:
     torch.library.opcheck(
         OPS.lora_linear_group_backward.default,
         ([case.grad], h, [True] * 5, leaves["x"], None, *columns, *numbers),
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
     for double_quant in (False, True):
         values = torch.randn(7, 33)
@@ -285,6 +284,33 @@ def test_a_grad_scaler_unscales() -> None:
     scaler.step(optimizer)
     scaler.update()
     assert not torch.equal(before, leaves["lora_A"].detach())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_second_derivatives_are_refused(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiled:  # the dispatcher's autograd
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    case = make((4, 32), 16)
+    leaves = case.inputs()
+    loss = ours(case, **leaves).square().sum()
+    (grad,) = torch.autograd.grad(loss, leaves["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiate twice|first derivatives only"):
+        grad.square().sum().backward()
+
+
+def test_lengths_that_vary_share_a_graph() -> None:
+    """The second length makes its size a variable of the graph; no further one recompiles."""
+    torch._dynamo.reset()
+    case = make((2, 8, 32), 16, quant_type="nf4", dropout_p=0.2)
+    case.seed = None
+    counts = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda leaves: ours(case, **leaves).tanh(), backend=counts, fullgraph=True
+    )
+    for length in (8, 9, 5, 12, 7):
+        leaves = case.inputs() | {"x": torch.randn(2, length, 32, requires_grad=True)}
+        compiled(leaves).sum().backward()
+    assert counts.frame_count == 2
 
 
 def test_saved_tensors_are_freed_and_versions_checked() -> None:

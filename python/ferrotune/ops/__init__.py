@@ -62,7 +62,8 @@ def lora_linear(
         ``[..., n]`` in x's dtype. Under autocast, x and all weights are cast to its dtype first.
 
     The LoRA term is computed in the wider of x's and A's dtypes. Gradients have the dtype of what
-    they belong to. Raises ``ValueError`` or ``TypeError`` naming the argument that does not fit.
+    they belong to; a second derivative raises ``RuntimeError``. Raises ``ValueError`` or
+    ``TypeError`` naming the argument that does not fit.
     """
     dense, quant = (None, weight) if isinstance(weight, Quant4bit) else (weight, None)
     projection = Projection(dense, quant, bias, lora_A, lora_B, lora_bias, scaling, dropout_p)

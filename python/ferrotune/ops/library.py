@@ -288,6 +288,10 @@ def _codes_grads(ctx: Any, *grads: Tensor | None) -> None:
     return None
 
 
+def _second(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError("ferrotune.ops has first derivatives only: this asks for a second one")
+
+
 _define("lora_linear_group", _group, _group_fake)
 _define("lora_linear_group_backward", _group_backward, _group_backward_fake)
 _define("lora_linear", _one, _one_fake)
@@ -297,5 +301,6 @@ torch.library.register_autograd(
     "ferrotune::lora_linear_group", _group_grads, setup_context=_group_setup
 )
 torch.library.register_autograd("ferrotune::lora_linear", _one_grads, setup_context=_one_setup)
+torch.library.register_autograd("ferrotune::lora_linear_group_backward", _second)
 for _name in ("quantize_4bit", "dequantize_4bit"):
     torch.library.register_autograd(f"ferrotune::{_name}", _codes_grads, setup_context=_codes_setup)
