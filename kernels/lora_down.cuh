@@ -25,7 +25,7 @@ template <int ROW_WARPS>
 struct DownTile {
     static constexpr int ROWS = 16 * ROW_WARPS;
     static constexpr int DEPTH_WARPS = WARPS / ROW_WARPS;
-    static constexpr int DEPTH = ROW_WARPS == 1 ? 128 : 64;
+    static constexpr int DEPTH = 128;
     static constexpr int STEPS = DEPTH / 16 / DEPTH_WARPS;  // a warp's, of 16
 };
 
@@ -49,13 +49,18 @@ __device__ __forceinline__ void lora_down(const LoraDown& p) {
     const T* panel = static_cast<const T*>(p.panel);
     const uint64_t row0 = static_cast<uint64_t>(blockIdx.x) * Tile::ROWS;
     const uint32_t steps = static_cast<uint32_t>((p.k + Tile::DEPTH - 1) / Tile::DEPTH);
+    // Blocks start at other depths: all at one would ask the same few channels of memory.
+    const uint32_t start = blockIdx.x % steps;
     const uint64_t seed = p.masks.seed != nullptr ? *p.masks.seed : 0;
 
+    const auto around = [&](uint32_t step) { return step + start < steps ? step + start : step + start - steps; };
+    Ring filling{p.stages}, reading{p.stages};
     const auto load = [&](uint32_t step) {
-        T* stage = ring + step % p.stages * stage_elements;
-        const uint64_t column0 = static_cast<uint64_t>(step) * Tile::DEPTH;
-        load_tile<T, Tile::ROWS, Tile::DEPTH>(stage, x, row0, p.m, column0, p.k, p.k, p.vectors);
-        load_panel<T, R>(stage + x_elements, panel, Tile::DEPTH, column0, p.k, planes * R, R, planes);
+        T* stage = ring + filling.at * stage_elements;
+        const uint64_t column0 = static_cast<uint64_t>(around(step)) * Tile::DEPTH;
+        load_tile<T, Tile::ROWS, Tile::DEPTH>(stage, x, row0, p.m, column0, p.k, p.vectors);
+        load_panel<T, R, Tile::DEPTH>(stage + x_elements, panel, column0, p.k, planes * R, R, planes);
+        filling.next();
     };
 
     float sums[2 * PARTS][4] = {};
@@ -69,7 +74,8 @@ __device__ __forceinline__ void lora_down(const LoraDown& p) {
         if (step + p.stages - 1 < steps) load(step + p.stages - 1);
         commit_copies();
 
-        const T* x_tile = ring + step % p.stages * stage_elements;
+        const T* x_tile = ring + reading.at * stage_elements;
+        reading.next();
         const T* panel_tile = x_tile + x_elements;
 #pragma unroll
         for (int s = 0; s < Tile::STEPS; ++s) {
@@ -82,16 +88,13 @@ __device__ __forceinline__ void lora_down(const LoraDown& p) {
             for (int part = 0; part < PARTS; ++part) {
                 if (p.masks.seed != nullptr && p.segments[part].first) {
                     const uint64_t row = row0 + row_warp * 16 + lane % 16;
-                    const uint64_t column = static_cast<uint64_t>(step) * Tile::DEPTH + depth + lane / 16 * 8;
+                    const uint64_t column = static_cast<uint64_t>(around(step)) * Tile::DEPTH + depth + lane / 16 * 8;
                     masked = mask_fragments<false>(
-                        a, kept_bits(seed, p.segments[part], row, column, p.masks.columns));
+                        a, kept_bits<true>(seed, p.segments[part], row, column, p.masks.columns));
                 }
-                for (int plane = 0; plane < planes; ++plane) {
-                    const Fragments b = load_matrices<true>(panel_tile + depth * panel_width + plane * R +
-                                                            part * SEGMENT + rows_first(panel_width));
-                    multiply<T>(sums[2 * part], masked, b.part[0], b.part[1]);
-                    multiply<T>(sums[2 * part + 1], masked, b.part[2], b.part[3]);
-                }
+                multiply_parts<T, R>(sums[2 * part], sums[2 * part + 1], masked,
+                                     panel_tile + depth * panel_width + part * SEGMENT + rows_first(panel_width),
+                                     planes);
             }
         }
     }
@@ -125,9 +128,10 @@ __device__ __forceinline__ void lora_down(const LoraDown& p) {
         sum.x *= scale;
         sum.y *= scale;
         T* place = out + (row0 + row) * planes * R + column;
-        *reinterpret_cast<uint32_t*>(place) = pack2<T>(sum.x, sum.y);
-        if (planes == 2) {
-            *reinterpret_cast<uint32_t*>(place + R) = pack2<T>(low_part<T>(sum.x), low_part<T>(sum.y));
+        for (int plane = 0; plane < planes; ++plane, place += R) {
+            *reinterpret_cast<uint32_t*>(place) = pack2<T>(sum.x, sum.y);
+            sum.x = low_part<T>(sum.x);
+            sum.y = low_part<T>(sum.y);
         }
     }
 }

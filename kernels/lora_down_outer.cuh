@@ -50,13 +50,14 @@ __device__ __forceinline__ void lora_down_outer(const LoraDownOuter& p) {
     const uint32_t steps = static_cast<uint32_t>((last_row - first_row + ROWS - 1) / ROWS);
     float* g_out = p.g_partial + blockIdx.x * p.m * R;
 
+    Ring filling{p.stages}, reading{p.stages};
     const auto load = [&](uint32_t step) {
-        T* stage = ring + step % p.stages * stage_elements;
+        T* stage = ring + filling.at * stage_elements;
         const uint64_t row0 = first_row + static_cast<uint64_t>(step) * ROWS;
-        load_tile<T, ROWS, COLUMNS>(stage, static_cast<const T*>(p.grad), row0, last_row, column0, p.n, p.n,
-                                    p.vectors);
-        load_panel<T, R>(stage + ROWS * WIDTH, static_cast<const T*>(p.h), ROWS, row0, last_row, p.h_stride,
-                         p.h_plane, planes);
+        load_tile<T, ROWS, COLUMNS>(stage, static_cast<const T*>(p.grad), row0, last_row, column0, p.n, p.vectors);
+        load_panel<T, R, ROWS>(stage + ROWS * WIDTH, static_cast<const T*>(p.h), row0, last_row, p.h_stride,
+                               p.h_plane, planes);
+        filling.next();
     };
     // G of a step, complete once the warps that share its columns have met: rows of this warp, by lane.
     float g_sums[2 * PARTS][4];
@@ -82,7 +83,7 @@ __device__ __forceinline__ void lora_down_outer(const LoraDownOuter& p) {
         }
     };
 
-    load_panel<T, R>(panel_tile, static_cast<const T*>(p.panel), COLUMNS, column0, p.n, planes * R, R, planes);
+    load_panel<T, R, COLUMNS>(panel_tile, static_cast<const T*>(p.panel), column0, p.n, planes * R, R, planes);
     float sums[TILES][2 * PARTS][4] = {};
     for (uint32_t step = 0; step + 1 < p.stages; ++step) {
         if (step < steps) load(step);
@@ -95,7 +96,8 @@ __device__ __forceinline__ void lora_down_outer(const LoraDownOuter& p) {
         commit_copies();
         if (step > 0) finish(step - 1);
 
-        const T* grad_tile = ring + step % p.stages * stage_elements;
+        const T* grad_tile = ring + reading.at * stage_elements;
+        reading.next();
         const T* h_tile = grad_tile + ROWS * WIDTH;
 #pragma unroll
         for (int tile = 0; tile < 2 * PARTS; ++tile)
@@ -106,14 +108,10 @@ __device__ __forceinline__ void lora_down_outer(const LoraDownOuter& p) {
             const int depth = column_warp * DEPTH + d;
             const Fragments a =
                 load_matrices<false>(grad_tile + row_warp * 16 * WIDTH + depth + rows_first(WIDTH));
-            for (int plane = 0; plane < planes; ++plane) {
 #pragma unroll
-                for (int part = 0; part < PARTS; ++part) {
-                    const Fragments b = load_matrices<true>(panel_tile + depth * width + plane * R + part * SEGMENT +
-                                                            rows_first(width));
-                    multiply<T>(g_sums[2 * part], a, b.part[0], b.part[1]);
-                    multiply<T>(g_sums[2 * part + 1], a, b.part[2], b.part[3]);
-                }
+            for (int part = 0; part < PARTS; ++part) {
+                multiply_parts<T, R>(g_sums[2 * part], g_sums[2 * part + 1], a,
+                                     panel_tile + depth * width + part * SEGMENT + rows_first(width), planes);
             }
         }
         if (column_warp != 0) {
@@ -130,22 +128,14 @@ __device__ __forceinline__ void lora_down_outer(const LoraDownOuter& p) {
         }
 #pragma unroll
         for (int depth = 0; depth < ROWS; depth += 16) {
-            Fragments a[TILES];
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile) {
-                a[tile] = load_matrices<true>(grad_tile + depth * WIDTH + (warp * TILES + tile) * 16 +
-                                              columns_first(WIDTH));
-            }
-            for (int plane = 0; plane < planes; ++plane) {
+                const Fragments a = load_matrices<true>(grad_tile + depth * WIDTH + (warp * TILES + tile) * 16 +
+                                                        columns_first(WIDTH));
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part) {
-                    const Fragments b = load_matrices<true>(h_tile + depth * width + plane * R + part * SEGMENT +
-                                                            rows_first(width));
-#pragma unroll
-                    for (int tile = 0; tile < TILES; ++tile) {
-                        multiply<T>(sums[tile][2 * part], a[tile], b.part[0], b.part[1]);
-                        multiply<T>(sums[tile][2 * part + 1], a[tile], b.part[2], b.part[3]);
-                    }
+                    multiply_parts<T, R>(sums[tile][2 * part], sums[tile][2 * part + 1], a,
+                                         h_tile + depth * width + part * SEGMENT + rows_first(width), planes);
                 }
             }
         }

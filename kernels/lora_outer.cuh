@@ -63,13 +63,15 @@ __device__ __forceinline__ void lora_outer(const LoraOuter& p) {
     const uint32_t steps = static_cast<uint32_t>((last_row - first_row + OUTER_ROWS - 1) / OUTER_ROWS);
     const uint64_t seed = p.masks.seed != nullptr ? *p.masks.seed : 0;
 
+    Ring filling{p.stages}, reading{p.stages};
     const auto load = [&](uint32_t step) {
-        T* stage = ring + step % p.stages * stage_elements;
+        T* stage = ring + filling.at * stage_elements;
         const uint64_t row0 = first_row + static_cast<uint64_t>(step) * OUTER_ROWS;
-        load_tile<T, OUTER_ROWS, OUTER_COLUMNS>(stage, static_cast<const T*>(p.x), row0, last_row, column0, p.w, p.w,
+        load_tile<T, OUTER_ROWS, OUTER_COLUMNS>(stage, static_cast<const T*>(p.x), row0, last_row, column0, p.w,
                                                 p.vectors);
-        load_panel<T, R>(stage + x_elements, static_cast<const T*>(p.g), OUTER_ROWS, row0, last_row, p.g_stride,
-                         p.g_plane, planes);
+        load_panel<T, R, OUTER_ROWS>(stage + x_elements, static_cast<const T*>(p.g), row0, last_row, p.g_stride,
+                                     p.g_plane, planes);
+        filling.next();
     };
 
     float sums[2 * PARTS][4] = {};
@@ -83,7 +85,8 @@ __device__ __forceinline__ void lora_outer(const LoraOuter& p) {
         if (step + p.stages - 1 < steps) load(step + p.stages - 1);
         commit_copies();
 
-        const T* x_tile = ring + step % p.stages * stage_elements;
+        const T* x_tile = ring + reading.at * stage_elements;
+        reading.next();
         const T* g_tile = x_tile + x_elements;
 #pragma unroll
         for (int depth = 0; depth < OUTER_ROWS; depth += 16) {
@@ -97,14 +100,10 @@ __device__ __forceinline__ void lora_outer(const LoraOuter& p) {
                         first_row + static_cast<uint64_t>(step) * OUTER_ROWS + depth + lane % 8 + lane / 16 * 8;
                     const uint64_t column = column0 + warp * 16 + lane / 8 % 2 * 8;
                     masked = mask_fragments<true>(
-                        a, kept_bits(seed, p.segments[part], row, column, p.masks.columns));
+                        a, kept_bits<false>(seed, p.segments[part], row, column, p.masks.columns));
                 }
-                for (int plane = 0; plane < planes; ++plane) {
-                    const Fragments b = load_matrices<true>(g_tile + depth * g_width + plane * R + part * SEGMENT +
-                                                            rows_first(g_width));
-                    multiply<T>(sums[2 * part], masked, b.part[0], b.part[1]);
-                    multiply<T>(sums[2 * part + 1], masked, b.part[2], b.part[3]);
-                }
+                multiply_parts<T, R>(sums[2 * part], sums[2 * part + 1], masked,
+                                     g_tile + depth * g_width + part * SEGMENT + rows_first(g_width), planes);
             }
         }
     }

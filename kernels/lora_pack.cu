@@ -17,7 +17,7 @@ struct PackJob {
     uint32_t parts;        // segments of the panel that are written, zeros beyond r
     uint32_t to_stride;    // elements a row of the panel
     uint32_t to_column;
-    uint32_t to_plane;     // elements from a high part to its low part
+    uint32_t to_plane;     // elements from a part of a value to the next
     uint32_t planes;       // 0 for a bias: to[i] = from[i] + scale * more[i] in f32
     uint32_t type;         // of `from`
     uint32_t more_type;
@@ -40,7 +40,20 @@ __device__ __forceinline__ float element(const void* from, uint32_t type, uint64
     }
 }
 
-// A thread a row of sixteen columns; a row of blocks a job.
+// Eight columns of a row, all loads under way together; zeros beyond r.
+template <typename From>
+__device__ __forceinline__ void load_eight(float (&values)[8], const PackJob& job, uint64_t row, uint32_t first) {
+    const From* from = static_cast<const From*>(job.from) + row * job.row_stride + first * job.column_stride;
+    From loaded[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        loaded[i] = first + i < job.columns ? from[i * job.column_stride] : from_float<From>(0.0f);
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) values[i] = to_float(loaded[i]);
+}
+
+// A thread eight columns of a row; a row of blocks a job.
 template <typename T>
 __device__ __forceinline__ void lora_pack(const LoraPack& p) {
     const PackJob& job = p.jobs[blockIdx.y];
@@ -54,27 +67,20 @@ __device__ __forceinline__ void lora_pack(const LoraPack& p) {
         }
         return;
     }
-    for (; index < job.rows * job.parts; index += step) {
+    for (; index < job.rows * job.parts * 2; index += step) {
         const uint64_t row = index % job.rows;
-        const uint32_t first = static_cast<uint32_t>(index / job.rows) * SEGMENT;
-        float values[SEGMENT];
-#pragma unroll
-        for (int i = 0; i < SEGMENT; ++i) {
-            values[i] = first + i < job.columns
-                            ? element(job.from, job.type, row * job.row_stride + (first + i) * job.column_stride)
-                            : 0.0f;
+        const uint32_t first = static_cast<uint32_t>(index / job.rows) * 8;
+        float values[8];
+        switch (job.type) {
+            case F32: load_eight<float>(values, job, row, first); break;
+            case F16: load_eight<f16>(values, job, row, first); break;
+            default: load_eight<bf16>(values, job, row, first); break;
         }
         T* to = static_cast<T*>(job.to) + row * job.to_stride + job.to_column + first;
         for (uint32_t plane = 0; plane < job.planes; ++plane, to += job.to_plane) {
+            *reinterpret_cast<uint4*>(to) = pack16<T>(values);
 #pragma unroll
-            for (int half = 0; half < SEGMENT; half += 8) {
-                float eight[8];
-#pragma unroll
-                for (int i = 0; i < 8; ++i) eight[i] = values[half + i];
-                *reinterpret_cast<uint4*>(to + half) = pack16<T>(eight);
-            }
-#pragma unroll
-            for (int i = 0; i < SEGMENT; ++i) values[i] = low_part<T>(values[i]);
+            for (int i = 0; i < 8; ++i) values[i] = low_part<T>(values[i]);
         }
     }
 }

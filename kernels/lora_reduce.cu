@@ -14,7 +14,7 @@ struct ReduceJob {
     uint32_t from_column;    // a multiple of 16
     uint32_t columns;        // that are written: r, or padded for G
     uint32_t type;           // of `to`: 0 f32, 1 f16, 2 bf16
-    uint32_t plane;          // elements to the low part; 0 where there is none
+    uint32_t planes;         // parts that a value is written in, row_stride / planes apart
     uint32_t rows_first;     // 1: threads lie along the rows, where those are next to each other in `to`
     float scale;
 };
@@ -46,7 +46,7 @@ __device__ __forceinline__ void lora_reduce(const LoraReduce& p) {
         const float* from = job.partial + row * job.from_columns + job.from_column + column;
         const uint64_t range = job.rows * job.from_columns;
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 4
+#pragma unroll 8
         for (uint32_t i = 0; i < job.ranges; ++i) {
             const float4 more = __ldcs(reinterpret_cast<const float4*>(from + i * range));
             sum.x += more.x;
@@ -58,11 +58,13 @@ __device__ __forceinline__ void lora_reduce(const LoraReduce& p) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             if (column + i >= job.columns) continue;
-            const uint64_t at = row * job.row_stride + (column + i) * job.column_stride;
-            store(job.to, job.type, at, values[i]);
-            if (job.plane != 0) {
-                const float low = job.type == 1 ? low_part<f16>(values[i]) : low_part<bf16>(values[i]);
-                store(job.to, job.type, at + job.plane, low);
+            uint64_t at = row * job.row_stride + (column + i) * job.column_stride;
+            float value = values[i];
+            store(job.to, job.type, at, value);
+            for (uint32_t part = 1; part < job.planes; ++part) {
+                value = job.type == 1 ? low_part<f16>(value) : low_part<bf16>(value);
+                at += job.row_stride / job.planes;
+                store(job.to, job.type, at, value);
             }
         }
     }

@@ -1,5 +1,5 @@
 // From the rank: out = sum over projections of mask(H P^T) + bias, of H [m, R] and panels P [w, R]. The base product
-// is accumulated onto it.
+// is accumulated onto it; or it is added to the base product, in f32, where the term must not be rounded alone.
 #pragma once
 
 #include "common/lora.cuh"
@@ -41,8 +41,8 @@ constexpr int UP_COLUMNS = 128;  // of a block of threads
 // the columns. A lane's sums are eight columns in a row, one store: of 32 columns, column 8a + 2b + c is column 2a + c of
 // tile b, and row 8b + 2a + c of the panel in shared memory.
 //
-// Floor, out of 8192 x 4096 in 16 bits: 67 MB / 2.96 TB/s = 23 us.
-template <typename T>
+// Floor, out of 8192 x 4096 in 16 bits: 67 MB / 2.96 TB/s = 23 us; with ONTO, out is read too: 45 us.
+template <typename T, bool ONTO>
 __device__ __forceinline__ void lora_up(const LoraUp& p) {
     extern __shared__ __align__(16) unsigned char shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -60,7 +60,7 @@ __device__ __forceinline__ void lora_up(const LoraUp& p) {
     const auto load = [&](T* tile, int rows, const void* from, uint64_t row0, uint64_t end, uint32_t stride,
                           uint32_t plane, bool of_h) {
         const T* source = static_cast<const T*>(from);
-        const int chunks = 2 * parts * planes;
+        const int chunks = 2 * parts * planes;  // 2, 4, 6, 8, 12 or 16
         for (int index = threadIdx.x; index < rows * chunks; index += THREADS) {
             const int row = index / chunks, chunk = index % chunks;
             const int part = chunk / (2 * planes), inner = chunk % (2 * planes);
@@ -86,6 +86,8 @@ __device__ __forceinline__ void lora_up(const LoraUp& p) {
         }
         commit_copies();
         const T* h_tile = h_tiles + turn * UP_ROWS * width + row_warp * 16 * width + rows_first(width);
+        const uint64_t my_row = row0 + row_warp * 16 + lane / 4;
+        T* const my_out = out + my_row * p.w + column0 + 8 * (lane % 4);
 #pragma unroll 1
         for (int group = 0; group < UP_COLUMNS / 2 / 32; ++group) {
             const int column = column_warp * (UP_COLUMNS / 2) + group * 32;
@@ -110,7 +112,7 @@ __device__ __forceinline__ void lora_up(const LoraUp& p) {
                         multiply<T>(sums[2 * pair + 1], a, b.part[2], b.part[3]);
                     }
                 };
-                if (planes == 2) {
+                if (planes > 1) {
                     add(0, 1);
                     add(1, 0);
                 }
@@ -118,8 +120,8 @@ __device__ __forceinline__ void lora_up(const LoraUp& p) {
                 if (p.masks.seed != nullptr && (part + 1 == parts || p.segments[part + 1].of.first)) {
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
-                        const uint64_t row = row0 + row_warp * 16 + lane / 4 + 8 * half;
-                        const uint32_t bits = kept_bits(seed, p.segments[part].of, row, my_column, p.masks.columns);
+                        const uint32_t bits =
+                            kept_bits<false>(seed, p.segments[part].of, my_row + 8 * half, my_column, p.masks.columns);
 #pragma unroll
                         for (int t = 0; t < 4; ++t)
 #pragma unroll
@@ -149,10 +151,19 @@ __device__ __forceinline__ void lora_up(const LoraUp& p) {
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const uint64_t row = row0 + row_warp * 16 + lane / 4 + 8 * half;
-                if (row >= p.m || my_column >= p.w) continue;
-                T* place = out + row * p.w + my_column;
+                if (my_row + 8 * half >= p.m || my_column >= p.w) continue;
+                T* place = my_out + half * 8 * p.w + column;
                 if (p.vectors) {
+                    if constexpr (ONTO) {
+                        const uint4 old = *reinterpret_cast<const uint4*>(place);
+                        const uint32_t words[4] = {old.x, old.y, old.z, old.w};
+#pragma unroll
+                        for (int t = 0; t < 4; ++t) {
+                            const float2 two = unpack2<T>(words[t]);
+                            total[t][2 * half] += two.x;
+                            total[t][2 * half + 1] += two.y;
+                        }
+                    }
                     store16(place, make_uint4(pack2<T>(total[0][2 * half], total[0][2 * half + 1]),
                                               pack2<T>(total[1][2 * half], total[1][2 * half + 1]),
                                               pack2<T>(total[2][2 * half], total[2][2 * half + 1]),
@@ -163,7 +174,8 @@ __device__ __forceinline__ void lora_up(const LoraUp& p) {
 #pragma unroll
                         for (int i = 0; i < 2; ++i) {
                             if (my_column + 2 * t + i < p.w) {
-                                place[2 * t + i] = from_float<T>(total[t][2 * half + i]);
+                                const float old = ONTO ? to_float(place[2 * t + i]) : 0.0f;
+                                place[2 * t + i] = from_float<T>(old + total[t][2 * half + i]);
                             }
                         }
                 }

@@ -1,8 +1,9 @@
 // What the LoRA kernels share: the layout of panels, segments, tiles in shared memory, and masks in registers.
 //
 // A panel holds an adapter matrix of `width` (k for A, n for B) rows and R columns in the input's 16-bit type, ranks
-// padded with zeros to multiples of 16; adapters wider than the input's type come as two planes, high then low parts:
-// row i is [high 0..R) [low 0..R). H = scaling * dropout(x) A^T and G = scaling * dY B are laid out alike, a row a token.
+// padded with zeros to multiples of 16. Adapters wider than the input's type are sums of three parts of that type, a
+// plane each: row i is [first 0..R) [second 0..R) [third 0..R). H = scaling * dropout(x) A^T and G = scaling * dY B are
+// laid out alike, a row a token.
 #pragma once
 
 #include "common/mma.cuh"
@@ -37,90 +38,122 @@ __host__ __device__ constexpr int padded(int columns) { return columns + 8; }
 // start on 16 bytes and `columns` is a multiple of 8: copies are asynchronous.
 template <typename T, int ROWS, int COLUMNS>
 __device__ __forceinline__ void load_tile(T* tile, const T* from, uint64_t row0, uint64_t rows, uint64_t column0,
-                                          uint64_t columns, uint64_t stride, bool vectors) {
+                                          uint64_t columns, bool vectors) {
+    const T* first = from + row0 * columns + column0;
+    const uint32_t rows_left = static_cast<uint32_t>(min(rows - min(row0, rows), static_cast<uint64_t>(ROWS)));
+    const uint32_t columns_left = static_cast<uint32_t>(min(columns - column0, static_cast<uint64_t>(COLUMNS)));
     if (vectors) {
         constexpr int CHUNKS = COLUMNS / 8;
-        static_assert(ROWS * CHUNKS % THREADS == 0, "every thread copies alike");
+        static_assert(ROWS * CHUNKS % THREADS == 0 && THREADS % CHUNKS == 0, "every thread copies alike");
+        constexpr int STEP = THREADS / CHUNKS;
+        const int column = threadIdx.x % CHUNKS * 8;
+        int row = threadIdx.x / CHUNKS;
+        const T* source = first + row * columns + column;
+        T* place = tile + row * padded(COLUMNS) + column;
+        const bool column_inside = column < columns_left;
 #pragma unroll
-        for (int i = 0; i < ROWS * CHUNKS / THREADS; ++i) {
-            const int index = i * THREADS + threadIdx.x;
-            const int row = index / CHUNKS, column = index % CHUNKS * 8;
-            const bool inside = row0 + row < rows && column0 + column < columns;
-            copy16_async(tile + row * padded(COLUMNS) + column,
-                         inside ? from + (row0 + row) * stride + column0 + column : from, inside);
+        for (int i = 0; i < ROWS / STEP; ++i, row += STEP, source += STEP * columns) {
+            const bool inside = column_inside && row < rows_left;
+            copy16_async(place + i * STEP * padded(COLUMNS), inside ? source : from, inside);
         }
     } else {
         for (int index = threadIdx.x; index < ROWS * COLUMNS; index += THREADS) {
             const int row = index / COLUMNS, column = index % COLUMNS;
-            const bool inside = row0 + row < rows && column0 + column < columns;
-            tile[row * padded(COLUMNS) + column] =
-                inside ? from[(row0 + row) * stride + column0 + column] : from_float<T>(0.0f);
+            const bool inside = row < rows_left && column < columns_left;
+            tile[row * padded(COLUMNS) + column] = inside ? first[row * columns + column] : from_float<T>(0.0f);
         }
     }
 }
+
+// The stage of a ring that a step uses: counted, as a remainder costs more than the rest of a step's addresses.
+struct Ring {
+    uint32_t stages;
+    uint32_t at = 0;
+    __device__ __forceinline__ void next() { at = at + 1 == stages ? 0 : at + 1; }
+};
 
 // Rows of a panel, H or G: `planes` times R columns of each, to rows of padded(planes * R). `from` is aligned to 16
 // bytes, `stride` and `plane` (elements from a high part to its low part) are multiples of 8.
-template <typename T, int R>
-__device__ __forceinline__ void load_panel(T* tile, const T* from, int tile_rows, uint64_t row0, uint64_t rows,
-                                           uint64_t stride, uint64_t plane, int planes) {
+template <typename T, int R, int ROWS>
+__device__ __forceinline__ void load_panel(T* tile, const T* from, uint64_t row0, uint64_t rows, uint32_t stride,
+                                           uint32_t plane, int planes) {
     constexpr int CHUNKS = R / 8;
-    const int chunks = CHUNKS * planes;
     const int width = padded(R * planes);
-    for (int index = threadIdx.x; index < tile_rows * chunks; index += THREADS) {
-        const int row = index / chunks, chunk = index % chunks;
-        const bool inside = row0 + row < rows;
-        const uint64_t column = chunk / CHUNKS * plane + chunk % CHUNKS * 8;
-        copy16_async(tile + row * width + chunk * 8, inside ? from + (row0 + row) * stride + column : from, inside);
+    const T* first = from + row0 * stride;
+    const uint32_t left = static_cast<uint32_t>(min(rows - min(row0, rows), static_cast<uint64_t>(ROWS)));
+    for (int p = 0; p < planes; ++p, first += plane, tile += R) {
+#pragma unroll
+        for (int i = 0; i < (ROWS * CHUNKS + THREADS - 1) / THREADS; ++i) {
+            const int index = i * THREADS + threadIdx.x;
+            const int row = index / CHUNKS, chunk = index % CHUNKS;
+            const bool inside = row < left;
+            if (ROWS * CHUNKS % THREADS == 0 || row < ROWS) {
+                copy16_async(tile + row * width + chunk * 8, inside ? first + row * stride + chunk * 8 : from, inside);
+            }
+        }
     }
 }
 
-// Which of elements (row, column) .. (row, column + 7) are kept: a bit each, the first the lowest.
+// `bits` with bit BIT set if a 16-bit uniform, in the upper half of `word` above anything, is at least the threshold.
+template <int BIT>
+__device__ __forceinline__ void keep_bit(uint32_t& bits, uint32_t word, uint32_t threshold) {
+    asm("{\n\t.reg .pred kept;\n\tsetp.ge.u32 kept, %1, %2;\n\t@kept or.b32 %0, %0, %3;\n\t}"
+        : "+r"(bits)
+        : "r"(word), "r"(threshold), "n"(1u << BIT));
+}
+
+// Which of the eight elements of one Philox call are kept: bit i for element i; PAIRED: bit i for element 2i and 8 + i
+// for 2i + 1.
+template <bool PAIRED>
+__device__ __forceinline__ uint32_t kept_of_call(uint64_t seed, const Segment& segment, uint64_t call) {
+    const uint4 uniforms = dropout_uniforms(seed, segment.stream, call);
+    // No uniform reaches 65536; what p = 1 keeps all the same, one word in 2^32, is scaled by 0.
+    const uint32_t threshold = segment.threshold > 0xFFFFu ? 0xFFFFFFFFu : segment.threshold << 16;
+    uint32_t bits = 0;
+    keep_bit<0>(bits, uniforms.x << 16, threshold);
+    keep_bit<PAIRED ? 8 : 1>(bits, uniforms.x, threshold);
+    keep_bit<PAIRED ? 1 : 2>(bits, uniforms.y << 16, threshold);
+    keep_bit<PAIRED ? 9 : 3>(bits, uniforms.y, threshold);
+    keep_bit<PAIRED ? 2 : 4>(bits, uniforms.z << 16, threshold);
+    keep_bit<PAIRED ? 10 : 5>(bits, uniforms.z, threshold);
+    keep_bit<PAIRED ? 3 : 6>(bits, uniforms.w << 16, threshold);
+    keep_bit<PAIRED ? 11 : 7>(bits, uniforms.w, threshold);
+    return bits;
+}
+
+// The same of elements (row, column) .. (row, column + 7), `column` a multiple of 8.
+template <bool PAIRED>
 __device__ __forceinline__ uint32_t kept_bits(uint64_t seed, const Segment& segment, uint64_t row, uint64_t column,
                                               uint64_t columns) {
     const uint64_t index = row * columns + column;
-    const uint32_t shift = static_cast<uint32_t>(index % DROPOUT_LANES);
-    uint32_t bits = 0;
-    uint4 uniforms = dropout_uniforms(seed, segment.stream, index / DROPOUT_LANES);
+    const uint32_t shift = static_cast<uint32_t>(columns % 8 == 0 ? 0 : index % 8);
+    if (shift == 0) return kept_of_call<PAIRED>(seed, segment, index / 8);
+    // Rows that are no multiple of 8 elements long: two calls.
+    uint32_t bits = kept_of_call<false>(seed, segment, index / 8);
+    bits = (bits | kept_of_call<false>(seed, segment, index / 8 + 1) << 8) >> shift;
+    if (!PAIRED) return bits & 0xFFu;
+    uint32_t paired = 0;
 #pragma unroll
-    for (int lane = 0; lane < DROPOUT_LANES; ++lane) {
-        bits |= static_cast<uint32_t>(dropout_keeps(uniforms, lane, segment.threshold)) << lane;
-    }
-    if (shift != 0) {  // rows that are no multiple of 8 elements long: two calls
-        uniforms = dropout_uniforms(seed, segment.stream, index / DROPOUT_LANES + 1);
-#pragma unroll
-        for (int lane = 0; lane < DROPOUT_LANES; ++lane) {
-            bits |= static_cast<uint32_t>(dropout_keeps(uniforms, lane, segment.threshold)) << (lane + DROPOUT_LANES);
-        }
-        bits >>= shift;
-    }
-    return bits & 0xFFu;
+    for (int i = 0; i < 4; ++i) paired |= (bits >> (2 * i) & 1u) << i | (bits >> (2 * i + 1) & 1u) << (8 + i);
+    return paired;
 }
 
-// All ones in the halves of a register whose element is kept.
-__device__ __forceinline__ uint32_t keep_halves(uint32_t low, uint32_t high) {
-    return (low & 1u ? 0x0000FFFFu : 0u) | (high & 1u ? 0xFFFF0000u : 0u);
-}
-
-// `a` with dropped elements zeroed; `bits` are kept_bits of the row of 16 bytes whose address this lane gave to
-// load_matrices.
+// `a` with dropped elements zeroed; `bits` are kept_bits<!TRANSPOSED> of the row of 16 bytes whose address this lane
+// gave to load_matrices.
 template <bool TRANSPOSED>
 __device__ __forceinline__ Fragments mask_fragments(const Fragments& a, uint32_t bits) {
     const int lane = threadIdx.x % 32;
+    if constexpr (TRANSPOSED) bits |= __shfl_down_sync(0xFFFFFFFFu, bits, 1) << 8;
+    const int shift = 7 - (TRANSPOSED ? lane / 4 : lane % 4);
     Fragments masked;
-    if constexpr (TRANSPOSED) {
-        const uint32_t two_rows = bits | __shfl_down_sync(0xFFFFFFFFu, bits, 1) << 8;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const uint32_t found = __shfl_sync(0xFFFFFFFFu, two_rows, 8 * i + 2 * (lane % 4)) >> (lane / 4);
-            masked.part[i] = a.part[i] & keep_halves(found, found >> 8);
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const uint32_t found = __shfl_sync(0xFFFFFFFFu, bits, 8 * i + lane / 4) >> (2 * (lane % 4));
-            masked.part[i] = a.part[i] & keep_halves(found, found >> 1);
-        }
+    for (int i = 0; i < 4; ++i) {
+        const int from = 8 * i + (TRANSPOSED ? 2 * (lane % 4) : lane / 4);
+        const uint32_t found = __shfl_sync(0xFFFFFFFFu, bits, from) << shift;
+        // The sign of byte 0 to all of the lower half, that of byte 1 to the upper.
+        uint32_t keep;
+        asm("prmt.b32 %0, %1, 0, 0x9988;" : "=r"(keep) : "r"(found));
+        masked.part[i] = a.part[i] & keep;
     }
     return masked;
 }
@@ -134,6 +167,32 @@ __device__ __forceinline__ int rows_first(int width) {
 __device__ __forceinline__ int columns_first(int width) {
     const int lane = threadIdx.x % 32;
     return (lane % 8 + lane / 16 * 8) * width + lane / 8 % 2 * 8;
+}
+
+// sums += a * b for sixteen columns of a panel's tile, `b` being the row whose address this lane gives. Tensor cores cut
+// their sums off: the parts of wider adapters are summed by themselves, the smallest first, and rounded to `sums` once
+// every sixteen products.
+template <typename T, int R>
+__device__ __forceinline__ void multiply_parts(float (&low)[4], float (&high)[4], const Fragments& a, const T* b,
+                                               int planes) {
+    if (planes == 1) {
+        const Fragments f = load_matrices<true>(b);
+        multiply<T>(low, a, f.part[0], f.part[1]);
+        multiply<T>(high, a, f.part[2], f.part[3]);
+        return;
+    }
+    float low_sums[4] = {}, high_sums[4] = {};
+#pragma unroll 1
+    for (int plane = planes - 1; plane >= 0; --plane) {
+        const Fragments f = load_matrices<true>(b + plane * R);
+        multiply<T>(low_sums, a, f.part[0], f.part[1]);
+        multiply<T>(high_sums, a, f.part[2], f.part[3]);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        low[i] += low_sums[i];
+        high[i] += high_sums[i];
+    }
 }
 
 }  // namespace ferrotune

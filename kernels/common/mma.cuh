@@ -75,8 +75,7 @@ __device__ __forceinline__ void multiply<f16>(float (&sums)[4], const Fragments&
         : "r"(a.part[0]), "r"(a.part[1]), "r"(a.part[2]), "r"(a.part[3]), "r"(b0), "r"(b1));
 }
 
-// The high part of a value is itself rounded to T, the low part what that left, rounded: together 16 bits of bf16's
-// mantissa, 22 of f16's.
+// What a value rounded to T leaves; of that again, and so on: three parts hold 24 bits of mantissa in bf16, two 22 in f16.
 template <typename T>
 __device__ __forceinline__ float low_part(float value) {
     return value - to_float(from_float<T>(value));

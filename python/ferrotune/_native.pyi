@@ -201,8 +201,8 @@ def cuda_quantize_absmax(
     nested_absmax: int,
 ) -> None: ...
 
-# x [m, k], m, k, dtype, planes, seed (0 without dropout), h, h_columns
-_GroupInput = tuple[int, int, int, str, int, int, int, int]
+# x [m, k], m, k, dtype, planes, seed (0 without dropout), h, h_columns, whether forward adds to y
+_GroupInput = tuple[int, int, int, str, int, int, int, int, bool]
 # (lora_A, lora_B, their dtype, n, r), (scaling, dropout_p, stream, h_column), (y, or its gradient,
 # bias, lora_bias, its dtype), gradients of (lora_A, lora_B); addresses are 0 for what is not there
 _GroupProjection = tuple[

@@ -23,9 +23,8 @@ class Fingerprint:
     sha256: str
 
 
-def fingerprints(settings: Mapping[str, Any]) -> list[Fingerprint]:
+def fingerprints(paths: Sequence[str]) -> list[Fingerprint]:
     """Of every data file of the run. Raises OSError."""
-    paths = [*settings["data"], *settings["heldout_data"]]
     return [Fingerprint(path, *fingerprint(Path(path))) for path in paths]
 
 

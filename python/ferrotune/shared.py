@@ -19,7 +19,12 @@ Model = Annotated[
     ),
 ]
 Data = Annotated[
-    StrPaths, Option("text files: .txt, .jsonl, .csv or .parquet", unit="one or more", group=DATA)
+    StrPaths,
+    Option(
+        "text: .txt, .jsonl, .csv or .parquet files, or folders of them",
+        unit="one or more",
+        group=DATA,
+    ),
 ]
 Adapter = Annotated[
     StrPath | None, Option("folder of a PEFT LoRA adapter for the model", group=MODEL)

@@ -105,7 +105,7 @@ impl Device {
         let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         // SAFETY: as above. The context is never released: it lives as long as the process.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(during(&what))?;
-        let guard = ContextGuard::enter(context)?;
+        let guard = ContextGuard::enter(context, ordinal)?;
         let (functions, code) = load_all(shared)?;
         drop(guard);
         Ok(Self {
@@ -122,7 +122,7 @@ impl Device {
 
     /// Makes this device's context current until the guard is dropped.
     pub(super) fn enter(&self) -> Result<ContextGuard> {
-        ContextGuard::enter(self.context)
+        ContextGuard::enter(self.context, self.ordinal)
     }
 
     pub(super) fn function(&self, name: &str) -> Result<sys::CUfunction> {
@@ -149,10 +149,16 @@ pub(super) struct ContextGuard {
 }
 
 impl ContextGuard {
-    fn enter(context: sys::CUcontext) -> Result<Self> {
+    fn enter(context: sys::CUcontext, ordinal: usize) -> Result<Self> {
         let current =
             result::ctx::get_current().map_err(during("asking for the current context"))?;
         if current == Some(context) {
+            return Ok(Self { pushed: false });
+        }
+        if current.is_none() && ordinal == 0 {
+            // A new thread's device is 0 already, and cuBLAS asks for a context in it.
+            // SAFETY: `context` is a retained primary context.
+            unsafe { result::ctx::set_current(context) }.map_err(during("entering a context"))?;
             return Ok(Self { pushed: false });
         }
         // SAFETY: `context` is a retained primary context.

@@ -29,4 +29,4 @@ pub use record::{Content, Digest, Item, Reason, Record, Skip};
 pub use source::{BatchSource, Sequential, Shuffled};
 pub use split::{Sides, Split, split};
 pub use tokenizer::Tokenizer;
-pub use whole::prepare_whole;
+pub use whole::{Whole, prepare_whole};

@@ -14,17 +14,18 @@ pub struct GroupInput(
     u64,    // m
     u64,    // k
     String, // dtype
-    u64,    // planes: 2 where adapters are wider than x
+    u64,    // planes: 3 where adapters are wider than x
     u64,    // seed: of an int64; 0 without dropout
     u64,    // h: [m, planes * h_columns]
     u64,    // h_columns
+    bool,   // forward: the outputs hold the base products already
 );
 
 impl GroupInput {
     fn get(&self) -> Result<Input> {
-        if !matches!(self.4, 1 | 2) {
+        if !(1..=3).contains(&self.4) {
             return Err(Error::argument(format!(
-                "planes must be 1 or 2, not {}",
+                "planes must be 1 to 3, not {}",
                 self.4
             )));
         }
@@ -37,6 +38,7 @@ impl GroupInput {
             seed: self.5,
             h: self.6,
             h_columns: self.7,
+            onto: self.8,
         })
     }
 }

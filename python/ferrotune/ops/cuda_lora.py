@@ -1,9 +1,10 @@
 """LoRA's forward and backward on CUDA: ferrotune's kernels around PyTorch's products.
 
 The LoRA term of a projection is written first, with its biases; the base product accumulates onto
-it. Backward does the same for x's gradient, from a 4-bit weight laid out transposed. Adapters that
-no kernel takes (x of 32 bits or more, ranks above what one pass takes) go through PyTorch's
-products, with the same masks and the same dequantised weights.
+it. (f32 adapters beside a 16-bit x: the base product first, so that the term is rounded but once,
+with the sum; each of their values is three of x's type.) Backward does the same for x's gradient,
+from a 4-bit weight laid out transposed. Adapters that no kernel takes (x of 32 bits or more, ranks
+above what one pass takes) go through PyTorch's products, with the same masks and weights.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class _Pass(NamedTuple):
     members: list[int]
     starts: list[int]
     columns: int
-    planes: int
+    planes: int  # parts of an adapter's value
+    onto: bool  # the LoRA terms are added to the base products
 
 
 @functools.cache
@@ -59,7 +61,7 @@ def _workspace_bytes(
 
 
 def _planes(x: Tensor, projection: Projection) -> int:
-    """1, or 2 where the adapter is wider than x; 0 where the kernels do not take it."""
+    """1, or 3 where the adapter is wider than x; 0 where the kernels do not take it."""
     lora_A, lora_B, lora_bias = projection.lora_A, projection.lora_B, projection.lora_bias
     if lora_A is None or lora_B is None or x.dtype not in _HALVES:
         return 0
@@ -70,7 +72,7 @@ def _planes(x: Tensor, projection: Projection) -> int:
         return 0
     if projection.shape[0] == 0 or projection.shape[1] == 0:
         return 0
-    return 1 if kind == x.dtype else 2
+    return 1 if kind == x.dtype else 3
 
 
 def _passes(x: Tensor, projections: Sequence[Projection]) -> list[_Pass]:
@@ -84,9 +86,11 @@ def _passes(x: Tensor, projections: Sequence[Projection]) -> list[_Pass]:
         most = _max_columns(x.device.index, planes)
         if columns > most:
             continue
+        has_base = projection.weight is not None or projection.quant is not None
+        onto = has_base and (planes > 1 or projection.dropout_p >= 1)
         last = passes[-1] if passes else None
-        if last is None or last.planes != planes or last.columns + columns > most:
-            passes.append(_Pass([i], [0], columns, planes))
+        if last is None or last[3:] != (planes, onto) or last.columns + columns > most:
+            passes.append(_Pass([i], [0], columns, planes, onto))
         else:
             last.members.append(i)
             last.starts.append(last.columns)
@@ -117,19 +121,23 @@ def forward(
     done = set()
     for one in _passes(x, projections):
         for i in one.members:
-            ys[i] = x.new_empty(m, projections[i].shape[0])
             done.add(i)
+            if one.onto:
+                ys[i] = reference.base(x, projections[i])
+            else:
+                ys[i] = x.new_empty(m, projections[i].shape[0])
         hs[one.members[0]] = h = x.new_empty(m, one.planes * one.columns)
         if m:
             _run_forward(x, projections, seed, one, ys, h)
-    for i, projection in enumerate(projections):
-        y = ys[i]
-        if i not in done or y is None:
-            (ys[i],), (hs[i],) = reference.forward(x, [projection], seed)
+        if one.onto:
             continue
-        weight = reference.dense(projection, x.dtype)
-        if weight is not None:
-            y.addmm_(x, weight.t())
+        for i in one.members:
+            weight, y = reference.dense(projections[i], x.dtype), ys[i]
+            if weight is not None and y is not None:
+                y.addmm_(x, weight.t())
+    for i, projection in enumerate(projections):
+        if i not in done:
+            (ys[i],), (hs[i],) = reference.forward(x, [projection], seed)
     return ys, hs  # type: ignore[return-value]
 
 
@@ -149,7 +157,7 @@ def _run_forward(
     for i, start in zip(one.members, one.starts, strict=True):
         projection, y = projections[i], ys[i]
         bias, lora_bias = projection.bias, projection.lora_bias
-        bias = None if bias is None else bias.contiguous()
+        bias = None if bias is None or one.onto else bias.contiguous()
         lora_bias = None if lora_bias is None else lora_bias.contiguous()
         kind = x.dtype if lora_bias is None else lora_bias.dtype
         alive += [part for part in (bias, lora_bias) if part is not None]
@@ -193,13 +201,15 @@ def _input(
     one: _Pass,
     h: Tensor,
     h_columns: int,
-) -> tuple[int, int, int, str, int, int, int, int]:
+) -> tuple[int, int, int, str, int, int, int, int, bool]:
     m, k = x.shape
     dropped = any(projections[i].dropout_p for i in one.members)
     if dropped and (seed is None or seed.device != x.device):
         raise ValueError("dropout needs a seed on x's device: ops.dropout_seed(x)")
     address = seed.data_ptr() if dropped and seed is not None else 0
-    return (x.data_ptr(), m, k, _NAMES[x.dtype], one.planes, address, h.data_ptr(), h_columns)
+    return (
+        x.data_ptr(), m, k, _NAMES[x.dtype], one.planes, address, h.data_ptr(), h_columns, one.onto
+    )  # fmt: skip
 
 
 def _workspace(

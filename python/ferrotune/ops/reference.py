@@ -25,7 +25,7 @@ def forward(
     ys: list[Tensor] = []
     hs: list[Tensor | None] = []
     for projection in projections:
-        y = _base(x, projection)
+        y = base(x, projection)
         h = None
         if projection.lora_A is not None and projection.lora_B is not None:
             kind = term_dtype(x, projection.lora_A)
@@ -147,11 +147,12 @@ def _scratch(quant: Quant4bit) -> Tensor:
     return flat[:elements].view(quant.shape)
 
 
-def _base(x: Tensor, projection: Projection) -> Tensor | None:
-    weight = dense(projection, x.dtype)
+def base(x: Tensor, projection: Projection) -> Tensor | None:
+    """``x·Wᵀ + bias``; without W the bias alone, None without either."""
+    weight, bias = dense(projection, x.dtype), projection.bias
     if weight is None:
-        return None
-    return torch.nn.functional.linear(x, weight, projection.bias)
+        return None if bias is None else bias.repeat(x.shape[0], 1)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def _product(a: Tensor, b: Tensor, scaling: float) -> Tensor:

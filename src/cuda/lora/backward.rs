@@ -66,6 +66,7 @@ pub unsafe fn backward(
         let job = ReduceJob {
             from_columns: width as u32,
             from_column: 0,
+            planes: 1,
             scale: 1.0,
             ..ReduceJob::default()
         };
@@ -78,7 +79,7 @@ pub unsafe fn backward(
             ranges: plan.column_blocks as u32,
             columns: width as u32,
             dtype: type_number(g_type),
-            plane: if planes == 2 { columns as u32 } else { 0 },
+            planes,
             scale: projection.scaling,
             ..job
         });
@@ -130,7 +131,7 @@ pub unsafe fn backward(
             segments,
         };
         // SAFETY: as above.
-        unsafe { kernels::up(device, stream, input.dtype, up) }?;
+        unsafe { kernels::up(device, stream, input.dtype, false, up) }?;
     }
 
     if projections.iter().any(|projection| projection.grad_a != 0) {
@@ -183,7 +184,7 @@ unsafe fn grad_a(
                 from_column: column,
                 columns: projection.r as u32,
                 dtype: type_number(projection.adapter),
-                plane: 0,
+                planes: 1,
                 rows_first: 1,
                 scale: 1.0,
             });

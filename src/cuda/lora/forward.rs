@@ -150,7 +150,7 @@ pub unsafe fn forward(
             segments,
         };
         // SAFETY: as above.
-        unsafe { kernels::up(device, stream, input.dtype, up) }?;
+        unsafe { kernels::up(device, stream, input.dtype, input.onto, up) }?;
     }
     Ok(())
 }

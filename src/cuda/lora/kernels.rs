@@ -175,7 +175,7 @@ pub struct ReduceJob {
     pub from_column: u32,
     pub columns: u32,
     pub dtype: u32,
-    pub plane: u32,
+    pub planes: u32,
     pub rows_first: u32,
     pub scale: f32,
 }
@@ -218,7 +218,10 @@ const DOWN_FEW: Variants = variants!("lora_down_few");
 const OUTER: Variants = variants!("lora_outer");
 const DOWN_OUTER: Variants = variants!("lora_down_outer");
 const DOWN_OUTER_SMALL: Variants = variants!("lora_down_outer_small");
-const UP: [&str; 2] = ["lora_up_f16", "lora_up_bf16"];
+const UP: [[&str; 2]; 2] = [
+    ["lora_up_f16", "lora_up_bf16"],
+    ["lora_up_onto_f16", "lora_up_onto_bf16"],
+];
 const PACK: [&str; 2] = ["lora_pack_f16", "lora_pack_bf16"];
 
 /// Bytes of a row of `columns` elements in shared memory.
@@ -294,7 +297,9 @@ impl DownOuterPlan {
                 small,
             })
         };
-        plan(256, 64, false, limit, 1).or_else(|| plan(128, 32, true, limit, 1))
+        plan(256, 64, false, shared_budget(device), 2)
+            .or_else(|| plan(256, 64, false, limit, 1))
+            .or_else(|| plan(128, 32, true, limit, 1))
     }
 }
 
@@ -316,24 +321,37 @@ pub unsafe fn down(
     mut p: Down,
 ) -> Result<()> {
     let few = p.m.div_ceil(64) < u64::from(device.multiprocessors) * 3 / 4;
-    let (variants, rows, depth) = if few {
-        (DOWN_FEW, 16, 128)
+    let depth = 128;
+    let (variants, rows) = if few {
+        (DOWN_FEW, 16)
     } else {
-        (DOWN, 64, 64)
+        (DOWN, if segments <= 2 { 32 } else { 64 })
     };
     let panel_row = row_bytes(SEGMENT * segments as u64 * u64::from(p.planes));
     let stage = rows * row_bytes(depth) + depth * panel_row;
-    let stages = stages(shared_budget(device), 0, stage, 6).unwrap_or(2);
+    let blocks = p.m.div_ceil(rows);
+    let budget = if blocks <= u64::from(device.multiprocessors) {
+        u64::from(device.shared)
+    } else {
+        shared_budget(device)
+    };
+    let stages = stages(budget, 0, stage, 6).unwrap_or(2);
     p.stages = stages as u32;
-    let grid = launch_grid((p.m.div_ceil(rows), 1), stages * stage);
+    let grid = launch_grid((blocks, 1), stages * stage);
     let kernel = variants[dtype as usize][segments - 1];
     // SAFETY: the caller's promise.
     unsafe { device.launch(kernel, grid, stream, &p) }
 }
 
 /// # Safety
-/// As [`down`], for `kernels/lora_up.cuh`.
-pub unsafe fn up(device: &Device, stream: Stream, dtype: Float16, mut p: Up) -> Result<()> {
+/// As [`down`], for `kernels/lora_up.cuh`; with `onto`, `p.out` is added to.
+pub unsafe fn up(
+    device: &Device,
+    stream: Stream,
+    dtype: Float16,
+    onto: bool,
+    mut p: Up,
+) -> Result<()> {
     let column_blocks = p.w.div_ceil(128);
     let steps = p.m.div_ceil(64);
     let wanted = 8 * u64::from(device.multiprocessors);
@@ -342,7 +360,7 @@ pub unsafe fn up(device: &Device, stream: Stream, dtype: Float16, mut p: Up) -> 
     let row = row_bytes(SEGMENT * u64::from(p.parts * p.planes));
     let grid = launch_grid((column_blocks, steps.div_ceil(per_block)), 256 * row);
     // SAFETY: the caller's promise.
-    unsafe { device.launch(UP[dtype as usize], grid, stream, &p) }
+    unsafe { device.launch(UP[usize::from(onto)][dtype as usize], grid, stream, &p) }
 }
 
 /// # Safety
@@ -410,7 +428,7 @@ pub unsafe fn pack(
     p.jobs[..jobs.len()].copy_from_slice(jobs);
     let items = jobs
         .iter()
-        .map(|job| job.rows * u64::from(job.parts.max(1)));
+        .map(|job| job.rows * 2 * u64::from(job.parts.max(1)));
     let grid = jobs_grid(device, items.max().unwrap_or(0), jobs.len());
     // SAFETY: the caller's promise.
     unsafe { device.launch(PACK[dtype as usize], grid, stream, &p) }

@@ -54,8 +54,10 @@ pub struct Input {
     pub m: u64,
     pub k: u64,
     pub dtype: Float16,
-    /// Parts of an adapter's value: 1, or 2 where adapters are f32.
+    /// Parts of an adapter's value: 1, or 3 where adapters are f32.
     pub planes: u64,
+    /// Forward: the LoRA terms are added to what is in the outputs.
+    pub onto: bool,
     /// Of an int64; 0 where nothing is dropped.
     pub seed: Address,
     /// `[m, planes · columns]`, every projection's H at its `h_column`.
