@@ -24,8 +24,10 @@ CURVE = {"f32": 2e-6, "bf16": 3e-3}
 CURVE_OF_BF16_LOSS = {"bert": 3 * 2**-7, "roberta": 3 * 2**-7, "t5": 3 * 2**-5}
 # The worst gradient's error against float64 over the stock model's: two samples of like roundings.
 GRADIENT_ERROR = 1.25
-# A bf16 gradient's relative difference: T5's ReLU switches on other elements after rounding.
+# T5's ReLU switches on other elements after bf16 rounding: single gradients then scatter, in their
+# difference from the stock model's and in both errors.
 STEP_BF16 = {"t5": 0.25}
+GRADIENT_ERROR_BF16 = {"t5": 2.0}
 
 
 def build(name: str, quant: str, dtype: torch.dtype, folder: Path, **options: Any) -> Any:
@@ -81,7 +83,8 @@ def test_one_step(
         of = f"worst {found.kind} {found.dtype}"
         rows.append(Row(f"model {quant} {dtype}", name, of, mine, theirs, found.tensors))
         if found.kind == "gradient":  # outputs may be few numbers; the certificate bounds them
-            assert mine <= GRADIENT_ERROR * theirs, (of, mine, theirs)
+            times = GRADIENT_ERROR_BF16.get(name) if dtype == "bf16" else None
+            assert mine <= (times or GRADIENT_ERROR) * theirs, (of, mine, theirs)
     error_table.add(request.node.nodeid, rows)
 
 
