@@ -11,7 +11,6 @@ torch = pytest.importorskip("torch")
 
 from error_table import ErrorTable, Row, mean_square  # noqa: E402
 from ferrotune import ops  # noqa: E402
-from ferrotune.ops import reference  # noqa: E402
 from lora_cases import DTYPES, Case, error, make, ours, peft, run, truth  # noqa: E402
 
 SHAPES = [((7, 33), 17), ((2, 9, 40), 24), ((1, 2, 3, 64), 5), ((11, 64), 8), ((20, 129), 12)]
@@ -111,37 +110,6 @@ def test_no_less_exact_at_the_size_of_layers(dtype: torch.dtype, errors: Errors)
             label = f"512x768 r={r} {quant_type or 'dense'}"
             errors.add(case, f"large (Q)LoRA linear {short(dtype, adapter)}", label)
     errors.check()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("fast", [True, False])
-def test_16_bits_with_and_without_fast_products(
-    dtype: torch.dtype, fast: bool, errors: Errors, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On CPUs without 16-bit products the same ones run in float32, and round once."""
-    monkeypatch.setattr(reference, "_has_onednn", lambda _: fast)
-    for adapter, quant_type, dropout_p, bias in [
-        (dtype, None, 0.0, True), (dtype, "nf4", 0.3, False),
-        (torch.float32, "fp4", 0.0, False), (torch.float32, None, 0.3, True),
-    ]:  # fmt: skip
-        case = make(
-            (3, 17, 64), 24, 4, dtype=dtype, adapter_dtype=adapter, quant_type=quant_type,
-            dropout_p=dropout_p, bias=bias, lora_bias=bias,
-        )  # fmt: skip
-        label = f"adapter {short(adapter)} {quant_type or 'dense'} p={dropout_p}"
-        kind = "fast" if fast else "float32"
-        errors.add(case, f"LoRA linear {short(dtype)}, {kind} products", label)
-        one = ops.Projection(
-            case.weight, None, None, case.lora_A, case.lora_B, None, 0.7, dropout_p
-        )
-        x = case.x.clone().requires_grad_()
-        ys = ops.lora_linear_group(x, [one, one], seed=case.seed)
-        sum(y.float().sum() for y in ys).backward()
-        assert {y.dtype for y in ys} == {dtype}
-        assert x.grad.dtype == dtype
-    errors.check()
-    wanted = dtype if fast else torch.float32
-    assert reference.product_dtype(torch.empty(0, dtype=dtype)) == wanted
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 from typing import TYPE_CHECKING
@@ -34,12 +33,12 @@ def forward(
             h = _product(dropped, projection.lora_A.to(kind).t(), projection.scaling)
             up = projection.lora_B.to(kind).t()
             if projection.lora_bias is None:
-                y = _add_product(y, h, up, product_dtype(x))
+                y = _add_product(y, h, up, x.dtype)
             else:
                 term = torch.addmm(projection.lora_bias.to(kind) * projection.scaling, h, up)
-                y = term if y is None else y + term
+                y = (term if y is None else y + term).to(x.dtype)
         assert y is not None
-        ys.append(y.to(x.dtype))
+        ys.append(y)
         hs.append(h)
     return ys, hs
 
@@ -66,7 +65,6 @@ def backward(
 ) -> Grads:
     """Gradients of ``forward``'s inputs in their dtypes; ``grads`` ``[m, n]`` are contiguous."""
     dx: Tensor | None = None
-    sums_in = product_dtype(x)
     nothing: list[Tensor | None] = [None] * len(projections)
     found = Grads(None, nothing[:], nothing[:], nothing[:], nothing[:])
     for i, (grad, h, projection) in enumerate(zip(grads, hs, projections, strict=True)):
@@ -76,7 +74,7 @@ def backward(
         if need.x:
             weight = dense(projection, x.dtype)
             if weight is not None:
-                dx = _add_product(dx, grad.to(sums_in), weight.to(sums_in), sums_in)
+                dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
             del weight
         if need.bias[i] and bias is not None:
             found.bias[i] = columns(grad).to(bias.dtype)
@@ -100,44 +98,17 @@ def backward(
             down = lora_A.to(kind)
             if projection.dropout_p:
                 term = dropout.apply(g @ down, projection.dropout_p, seed, projection.stream)
-                dx = (term if dx is None else dx + term).to(sums_in)
+                dx = term.to(x.dtype) if dx is None else (dx + term).to(x.dtype)
             else:
-                dx = _add_product(dx, g, down, sums_in)
+                dx = _add_product(dx, g, down, x.dtype)
     if need.x and dx is None:
         dx = torch.zeros_like(x)
-    return found._replace(x=None if dx is None else dx.to(x.dtype))
+    return found._replace(x=dx)
 
 
 def term_dtype(x: Tensor, lora_A: Tensor) -> torch.dtype:
-    """In what the LoRA term is computed: what holds both x's and A's values, and is fast."""
-    return _fast(torch.promote_types(x.dtype, lora_A.dtype), x.device)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """In what the products with x are computed and summed, to be rounded to its dtype once."""
-    return _fast(x.dtype, x.device)
-
-
-def _fast(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """``dtype``; float32 for a 16-bit one whose products PyTorch has no fast code for on this CPU.
-
-    Without oneDNN's, a backward product in float16 takes some hundred times as long.
-    """
-    if device.type == "cpu" and dtype in _ONEDNN and not _has_onednn(dtype):
-        return torch.float32
-    return dtype
-
-
-_ONEDNN = {
-    torch.bfloat16: "_is_mkldnn_bf16_supported",
-    torch.float16: "_is_mkldnn_fp16_supported",
-}
-
-
-@functools.cache
-def _has_onednn(dtype: torch.dtype) -> bool:
-    supported = getattr(torch.ops.mkldnn, _ONEDNN[dtype], None)  # none in builds without it
-    return supported is not None and bool(supported())
+    """In what the LoRA term is computed: what holds both x's and A's values."""
+    return torch.promote_types(x.dtype, lora_A.dtype)
 
 
 def dense(projection: Projection, dtype: torch.dtype) -> Tensor | None:
@@ -177,13 +148,11 @@ def _scratch(quant: Quant4bit) -> Tensor:
 
 
 def base(x: Tensor, projection: Projection) -> Tensor | None:
-    """``x·Wᵀ + bias``, in `product_dtype`; without W the bias alone, None without either."""
-    kind = product_dtype(x)
+    """``x·Wᵀ + bias``; without W the bias alone, None without either."""
     weight, bias = dense(projection, x.dtype), projection.bias
-    bias = None if bias is None else bias.to(kind)
     if weight is None:
         return None if bias is None else bias.repeat(x.shape[0], 1)
-    return torch.nn.functional.linear(x.to(kind), weight.to(kind), bias)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def _product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
