@@ -34,6 +34,13 @@ def device() -> torch.device:
     return DEVICE
 
 
+@pytest.fixture(params=["always", "never"])
+def own_product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where ferrotune's own product of the frozen weight is used, on devices that have one."""
+    monkeypatch.setattr("ferrotune.ops.cuda_lora.own_product", request.param)
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
     """What `torch.empty` returns is full of NaN, or of the largest integer."""

@@ -1,16 +1,18 @@
-"""LoRA's forward and backward on CUDA: ferrotune's kernels around PyTorch's products.
+"""LoRA's forward and backward on CUDA: ferrotune's kernels, around PyTorch's products or its own.
 
-The LoRA term of a projection is written first, with its biases; the base product accumulates onto
-it. (f32 adapters beside a 16-bit x: the base product first, so that the term is rounded but once,
-with the sum; each of their values is three of x's type.) Backward does the same for x's gradient,
-from a 4-bit weight laid out transposed. Adapters that no kernel takes (x of 32 bits or more, ranks
-above what one pass takes) go through PyTorch's products, with the same masks and weights.
+On Hopper ferrotune's product of the frozen weight carries the LoRA term and the biases in the same
+f32 sums, in forward and in x's gradient. Elsewhere the LoRA term of a projection is written first,
+with its biases, and PyTorch's product accumulates onto it. (f32 adapters beside a 16-bit x: the
+base product first, so that the term is rounded but once, with the sum; each of their values is
+three of x's type.) Backward does the same for x's gradient, from a 4-bit weight laid out
+transposed. Adapters that no kernel takes (x of 32 bits or more, ranks above what one pass takes) go
+through PyTorch's products, with the same masks and weights.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -28,6 +30,10 @@ __all__ = ["backward", "dequantize_4bit", "forward", "quantize_4bit", "saved"]
 _HALVES = (torch.float16, torch.bfloat16)
 _SEGMENT = 16  # ranks are padded to multiples of it
 
+# Where ferrotune's own product is used: "auto", where it is the faster one; "always", where it can
+# run at all; "never".
+own_product = "auto"
+
 
 class _Pass(NamedTuple):
     """Projections that the kernels take together, by index, and where the H of each starts."""
@@ -36,7 +42,7 @@ class _Pass(NamedTuple):
     starts: list[int]
     columns: int
     planes: int  # parts of an adapter's value
-    onto: bool  # the LoRA terms are added to the base products
+    onto: bool  # without products of our own: the LoRA terms are added to the base products
 
 
 @functools.cache
@@ -44,6 +50,14 @@ def _max_columns(index: int, planes: int) -> int:
     from .. import _native
 
     return _native.cuda_lora_max_columns(index, planes)
+
+
+@functools.lru_cache(maxsize=4096)
+def _carries(use: str, index: int, m: int, w: int, depth: int) -> bool:
+    from .. import _native
+
+    can, pays = _native.cuda_lora_carries(index, m, w, depth)
+    return can and use != "never" and (pays or use == "always")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -115,16 +129,19 @@ def forward(
     m = x.shape[0]
     done = set()
     for one in _passes(x, projections):
+        done.update(one.members)
+        carried = all(_carried(x, projections[i], backward=False) for i in one.members)
+        onto = one.onto and not carried
         for i in one.members:
-            done.add(i)
-            if one.onto:
+            if onto:
                 ys[i] = reference.base(x, projections[i])
             else:
                 ys[i] = x.new_empty(m, projections[i].shape[0])
         hs[one.members[0]] = h = x.new_empty(m, one.planes * one.columns)
         if m:
-            _run_forward(x, projections, seed, one, ys, h)
-        if one.onto:
+            terms = "left" if carried else "added" if onto else "written"
+            _run_forward(x, projections, seed, one, ys, h, terms)
+        if onto or carried:
             continue
         for i in one.members:
             weight, y = reference.dense(projections[i], x.dtype), ys[i]
@@ -136,6 +153,40 @@ def forward(
     return ys, hs  # type: ignore[return-value]
 
 
+def _carried(x: Tensor, projection: Projection, *, backward: bool) -> bool:
+    """Whether ferrotune's own product takes the projection's weight."""
+    weight, bias = projection.weight, projection.bias
+    n, k = projection.shape
+    w, depth = (k, n) if backward else (n, k)
+    if not _carries(own_product, x.device.index, x.shape[0], w, depth):
+        return False
+    if x.data_ptr() % 16 or (bias is not None and bias.dtype != x.dtype):
+        return False
+    if weight is None:
+        return projection.quant is not None
+    lies = weight.is_contiguous() or weight.t().is_contiguous()
+    return weight.dtype == x.dtype and lies and weight.data_ptr() % 16 == 0
+
+
+_NO_WEIGHT = (0, False, None)
+
+
+def _weight(x: Tensor, projection: Projection, alive: list[Tensor]) -> tuple[int, bool, Any]:
+    """As native calls take it: a 4-bit one with memory that it is dequantised to in the call."""
+    quant = projection.quant
+    if quant is not None and quant.dtype == x.dtype:
+        if any(part is not None and part.device != x.device for part in quant.tensors):
+            raise ValueError(f"the parts of a 4-bit weight must all be on {x.device}")
+        numbers, offset = cuda.parts(quant)
+        scratch = x.new_empty(projection.shape)
+        alive += [scratch] if offset is None else [scratch, offset]
+        return (scratch.data_ptr(), False, numbers)
+    weight = reference.dense(projection, x.dtype)
+    assert weight is not None
+    alive.append(weight)
+    return (weight.data_ptr(), not weight.is_contiguous(), None)
+
+
 def _run_forward(
     x: Tensor,
     projections: Sequence[Projection],
@@ -143,35 +194,45 @@ def _run_forward(
     one: _Pass,
     ys: Sequence[Tensor | None],
     h: Tensor,
+    terms: str,
 ) -> None:
+    """One native call; with ``terms`` left another for each 4-bit weight but an only one's."""
     from .. import _native
 
-    index = x.device.index
+    index, stream = x.device.index, cuda.raw_stream(x.device.index)
     alive: list[Tensor] = []
-    given = []
+    given: list[Any] = []
     for i, start in zip(one.members, one.starts, strict=True):
         projection, y = projections[i], ys[i]
         bias, lora_bias = projection.bias, projection.lora_bias
-        bias = None if bias is None or one.onto else bias.contiguous()
+        bias = None if bias is None or terms == "added" else bias.contiguous()
         lora_bias = None if lora_bias is None else lora_bias.contiguous()
         kind = x.dtype if lora_bias is None else lora_bias.dtype
         alive += [part for part in (bias, lora_bias) if part is not None]
         assert y is not None
+        weight = _NO_WEIGHT
+        if terms == "left" and (len(one.members) == 1 or projection.quant is None):
+            weight = _weight(x, projection, alive)
         given.append(
             (
                 *_adapter(projection, start, alive),
                 (y.data_ptr(), address(bias), address(lora_bias), NAMES[kind]),
                 (0, 0),
+                weight,
             )
         )
     workspace = _workspace(x, projections, one, backward=False)
-    _native.cuda_lora_forward(
-        index,
-        cuda.raw_stream(index),
-        _input(x, projections, seed, one, h, one.columns),
-        given,
-        workspace.data_ptr(),
-    )
+    group = _input(x, projections, seed, one, h, one.columns, terms)
+    _native.cuda_lora_forward(index, stream, group, given, workspace.data_ptr())
+    if terms != "left":
+        return
+    missing = [place for place, part in enumerate(given) if part[-1] == _NO_WEIGHT]
+    nothing = [(*part[:-1], _NO_WEIGHT) for part in given]
+    for place in missing:  # one at a time
+        now: list[Tensor] = []
+        weight = _weight(x, projections[one.members[place]], now)
+        asked = [*nothing[:place], (*given[place][:-1], weight), *nothing[place + 1 :]]
+        _native.cuda_lora_products(index, stream, group, asked, workspace.data_ptr())
 
 
 def _adapter(
@@ -196,14 +257,15 @@ def _input(
     one: _Pass,
     h: Tensor,
     h_columns: int,
-) -> tuple[int, int, int, str, int, int, int, int, bool]:
+    terms: str = "written",
+) -> tuple[int, int, int, str, int, int, int, int, str]:
     m, k = x.shape
     dropped = any(projections[i].dropout_p for i in one.members)
     if dropped and (seed is None or seed.device != x.device):
         raise ValueError("dropout needs a seed on x's device: ops.dropout_seed(x)")
     return (
         x.data_ptr(), m, k, NAMES[x.dtype], one.planes, address(seed if dropped else None),
-        h.data_ptr(), h_columns, one.onto,
+        h.data_ptr(), h_columns, terms,
     )  # fmt: skip
 
 
@@ -230,9 +292,11 @@ def backward(
     found = Grads(None, nothing[:], nothing[:], nothing[:], nothing[:])
     dx: Tensor | None = None
     done = set()
+    based: set[int] = set()  # whose base products dx has
     for one in _passes(x, projections):
         done.update(one.members)
-        dx = _run_backward(grads, x, hs[one.members[0]], projections, seed, need, one, found, dx)
+        h = hs[one.members[0]]
+        dx = _run_backward(grads, x, h, projections, seed, need, one, found, dx, based)
     for i, (grad, projection) in enumerate(zip(grads, projections, strict=True)):
         if grad is None:
             continue
@@ -240,7 +304,7 @@ def backward(
             reference.bias_grads(found, grad, projection, need, i)
         else:
             dx = _add(dx, _by_pytorch(grad, x, hs[i], projection, seed, need, i, found))
-        if need.x:
+        if need.x and i not in based:
             dx = _base_grad(grad, projection, x.dtype, dx)
     if need.x and dx is None:
         dx = torch.zeros_like(x)
@@ -299,8 +363,12 @@ def _run_backward(
     one: _Pass,
     found: Grads,
     dx: Tensor | None,
+    based: set[int],
 ) -> Tensor | None:
-    """Fills in the gradients of a pass's adapters; returns dx with its LoRA terms."""
+    """Fills in the gradients of a pass's adapters; returns dx with its LoRA terms.
+
+    ``based`` receives the projections whose base products dx has too.
+    """
     from .. import _native
 
     assert h is not None
@@ -315,6 +383,10 @@ def _run_backward(
     alive: list[Tensor] = []
     given = []
     empty = x.shape[0] == 0
+    weights: dict[int, tuple[int, bool, Any]] = {}
+    if need.x and not empty:
+        weights = _weights_of_grad_x(grads, x, projections, live, alive)
+    based.update(weights)
     for i, start in zip(live.members, live.starts, strict=True):
         projection, grad = projections[i], grads[i]
         lora_A, lora_B = projection.lora_A, projection.lora_B
@@ -331,6 +403,7 @@ def _run_backward(
                 *_adapter(projection, start, alive),
                 (grad.data_ptr(), 0, 0, "float32"),
                 (address(found.lora_A[i]), address(found.lora_B[i])),
+                weights.get(i, _NO_WEIGHT),
             )
         )
     if empty:
@@ -347,3 +420,34 @@ def _run_backward(
         address(part),
     )
     return _add(dx, part)
+
+
+def _weights_of_grad_x(
+    grads: Sequence[Tensor | None],
+    x: Tensor,
+    projections: Sequence[Projection],
+    live: _Pass,
+    alive: list[Tensor],
+) -> dict[int, tuple[int, bool, Any]]:
+    """The weights whose products x's gradient gets together with the LoRA terms, by projection."""
+    found: dict[int, tuple[int, bool, Any]] = {}
+    if len(live.members) > 1 and any(projections[i].dropout_p for i in live.members):
+        return found  # their masks differ, and the sums are one
+    room = 0.0
+    for i in live.members:
+        grad, projection = grads[i], projections[i]
+        if grad is None or grad.data_ptr() % 16 or grad.dtype != x.dtype:
+            continue
+        if not _carried(x, projection, backward=True):
+            continue
+        if projection.quant is not None:
+            # Dense copies of one and a half times the first at most: they take memory all at once.
+            elements = projection.shape[0] * projection.shape[1]
+            room = room or 1.5 * elements
+            if elements > room:
+                continue
+            room -= elements
+        weight = _weight(x, projection, alive)
+        if all(weight[1] == other[1] for other in found.values()):
+            found[i] = weight
+    return found

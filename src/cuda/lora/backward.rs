@@ -1,14 +1,16 @@
 //! Backward of a group.
 
 use super::super::device::Device;
-use super::super::error::Result;
 use super::super::launch::{Address, Stream};
 use super::forward::panel_jobs;
+use super::gemm::{self, Carried, Matrix, Product};
 use super::kernels::{self, DownOuter, MAX_SEGMENTS, Outer, ReduceJob, Up, UpSegment};
-use super::{Float16, Input, Layout, Projection, masks, segments_of, type_number, vectors};
-use crate::dtype::DType;
+use super::{Input, Layout, Projection, masks, segments_of, type_number, vectors};
+use crate::error::Result;
 
-/// Writes the adapters' gradients that are asked for, and to `grad_x`, unless 0, the LoRA terms' part of x's gradient.
+/// Writes the adapters' gradients that are asked for, and to `grad_x`, unless 0, the LoRA terms' part of x's gradient
+/// with the products of the weights that are given: these must lie alike, and with several projections nothing is
+/// dropped.
 ///
 /// # Safety
 /// As [`super::forward`], with `grad_x` `[m, k]` aligned to 16 bytes.
@@ -30,14 +32,11 @@ pub unsafe fn backward(
     let planes = input.planes as u32;
     let columns: u64 = projections.iter().map(Projection::columns).sum();
     let g = workspace + layout.g;
-    let g_type = match input.dtype {
-        Float16::F16 => DType::F16,
-        Float16::BF16 => DType::BF16,
-    };
     let jobs = panel_jobs(input, projections, layout, workspace);
     // SAFETY: the caller's promise; panels, G and partial sums lie in the workspace, here and below.
     unsafe { kernels::pack(device, stream, input.dtype, &jobs) }?;
 
+    let mut sums_of_g = Vec::with_capacity(projections.len());
     let mut sums = Vec::with_capacity(2 * projections.len());
     let mut column = 0;
     for (i, projection) in projections.iter().enumerate() {
@@ -70,7 +69,7 @@ pub unsafe fn backward(
             scale: 1.0,
             ..ReduceJob::default()
         };
-        sums.push(ReduceJob {
+        sums_of_g.push(ReduceJob {
             partial: down_outer.g_partial,
             to: g + 2 * column,
             rows: input.m,
@@ -78,7 +77,7 @@ pub unsafe fn backward(
             column_stride: 1,
             ranges: plan.column_blocks as u32,
             columns: width as u32,
-            dtype: type_number(g_type),
+            dtype: type_number(input.dtype.into()),
             planes,
             scale: projection.scaling,
             ..job
@@ -98,13 +97,16 @@ pub unsafe fn backward(
         }
         column += width;
     }
+    let given = projections.iter().any(|one| one.weight != 0);
     // SAFETY: as above.
-    unsafe { kernels::reduce(device, stream, &sums) }?;
-
-    if grad_x != 0 {
-        // SAFETY: as above.
-        unsafe {
-            term_of_grad_x(
+    unsafe {
+        for projection in projections.iter().filter(|_| grad_x != 0) {
+            projection.dequantize(device, stream, input, true)?;
+        }
+        kernels::reduce(device, stream, &sums_of_g)?;
+        if grad_x != 0 {
+            let write = if given { sum_of_grad_x } else { term_of_grad_x };
+            write(
                 device,
                 stream,
                 input,
@@ -112,17 +114,26 @@ pub unsafe fn backward(
                 layout,
                 workspace,
                 grad_x,
-            )
-        }?;
+            )?;
+        }
+        if projections.iter().any(|projection| projection.grad_a != 0) {
+            let early = grad_x != 0; // what was launched last writes grad_x alone
+            sums.extend(grad_a(
+                device,
+                stream,
+                input,
+                projections,
+                layout,
+                workspace,
+                early,
+            )?);
+        }
+        kernels::reduce(device, stream, &sums)
     }
-
-    if projections.iter().any(|projection| projection.grad_a != 0) {
-        // SAFETY: as above.
-        unsafe { grad_a(device, stream, input, projections, layout, workspace) }?;
-    }
-    Ok(())
 }
 
+/// Writes the partial sums of the gradients of A; returns what adds them up.
+///
 /// # Safety
 /// As [`backward`], after G was written.
 unsafe fn grad_a(
@@ -132,7 +143,8 @@ unsafe fn grad_a(
     projections: &[Projection],
     layout: &Layout,
     workspace: Address,
-) -> Result<()> {
+    early: bool,
+) -> Result<Vec<ReduceJob>> {
     let columns: u64 = projections.iter().map(Projection::columns).sum();
     let (segments, count) = segments_of(projections, |_| 1.0);
     let outer = Outer {
@@ -148,6 +160,8 @@ unsafe fn grad_a(
         stages: 0,
         rows_per_range: 0,
         vectors: vectors(input.x, input.k),
+        early: u32::from(early),
+        reserved: 0,
         segments,
     };
     let (ranges, _) = kernels::outer_ranges(device, input.m, input.k);
@@ -174,10 +188,8 @@ unsafe fn grad_a(
         column += projection.columns() as u32;
     }
     // SAFETY: the caller's promise.
-    unsafe {
-        kernels::outer(device, stream, input.dtype, count, outer)?;
-        kernels::reduce(device, stream, &sums)
-    }
+    unsafe { kernels::outer(device, stream, input.dtype, count, outer) }?;
+    Ok(sums)
 }
 
 /// # Safety
@@ -223,4 +235,43 @@ unsafe fn term_of_grad_x(
     };
     // SAFETY: the caller's promise.
     unsafe { kernels::up(device, stream, input.dtype, false, up) }
+}
+
+/// # Safety
+/// As [`backward`], after G was written.
+unsafe fn sum_of_grad_x(
+    device: &Device,
+    stream: Stream,
+    input: &Input,
+    projections: &[Projection],
+    layout: &Layout,
+    workspace: Address,
+    grad_x: Address,
+) -> Result<()> {
+    let columns: u64 = projections.iter().map(Projection::columns).sum();
+    let panels = |address, rows| Matrix::new(workspace + address, rows, input.planes * columns);
+    let given = || projections.iter().filter(|one| one.weight != 0);
+    let products: Vec<_> = given()
+        .map(|one| Product {
+            x: Matrix::new(one.y, input.m, one.n),
+            w: one.weight_matrix(input.k),
+        })
+        .collect();
+    let places: Vec<_> = (0..columns).step_by(16).map(|at| (at, at)).collect();
+    let (chunks, lower) = gemm::chunks(input.planes, &places, columns, columns);
+    let (segments, _) = segments_of(projections, |_| 1.0);
+    let carried = Carried {
+        products: &products,
+        down_rows: given().all(|one| !one.weight_transposed),
+        h: panels(layout.g, input.m),
+        panel: panels(layout.panel_a, input.k),
+        chunks: &chunks,
+        lower,
+        masks: masks(input, projections),
+        masked: segments[0],
+        bias: 0,
+        out: Matrix::new(grad_x, input.m, input.k),
+    };
+    // SAFETY: the caller's promise.
+    unsafe { gemm::launch(device, stream, input.dtype, &carried) }
 }

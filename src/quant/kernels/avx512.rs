@@ -43,20 +43,20 @@ pub(super) fn dequantize<T: Element>(
     unsafe {
         match (T::DTYPE, stream) {
             (DType::F32, false) => {
-                dequantize_f32::<false>(lut, packed, absmax, blocksize, to.cast())
+                dequantize_f32::<false>(lut, packed, absmax, blocksize, to.cast());
             }
             (DType::F32, true) => dequantize_f32::<true>(lut, packed, absmax, blocksize, to.cast()),
             (DType::F16, false) => {
-                dequantize_16::<F16, false>(lut, packed, absmax, blocksize, to.cast())
+                dequantize_16::<F16, false>(lut, packed, absmax, blocksize, to.cast());
             }
             (DType::F16, true) => {
-                dequantize_16::<F16, true>(lut, packed, absmax, blocksize, to.cast())
+                dequantize_16::<F16, true>(lut, packed, absmax, blocksize, to.cast());
             }
             (DType::BF16, false) => {
-                dequantize_16::<BF16, false>(lut, packed, absmax, blocksize, to.cast())
+                dequantize_16::<BF16, false>(lut, packed, absmax, blocksize, to.cast());
             }
             (DType::BF16, true) => {
-                dequantize_16::<BF16, true>(lut, packed, absmax, blocksize, to.cast())
+                dequantize_16::<BF16, true>(lut, packed, absmax, blocksize, to.cast());
             }
         }
         if stream {
