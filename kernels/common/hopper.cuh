@@ -156,6 +156,41 @@ __device__ __forceinline__ void multiply_256(float (&sums)[128], uint64_t a, uin
     }
 }
 
+// The same for b of 16 x 16, sums as of columns 0 to 15; A_DOWN_ROWS: a's depth runs down the rows, too.
+#define FERROTUNE_MULTIPLY_16(type)                                                                               \
+    asm volatile("{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %10, 0;\n\t"                                          \
+                 "wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type                                      \
+                 " {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, add, 1, 1, %11, %12;\n\t}"                            \
+                 : FERROTUNE_8(FERROTUNE_SUM, 0)                                                                  \
+                 : "l"(a), "l"(b), "r"(add), "n"(A_DOWN_ROWS), "n"(B_DOWN_ROWS))
+template <typename T, int A_DOWN_ROWS, int B_DOWN_ROWS>
+__device__ __forceinline__ void multiply_16(float (&sums)[8], uint64_t a, uint64_t b, uint32_t add) {
+    if constexpr (std::is_same_v<T, bf16>) {
+        FERROTUNE_MULTIPLY_16("bf16");
+    } else {
+        FERROTUNE_MULTIPLY_16("f16");
+    }
+}
+
+// The same with a in registers: a warp's sixteen rows as load_matrices<false> brings them.
+#define FERROTUNE_MULTIPLY_16_LOADED(type)                                                                       \
+    asm volatile("{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %13, 0;\n\t"                                         \
+                 "wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type                                     \
+                 " {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, add, 1, 1, %14;\n\t}"               \
+                 : FERROTUNE_8(FERROTUNE_SUM, 0)                                                                 \
+                 : "r"(a.part[0]), "r"(a.part[1]), "r"(a.part[2]), "r"(a.part[3]), "l"(b), "r"(add), "n"(B_DOWN_ROWS))
+template <typename T, int B_DOWN_ROWS>
+__device__ __forceinline__ void multiply_16(float (&sums)[8], const Fragments& a, uint64_t b, uint32_t add) {
+    if constexpr (std::is_same_v<T, bf16>) {
+        FERROTUNE_MULTIPLY_16_LOADED("bf16");
+    } else {
+        FERROTUNE_MULTIPLY_16_LOADED("f16");
+    }
+}
+
+// Until all committed products are done: any sums and operands in registers may then be used.
+__device__ __forceinline__ void products_wait_all() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+
 // Four 8 x 8 matrices of 16-bit elements to shared memory; lanes as for load_matrices.
 __device__ __forceinline__ void store_matrices(uint32_t row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(m0), "r"(m1),

@@ -203,9 +203,10 @@ def cuda_quantize_absmax(
     nested_absmax: int,
 ) -> None: ...
 
-# x [m, k], m, k, dtype, planes, seed (0 without dropout), h, h_columns, what forward does with LoRA
-# terms whose weight is not given: "written" to y, "added" to it, or "left"
-_GroupInput = tuple[int, int, int, str, int, int, int, int, str]
+# x [m, k], m, k, dtype, planes, seed (0 without dropout), h, h_columns, where Hopper's kernels are
+# used ("auto", "always", "never"), what forward does with LoRA terms whose weight is not given
+# ("written" to y, "added" to it, or "left")
+_GroupInput = tuple[int, int, int, str, int, int, int, int, str, str]
 # (lora_A, lora_B, their dtype, n, r), (scaling, dropout_p, stream, h_column), (y, or its gradient,
 # bias, lora_bias, its dtype), gradients of (lora_A, lora_B), (weight, whether it lies as [k, n],
 # the 4-bit one that it receives first); addresses are 0 for what is not there

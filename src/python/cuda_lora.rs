@@ -3,7 +3,7 @@
 use pyo3::prelude::*;
 
 use super::cuda::Weight;
-use crate::cuda::lora::{self, Float16, Input, Layout, Projection, Terms};
+use crate::cuda::lora::{self, Float16, Hopper, Input, Layout, Projection, Terms};
 use crate::cuda::{Address, Device};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -19,6 +19,7 @@ pub struct GroupInput(
     u64,    // seed: of an int64; 0 without dropout
     u64,    // h: [m, planes * h_columns]
     u64,    // h_columns
+    String, // Hopper's kernels: "auto", "always" or "never"
     String, // forward: LoRA terms without a weight are "written", "added" to the outputs, or "left"
 );
 
@@ -39,7 +40,17 @@ impl GroupInput {
             seed: self.5,
             h: self.6,
             h_columns: self.7,
-            terms: match self.8.as_str() {
+            hopper: match self.8.as_str() {
+                "auto" => Hopper::Auto,
+                "always" => Hopper::Always,
+                "never" => Hopper::Never,
+                other => {
+                    return Err(Error::argument(format!(
+                        "Hopper's kernels are used 'auto', 'always' or 'never', not '{other}'"
+                    )));
+                }
+            },
+            terms: match self.9.as_str() {
                 "written" => Terms::Written,
                 "added" => Terms::Added,
                 "left" => Terms::Left,

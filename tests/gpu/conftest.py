@@ -35,9 +35,9 @@ def device() -> torch.device:
 
 
 @pytest.fixture(params=["always", "never"])
-def own_product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where ferrotune's own product of the frozen weight is used, on devices that have one."""
-    monkeypatch.setattr("ferrotune.ops.cuda_lora.own_product", request.param)
+def hopper(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the kernels that only Hopper has are used."""
+    monkeypatch.setattr("ferrotune.ops.cuda_lora.hopper", request.param)
     return request.param
 
 

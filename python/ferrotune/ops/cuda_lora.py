@@ -30,9 +30,9 @@ __all__ = ["backward", "dequantize_4bit", "forward", "quantize_4bit", "saved"]
 _HALVES = (torch.float16, torch.bfloat16)
 _SEGMENT = 16  # ranks are padded to multiples of it
 
-# Where ferrotune's own product is used: "auto", where it is the faster one; "always", where it can
-# run at all; "never".
-own_product = "auto"
+# Where the kernels that only Hopper has are used, the product of the frozen weight among them:
+# "auto", where they are the faster ones; "always", where they can run at all; "never".
+hopper = "auto"
 
 
 class _Pass(NamedTuple):
@@ -158,7 +158,7 @@ def _carried(x: Tensor, projection: Projection, *, backward: bool) -> bool:
     weight, bias = projection.weight, projection.bias
     n, k = projection.shape
     w, depth = (k, n) if backward else (n, k)
-    if not _carries(own_product, x.device.index, x.shape[0], w, depth):
+    if not _carries(hopper, x.device.index, x.shape[0], w, depth):
         return False
     if x.data_ptr() % 16 or (bias is not None and bias.dtype != x.dtype):
         return False
@@ -258,14 +258,14 @@ def _input(
     h: Tensor,
     h_columns: int,
     terms: str = "written",
-) -> tuple[int, int, int, str, int, int, int, int, str]:
+) -> tuple[int, int, int, str, int, int, int, int, str, str]:
     m, k = x.shape
     dropped = any(projections[i].dropout_p for i in one.members)
     if dropped and (seed is None or seed.device != x.device):
         raise ValueError("dropout needs a seed on x's device: ops.dropout_seed(x)")
     return (
         x.data_ptr(), m, k, NAMES[x.dtype], one.planes, address(seed if dropped else None),
-        h.data_ptr(), h_columns, terms,
+        h.data_ptr(), h_columns, hopper, terms,
     )  # fmt: skip
 
 

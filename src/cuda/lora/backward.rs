@@ -2,10 +2,10 @@
 
 use super::super::device::Device;
 use super::super::launch::{Address, Stream};
-use super::forward::panel_jobs;
 use super::gemm::{self, Carried, Matrix, Product};
 use super::kernels::{self, DownOuter, MAX_SEGMENTS, Outer, ReduceJob, Up, UpSegment};
-use super::{Input, Layout, Projection, masks, segments_of, type_number, vectors};
+use super::panels::{jobs_of_a, jobs_of_b, panel_b};
+use super::{Input, Layout, Projection, masks, outer90, segments_of, type_number, vectors};
 use crate::error::Result;
 
 /// Writes the adapters' gradients that are asked for, and to `grad_x`, unless 0, the LoRA terms' part of x's gradient
@@ -32,7 +32,8 @@ pub unsafe fn backward(
     let planes = input.planes as u32;
     let columns: u64 = projections.iter().map(Projection::columns).sum();
     let g = workspace + layout.g;
-    let jobs = panel_jobs(input, projections, layout, workspace);
+    let mut jobs = jobs_of_a(input, projections, layout, workspace);
+    jobs.extend(jobs_of_b(input, projections, layout, workspace));
     // SAFETY: the caller's promise; panels, G and partial sums lie in the workspace, here and below.
     unsafe { kernels::pack(device, stream, input.dtype, &jobs) }?;
 
@@ -44,7 +45,7 @@ pub unsafe fn backward(
         let width = projection.columns();
         let down_outer = DownOuter {
             grad: projection.y,
-            panel: workspace + layout.panel_b[i],
+            panel: panel_b(input, projection, layout, workspace, i),
             h: input.h + 2 * projection.h_column,
             g_partial: workspace + layout.g_partial[i],
             panel_partial: workspace + layout.b_partial[i],
@@ -59,42 +60,40 @@ pub unsafe fn backward(
         };
         let segments = projection.segments();
         // SAFETY: as above.
-        unsafe {
-            kernels::down_outer(device, stream, input.dtype, segments, plan, down_outer)?;
-        }
-        let job = ReduceJob {
-            from_columns: width as u32,
-            from_column: 0,
-            planes: 1,
-            scale: 1.0,
-            ..ReduceJob::default()
+        let parts = unsafe {
+            if outer90::takes(device, input, projection.y, projection.n) {
+                let (h, column) = (input.h, projection.h_column);
+                outer90::down_outer(
+                    device,
+                    stream,
+                    input.dtype,
+                    segments,
+                    &down_outer,
+                    h,
+                    column,
+                )?;
+                Parts {
+                    ranges: outer90::ranges(device, input.m, projection.n).0,
+                    column_blocks: outer90::column_blocks(projection.n),
+                }
+            } else {
+                kernels::down_outer(device, stream, input.dtype, segments, plan, down_outer)?;
+                Parts {
+                    ranges: plan.ranges,
+                    column_blocks: plan.column_blocks,
+                }
+            }
         };
-        sums_of_g.push(ReduceJob {
-            partial: down_outer.g_partial,
-            to: g + 2 * column,
-            rows: input.m,
-            row_stride: input.planes * columns,
-            column_stride: 1,
-            ranges: plan.column_blocks as u32,
-            columns: width as u32,
-            dtype: type_number(input.dtype.into()),
-            planes,
-            scale: projection.scaling,
-            ..job
-        });
-        if projection.grad_b != 0 {
-            sums.push(ReduceJob {
-                partial: down_outer.panel_partial,
-                to: projection.grad_b,
-                rows: projection.n,
-                row_stride: projection.r,
-                column_stride: 1,
-                ranges: plan.ranges as u32,
-                columns: projection.r as u32,
-                dtype: type_number(projection.adapter),
-                ..job
-            });
-        }
+        let (of_g, of_b) = sums_of(
+            input,
+            projection,
+            &parts,
+            &down_outer,
+            g + 2 * column,
+            columns,
+        );
+        sums_of_g.push(of_g);
+        sums.extend(of_b);
         column += width;
     }
     let given = projections.iter().any(|one| one.weight != 0);
@@ -132,6 +131,55 @@ pub unsafe fn backward(
     }
 }
 
+/// Into how many partial sums dB, and G, were divided.
+struct Parts {
+    ranges: u64,
+    column_blocks: u64,
+}
+
+/// What adds up the partial sums of a projection's G, to `g` among `columns`, and of its gradient of B.
+fn sums_of(
+    input: &Input,
+    projection: &Projection,
+    parts: &Parts,
+    from: &DownOuter,
+    g: Address,
+    columns: u64,
+) -> (ReduceJob, Option<ReduceJob>) {
+    let job = ReduceJob {
+        from_columns: projection.columns() as u32,
+        from_column: 0,
+        planes: 1,
+        scale: 1.0,
+        ..ReduceJob::default()
+    };
+    let of_g = ReduceJob {
+        partial: from.g_partial,
+        to: g,
+        rows: input.m,
+        row_stride: input.planes * columns,
+        column_stride: 1,
+        ranges: parts.column_blocks as u32,
+        columns: projection.columns() as u32,
+        dtype: type_number(input.dtype.into()),
+        planes: input.planes as u32,
+        scale: projection.scaling,
+        ..job
+    };
+    let of_b = (projection.grad_b != 0).then(|| ReduceJob {
+        partial: from.panel_partial,
+        to: projection.grad_b,
+        rows: projection.n,
+        row_stride: projection.r,
+        column_stride: 1,
+        ranges: parts.ranges as u32,
+        columns: projection.r as u32,
+        dtype: type_number(projection.adapter),
+        ..job
+    });
+    (of_g, of_b)
+}
+
 /// Writes the partial sums of the gradients of A; returns what adds them up.
 ///
 /// # Safety
@@ -164,7 +212,12 @@ unsafe fn grad_a(
         reserved: 0,
         segments,
     };
-    let (ranges, _) = kernels::outer_ranges(device, input.m, input.k);
+    let hopper = outer90::takes(device, input, input.x, input.k);
+    let (ranges, _) = if hopper {
+        outer90::ranges(device, input.m, input.k)
+    } else {
+        kernels::outer_ranges(device, input.m, input.k)
+    };
     let mut sums = Vec::with_capacity(projections.len());
     let mut column = 0;
     for projection in projections {
@@ -188,7 +241,13 @@ unsafe fn grad_a(
         column += projection.columns() as u32;
     }
     // SAFETY: the caller's promise.
-    unsafe { kernels::outer(device, stream, input.dtype, count, outer) }?;
+    unsafe {
+        if hopper {
+            outer90::outer(device, stream, input.dtype, count, &outer)?;
+        } else {
+            kernels::outer(device, stream, input.dtype, count, outer)?;
+        }
+    }
     Ok(sums)
 }
 

@@ -3,82 +3,10 @@
 use super::super::device::Device;
 use super::super::launch::{Address, Stream};
 use super::gemm::{self, Carried, Matrix, Product};
-use super::kernels::{self, Down, MAX_SEGMENTS, Masks, PackJob, Segment, Up, UpSegment};
-use super::{Input, Layout, Projection, Terms, masks, segments_of, type_number, vectors};
+use super::kernels::{self, Down, MAX_SEGMENTS, Masks, Segment, Up, UpSegment};
+use super::panels::{bias_job, bias_of, jobs_of_a, jobs_of_b, panel_b, parts_of_a};
+use super::{Input, Layout, Projection, Terms, down90, masks, segments_of, vectors};
 use crate::error::Result;
-
-/// Panels of A, side by side, and of B.
-pub(super) fn panel_jobs(
-    input: &Input,
-    projections: &[Projection],
-    layout: &Layout,
-    workspace: Address,
-) -> Vec<PackJob> {
-    let planes = input.planes as u32;
-    let columns: u64 = projections.iter().map(Projection::columns).sum();
-    let mut jobs = Vec::with_capacity(2 * projections.len());
-    let mut column = 0;
-    for (projection, panel_b) in projections.iter().zip(&layout.panel_b) {
-        let job = PackJob {
-            columns: projection.r as u32,
-            parts: projection.segments() as u32,
-            planes,
-            dtype: type_number(projection.adapter),
-            ..PackJob::default()
-        };
-        jobs.push(PackJob {
-            from: projection.lora_a,
-            to: workspace + layout.panel_a,
-            rows: input.k,
-            row_stride: 1,
-            column_stride: input.k,
-            to_stride: planes * columns as u32,
-            to_column: column,
-            to_plane: columns as u32,
-            ..job
-        });
-        jobs.push(PackJob {
-            from: projection.lora_b,
-            to: workspace + panel_b,
-            rows: projection.n,
-            row_stride: projection.r,
-            column_stride: 1,
-            to_stride: planes * projection.columns() as u32,
-            to_column: 0,
-            to_plane: projection.columns() as u32,
-            ..job
-        });
-        column += projection.columns() as u32;
-    }
-    jobs
-}
-
-/// Where the sum of projection `i`'s biases is; 0 if it has none.
-fn bias_of(projection: &Projection, layout: &Layout, workspace: Address, i: usize) -> Address {
-    if projection.bias == 0 && projection.lora_bias == 0 {
-        0
-    } else {
-        workspace + layout.bias[i]
-    }
-}
-
-fn bias_job(input: &Input, projection: &Projection, to: Address) -> Option<PackJob> {
-    if projection.bias == 0 && projection.lora_bias == 0 {
-        return None;
-    }
-    Some(PackJob {
-        from: projection.bias,
-        more: projection.lora_bias,
-        to,
-        rows: projection.n,
-        row_stride: 1,
-        column_stride: 1,
-        dtype: type_number(input.dtype.into()),
-        more_dtype: type_number(projection.lora_bias_dtype),
-        scale: projection.scaling,
-        ..PackJob::default()
-    })
-}
 
 /// Writes H and every projection's LoRA term with its biases, and with the product of its weight if that is given.
 ///
@@ -99,29 +27,37 @@ pub unsafe fn forward(
     if input.m == 0 {
         return Ok(());
     }
-    let planes = input.planes as u32;
-    let mut jobs = panel_jobs(input, projections, layout, workspace);
+    let mut jobs = jobs_of_b(input, projections, layout, workspace);
     for (projection, place) in projections.iter().zip(&layout.bias) {
         jobs.extend(bias_job(input, projection, workspace + place));
     }
-    let (segments, count) = segments_of(projections, |projection| projection.scaling);
-    let down = Down {
-        x: input.x,
-        panel: workspace + layout.panel_a,
-        out: input.h,
-        masks: masks(input, projections),
-        m: input.m,
-        k: input.k,
-        planes,
-        stages: 0,
-        vectors: vectors(input.x, input.k),
-        reserved: 0,
-        segments,
-    };
+    let segments = segments_of(projections, |projection| projection.scaling);
+    let masks = masks(input, projections);
     // SAFETY: the caller's promise; panels lie in the workspace, here and below.
     unsafe {
-        kernels::pack(device, stream, input.dtype, &jobs)?;
-        kernels::down(device, stream, input.dtype, count, down)?;
+        if down90::takes(device, input, projections) {
+            let (panels, more) = parts_of_a(input, projections, layout, workspace);
+            jobs.extend(more);
+            kernels::pack(device, stream, input.dtype, &jobs)?;
+            down90::launch(device, stream, input, projections, &panels, segments, masks)?;
+        } else {
+            jobs.extend(jobs_of_a(input, projections, layout, workspace));
+            kernels::pack(device, stream, input.dtype, &jobs)?;
+            let down = Down {
+                x: input.x,
+                panel: workspace + layout.panel_a,
+                out: input.h,
+                masks,
+                m: input.m,
+                k: input.k,
+                planes: input.planes as u32,
+                stages: 0,
+                vectors: vectors(input.x, input.k),
+                reserved: 0,
+                segments: segments.0,
+            };
+            kernels::down(device, stream, input.dtype, segments.1, down)?;
+        }
     }
     if input.terms != Terms::Left {
         for (i, projection) in projections.iter().enumerate() {
@@ -197,7 +133,7 @@ unsafe fn term(
     }
     let up = Up {
         h: input.h,
-        panel: workspace + layout.panel_b[i],
+        panel: panel_b(input, projection, layout, workspace, i),
         out: projection.y,
         bias: bias_of(projection, layout, workspace, i),
         masks: Masks::default(),
@@ -230,7 +166,7 @@ unsafe fn whole(
 ) -> Result<()> {
     let h = Matrix::new(input.h, input.m, input.planes * input.h_columns);
     let panel = Matrix::new(
-        workspace + layout.panel_b[i],
+        panel_b(input, projection, layout, workspace, i),
         projection.n,
         input.planes * projection.columns(),
     );

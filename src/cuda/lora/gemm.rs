@@ -22,7 +22,15 @@ const SHARED: u32 = 4 * 49_152 + 16 * 1024 + 2 * 4096 + 64 + 32 + 1024;
 /// A `CUtensorMap`: where a matrix lies and which boxes of it are copied.
 #[repr(C, align(64))]
 #[derive(Debug, Clone, Copy, Default)]
-struct TensorMap([u64; 16]);
+pub struct TensorMap([u64; 16]);
+
+/// How a box's rows, of so many bytes, are mixed in shared memory.
+#[derive(Debug, Clone, Copy)]
+pub enum Swizzle {
+    Bytes32,
+    Bytes64,
+    Bytes128,
+}
 
 /// Sixteen columns of H times sixteen of the panel.
 #[repr(C)]
@@ -71,6 +79,48 @@ impl Matrix {
             rows,
             columns,
         }
+    }
+
+    /// How boxes of so many columns and rows are copied; what lies outside the matrix is zero.
+    pub fn map(
+        self,
+        dtype: Float16,
+        columns: u32,
+        rows: u32,
+        swizzle: Swizzle,
+    ) -> Result<TensorMap> {
+        let mut map = TensorMap::default();
+        let kind = match dtype {
+            Float16::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            Float16::BF16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        };
+        let swizzle = match swizzle {
+            Swizzle::Bytes32 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_32B,
+            Swizzle::Bytes64 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+            Swizzle::Bytes128 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+        };
+        let sizes = [self.columns, self.rows];
+        let strides = [2 * self.columns];
+        // SAFETY: writes the 128 bytes of `map` from the arrays, each of the rank's length.
+        unsafe {
+            sys::cuTensorMapEncodeTiled(
+                (&raw mut map).cast(),
+                kind,
+                2,
+                self.address as *mut std::ffi::c_void,
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                [columns, rows].as_ptr(),
+                [1, 1].as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                swizzle,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        }
+        .result()
+        .map_err(during("describing a matrix to the device"))?;
+        Ok(map)
     }
 }
 
@@ -149,42 +199,6 @@ pub fn chunks(
     (found, lower)
 }
 
-fn tensor_map(
-    dtype: Float16,
-    matrix: Matrix,
-    columns: u32,
-    rows: u32,
-    swizzle: sys::CUtensorMapSwizzle,
-) -> Result<TensorMap> {
-    let mut map = TensorMap::default();
-    let kind = match dtype {
-        Float16::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        Float16::BF16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-    };
-    let sizes = [matrix.columns, matrix.rows];
-    let strides = [2 * matrix.columns];
-    // SAFETY: writes the 128 bytes of `map` from the arrays, each of the rank's length.
-    unsafe {
-        sys::cuTensorMapEncodeTiled(
-            (&raw mut map).cast(),
-            kind,
-            2,
-            matrix.address as *mut std::ffi::c_void,
-            sizes.as_ptr(),
-            strides.as_ptr(),
-            [columns, rows].as_ptr(),
-            [1, 1].as_ptr(),
-            sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-            swizzle,
-            sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-            sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
-    }
-    .result()
-    .map_err(during("describing a matrix to the device"))?;
-    Ok(map)
-}
-
 const KERNELS: [[&str; 2]; 2] = [
     ["gemm_nt_f16", "gemm_nt_bf16"],
     ["gemm_nn_f16", "gemm_nn_bf16"],
@@ -202,19 +216,12 @@ pub unsafe fn launch(
     dtype: Float16,
     carried: &Carried,
 ) -> Result<()> {
-    use sys::CUtensorMapSwizzle as Swizzle;
     let mut p = Gemm {
         x: [TensorMap::default(); MAX_PROJECTIONS],
         w: [TensorMap::default(); MAX_PROJECTIONS],
         h: TensorMap::default(),
         panel: TensorMap::default(),
-        out: tensor_map(
-            dtype,
-            carried.out,
-            32,
-            16,
-            Swizzle::CU_TENSOR_MAP_SWIZZLE_64B,
-        )?,
+        out: carried.out.map(dtype, 32, 16, Swizzle::Bytes64)?,
         bias: carried.bias,
         masks: carried.masks,
         masked: carried.masked,
@@ -229,37 +236,13 @@ pub unsafe fn launch(
     };
     let w_rows = if carried.down_rows { 64 } else { 128 };
     for (i, product) in carried.products.iter().enumerate() {
-        p.x[i] = tensor_map(
-            dtype,
-            product.x,
-            64,
-            128,
-            Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-        )?;
-        p.w[i] = tensor_map(
-            dtype,
-            product.w,
-            64,
-            w_rows,
-            Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-        )?;
+        p.x[i] = product.x.map(dtype, 64, 128, Swizzle::Bytes128)?;
+        p.w[i] = product.w.map(dtype, 64, w_rows, Swizzle::Bytes128)?;
         p.steps[i] = product.x.columns.div_ceil(64) as u32;
     }
     if !carried.chunks.is_empty() {
-        p.h = tensor_map(
-            dtype,
-            carried.h,
-            16,
-            128,
-            Swizzle::CU_TENSOR_MAP_SWIZZLE_32B,
-        )?;
-        p.panel = tensor_map(
-            dtype,
-            carried.panel,
-            16,
-            128,
-            Swizzle::CU_TENSOR_MAP_SWIZZLE_32B,
-        )?;
+        p.h = carried.h.map(dtype, 16, 128, Swizzle::Bytes32)?;
+        p.panel = carried.panel.map(dtype, 16, 128, Swizzle::Bytes32)?;
         p.chunk[..carried.chunks.len()].copy_from_slice(carried.chunks);
     }
     let tiles = p.m.div_ceil(TILE) * p.w_columns.div_ceil(TILE);

@@ -244,7 +244,7 @@ fn shared_budget(device: &Device) -> u64 {
 
 /// Into how many ranges of whole `tile`s rows are divided, and the rows of each, so that `columns` blocks for each range
 /// fill `slots` places evenly; ranges cost a little, as their partial sums are added up.
-fn divide(rows: u64, tile: u64, columns: u64, slots: u64) -> (u64, u64) {
+pub fn divide(rows: u64, tile: u64, columns: u64, slots: u64) -> (u64, u64) {
     let steps = rows.div_ceil(tile).max(1);
     let cost = |ranges: u64| {
         let waves = (columns * ranges).div_ceil(slots);
@@ -424,6 +424,9 @@ pub unsafe fn pack(
     dtype: Float16,
     jobs: &[PackJob],
 ) -> Result<()> {
+    if jobs.is_empty() {
+        return Ok(());
+    }
     let mut p = Pack {
         jobs: [PackJob::default(); MAX_PACK_JOBS],
     };

@@ -7,9 +7,12 @@
 //! workspace of the caller's; [`Layout`] says how large it must be.
 
 mod backward;
+mod down90;
 mod forward;
 mod gemm;
 mod kernels;
+mod outer90;
+mod panels;
 
 use super::device::Device;
 use super::launch::{Address, Stream};
@@ -70,6 +73,16 @@ pub enum Terms {
     Left,
 }
 
+/// Where kernels that only Hopper has are used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hopper {
+    /// Where they are the faster ones.
+    Auto,
+    /// Where they can run.
+    Always,
+    Never,
+}
+
 /// The input that a group shares.
 #[derive(Debug, Clone, Copy)]
 pub struct Input {
@@ -82,6 +95,7 @@ pub struct Input {
     pub planes: u64,
     /// Forward.
     pub terms: Terms,
+    pub hopper: Hopper,
     /// Of an int64; 0 where nothing is dropped.
     pub seed: Address,
     /// `[m, planes · columns]`, every projection's H at its `h_column`.
@@ -285,10 +299,12 @@ impl Layout {
                 layout
                     .g_partial
                     .push(take(4 * plan.column_blocks * m * padded(r)));
-                layout.b_partial.push(take(4 * plan.ranges * n * padded(r)));
+                let ranges = plan.ranges.max(outer90::ranges(device, m, n).0);
+                layout.b_partial.push(take(4 * ranges * n * padded(r)));
                 layout.plans.push(plan);
             }
             let (ranges, _) = kernels::outer_ranges(device, m, k);
+            let ranges = ranges.max(outer90::ranges(device, m, k).0);
             layout.a_partial = take(4 * ranges * k * columns);
         } else {
             layout.bias = sizes.iter().map(|&(n, _)| take(4 * n)).collect();
