@@ -13,21 +13,22 @@ namespace ferrotune {
 constexpr int GEMM_PROJECTIONS = 4;
 constexpr int GEMM_CHUNKS = 12;
 
-// Sixteen columns of H times sixteen of the panel.
+// Sixteen columns of H times sixteen columns of a panel [w, ..], or sixteen rows of an adapter [r, w] as it lies.
 struct GemmChunk {
     uint16_t h_column;
-    uint16_t panel_column;
+    uint8_t panel;
+    uint8_t place;  // the first of the sixteen
 };
 
 struct Gemm {
     TensorMap x[GEMM_PROJECTIONS];  // boxes of 64 columns, 128 rows
     TensorMap w[GEMM_PROJECTIONS];  // [w, depth]: 64 columns, 128 rows; [depth, w]: 64 columns, 64 rows
+    TensorMap panel[GEMM_PROJECTIONS];  // 16 columns, 128 rows; of adapters: 64 columns, 16 rows
     TensorMap h;                    // 16 columns, 128 rows
-    TensorMap panel;                // 16 columns, 128 rows
     TensorMap out;                  // 32 columns, 16 rows
     const float* bias;              // [w], or null
     Masks masks;
-    Segment masked;                 // whose mask
+    Segment masked;                 // whose mask; its scale is in H
     uint64_t m;
     uint64_t w_columns;
     uint32_t steps[GEMM_PROJECTIONS];  // ceil(depth / 64)
@@ -35,9 +36,11 @@ struct Gemm {
     uint32_t lower;   // chunks whose sum is divided by PART_SCALE
     uint32_t chunks;  // all of them, the lower ones first
     uint32_t rows_together;  // tiles of 256 rows that are taken together, for L2
+    uint32_t adapters;       // 1: panels are adapters
+    uint32_t reserved;
     GemmChunk chunk[GEMM_CHUNKS];
 };
-static_assert(sizeof(Gemm) == 1600, "src/cuda/lora/gemm.rs lays it out alike");
+static_assert(sizeof(Gemm) == 1984, "src/cuda/lora/gemm.rs lays it out alike");
 
 constexpr int GEMM_THREADS = 384;  // a warpgroup that copies, two that multiply
 constexpr int GEMM_ROWS = 128;     // of a block's tile; a cluster's two blocks lie one below the other
@@ -99,8 +102,15 @@ __device__ __forceinline__ void gemm_copy(const Gemm& p, uint32_t shared, uint32
             for (uint32_t i = 0; i < count; ++i) {
                 const GemmChunk chunk = p.chunk[first + i];
                 copy_box(a + i * GEMM_ROWS * 32, p.h, chunk.h_column, row, here);
-                copy_box(b + i * GEMM_COLUMNS * 32 + rank * 128 * 32, p.panel, chunk.panel_column,
-                         column + static_cast<int>(rank) * 128, here, 3);
+                const uint32_t to = b + i * GEMM_COLUMNS * 32 + rank * 128 * 32;
+                const TensorMap& panel = p.panel[chunk.panel];
+                const int half = column + static_cast<int>(rank) * 128;
+                if (p.adapters) {
+                    copy_box(to, panel, half, chunk.place, here, 3);
+                    copy_box(to + 64 * 32, panel, half + 64, chunk.place, here, 3);
+                } else {
+                    copy_box(to, panel, chunk.place, half, here, 3);
+                }
             }
             first += count;
             ring.next();
@@ -143,7 +153,7 @@ __device__ __forceinline__ void gemm_mask(const Gemm& p, uint32_t shared, uint32
         for (uint32_t word = threadIdx.x - 32; word < GEMM_MASK_BYTES / 4; word += 96) {
             const uint64_t first = static_cast<uint64_t>(row + word / 8) * p.masks.columns + column + word % 8 * 32;
             uint32_t bits = 0;
-#pragma unroll 1
+#pragma unroll 2
             for (uint32_t byte = 0; byte < 4; ++byte) {
                 bits |= kept_of_call<false>(seed, p.masked, first / 8 + byte) << 8 * byte;
             }
@@ -154,8 +164,8 @@ __device__ __forceinline__ void gemm_mask(const Gemm& p, uint32_t shared, uint32
     }
 }
 
-// The LoRA term's sums where the tile's mask keeps them.
-__device__ __forceinline__ void gemm_apply_mask(float (&sums)[128], uint32_t mask, float scale) {
+// The LoRA term's sums where the tile's mask keeps them, else 0.
+__device__ __forceinline__ void gemm_apply_mask(float (&sums)[128], uint32_t mask) {
     const uint32_t lane = threadIdx.x % 32;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -167,12 +177,18 @@ __device__ __forceinline__ void gemm_apply_mask(float (&sums)[128], uint32_t mas
                          : "r"(mask + (lane / 4 + 8 * half) * (GEMM_COLUMNS / 8) + 16 * part)
                          : "memory");
 #pragma unroll
-            for (int t = 0; t < 16; ++t) {
-                const uint32_t bits = words[t / 4] >> (2 * (lane % 4));
-                float* two = sums + 4 * (16 * part + t) + 2 * half;
-                two[0] *= bits & 1u << (8 * (t % 4)) ? scale : 0.0f;
-                two[1] *= bits & 2u << (8 * (t % 4)) ? scale : 0.0f;
-            }
+            for (int word = 0; word < 4; ++word)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    // The lane's bit of each byte to the byte's sign, and the sign to all of a register.
+                    const uint32_t signs = words[word] << (7 - 2 * (lane % 4) - i);
+#pragma unroll
+                    for (int byte = 0; byte < 4; ++byte) {
+                        uint32_t keep;
+                        asm("prmt.b32 %0, %1, 0, %2;" : "=r"(keep) : "r"(signs), "r"(0x8888u + 0x1111u * byte));
+                        sums[4 * (16 * part + 4 * word + byte) + 2 * half + i] *= __uint_as_float(keep & 0x3F800000u);  // 1
+                    }
+                }
         }
     }
 }
@@ -240,8 +256,13 @@ __device__ __forceinline__ void gemm_multiply(const Gemm& p, uint32_t shared, ui
             const uint32_t b = shared + ring.at * GEMM_STAGE_BYTES + GEMM_A_BYTES;
             products_begin();
             for (uint32_t i = 0; i < count; ++i, add = 1) {
-                multiply_256<T, 0>(sums, operand(a + i * GEMM_ROWS * 32, Swizzle::BYTES_32, 256),
-                                   operand(b + i * GEMM_COLUMNS * 32, Swizzle::BYTES_32, 256), add);
+                const uint64_t of_h = operand(a + i * GEMM_ROWS * 32, Swizzle::BYTES_32, 256);
+                const uint32_t panel = b + i * GEMM_COLUMNS * 32;
+                if (p.adapters) {
+                    multiply_256<T, 1>(sums, of_h, operand(panel, Swizzle::BYTES_128, 1024, 64 * 32), add);
+                } else {
+                    multiply_256<T, 0>(sums, of_h, operand(panel, Swizzle::BYTES_32, 256), add);
+                }
             }
             products_commit();
             first += count;
@@ -260,8 +281,7 @@ __device__ __forceinline__ void gemm_multiply(const Gemm& p, uint32_t shared, ui
                     const uint32_t mask_full = shared + GEMM_MASK_BARRIERS + 8 * masks.at;
                     barrier_wait(mask_full, masks.parity);
                     gemm_apply_mask(
-                        sums, shared + GEMM_MASKS + masks.at * GEMM_MASK_BYTES + warp * 16 * (GEMM_COLUMNS / 8),
-                        p.masked.scale);
+                        sums, shared + GEMM_MASKS + masks.at * GEMM_MASK_BYTES + warp * 16 * (GEMM_COLUMNS / 8));
                     __syncwarp();
                     if (threadIdx.x % 32 == 0) barrier_arrive(mask_full + 8 * 2);
                     masks.next();

@@ -26,15 +26,12 @@ static_assert(sizeof(LoraDown90) == 1856, "src/cuda/lora/down90.rs lays it out a
 
 constexpr int DOWN90_ROWS = 64;
 constexpr int DOWN90_DEPTH = 64;
-constexpr int DOWN90_CONSUMERS = 256;  // two warpgroups, which take turns along the depth
+constexpr int DOWN90_CONSUMERS = 256;  // two warpgroups, which share a stage's boxes
 constexpr int DOWN90_THREADS = DOWN90_CONSUMERS + 32;
-constexpr int DOWN90_X_BYTES = DOWN90_ROWS * DOWN90_DEPTH * 2;
+constexpr int DOWN90_X_BYTES = DOWN90_ROWS * DOWN90_DEPTH * 2;  // of a box
 constexpr int DOWN90_PANEL_BYTES = SEGMENT * DOWN90_DEPTH * 2;
-constexpr int DOWN90_SHARED = 200 << 10;
-
-__host__ __device__ constexpr int down90_stage(int segments, int planes) {
-    return DOWN90_X_BYTES + segments * planes * DOWN90_PANEL_BYTES;
-}
+constexpr int DOWN90_SHARED = 224 << 10;
+constexpr uint32_t DOWN90_STAGES = 6;
 
 // A block takes DOWN90_ROWS rows of x and all of k.
 //
@@ -43,17 +40,21 @@ template <typename T, int R>
 __device__ __forceinline__ void lora_down90(const LoraDown90& p) {
     constexpr int PARTS = R / SEGMENT;
     extern __shared__ unsigned char memory[];
-    __shared__ __align__(8) uint64_t barriers[2 * 16];
+    __shared__ __align__(8) uint64_t barriers[2 * DOWN90_STAGES];
     const uint32_t shared = (shared_address(memory) + 1023u) & ~1023u;
-    const uint32_t full = shared_address(barriers), empty = full + 8 * 16;
-    const uint32_t planes = p.planes, stage_bytes = down90_stage(PARTS, planes);
-    const uint32_t stages = min(16u, (DOWN90_SHARED - 1024) / stage_bytes);
+    const uint32_t full = shared_address(barriers), empty = full + 8 * DOWN90_STAGES;
+    const uint32_t planes = p.planes;
+    // Boxes of a stage lie side by side in x: long rows for memory, where wide panels leave room.
+    const uint32_t boxes = PARTS * planes <= 4 ? 4 : 2;
+    const uint32_t box_bytes = DOWN90_X_BYTES + PARTS * planes * DOWN90_PANEL_BYTES;
+    const uint32_t stages = min(DOWN90_STAGES, (DOWN90_SHARED - 1024) / (boxes * box_bytes));
+    const uint32_t steps = (p.steps + boxes - 1) / boxes;
     const uint32_t warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
     const uint64_t row0 = static_cast<uint64_t>(blockIdx.x) * DOWN90_ROWS;
     if (threadIdx.x == 0) {
         for (uint32_t stage = 0; stage < stages; ++stage) {
             barrier_init(full + 8 * stage, 1);
-            barrier_init(empty + 8 * stage, 4);  // the warps of a warpgroup
+            barrier_init(empty + 8 * stage, DOWN90_CONSUMERS / 32);
         }
         barriers_visible();
     }
@@ -61,22 +62,25 @@ __device__ __forceinline__ void lora_down90(const LoraDown90& p) {
     begin();
 
     // Blocks start at other depths: all at one would ask the same few channels of memory.
-    const uint32_t start = blockIdx.x % p.steps;
-    const auto around = [&](uint32_t step) { return step + start < p.steps ? step + start : step + start - p.steps; };
+    const uint32_t start = blockIdx.x % steps;
+    const auto around = [&](uint32_t step) { return step + start < steps ? step + start : step + start - steps; };
     if (warp == DOWN90_CONSUMERS / 32) {
         if (lane != 0) return;
         uint32_t at = 0, parity = 0;
-        for (uint32_t step = 0; step < p.steps; ++step) {
+        for (uint32_t step = 0; step < steps; ++step) {
             barrier_wait(empty + 8 * at, parity ^ 1);
-            const uint32_t stage = shared + at * stage_bytes, here = full + 8 * at;
-            const int column = static_cast<int>(around(step)) * DOWN90_DEPTH;
-            barrier_expect(here, stage_bytes);
-            copy_box(stage, p.x, column, static_cast<int>(row0), here);
-            uint32_t to = stage + DOWN90_X_BYTES;
-            for (uint32_t plane = 0; plane < planes; ++plane) {
+            const uint32_t here = full + 8 * at;
+            uint32_t to = shared + at * boxes * box_bytes;
+            int column = static_cast<int>(around(step) * boxes) * DOWN90_DEPTH;
+            barrier_expect(here, boxes * box_bytes);
+            for (uint32_t box = 0; box < boxes; ++box, to += box_bytes, column += DOWN90_DEPTH) {
+                copy_box(to, p.x, column, static_cast<int>(row0), here);
+                uint32_t panel = to + DOWN90_X_BYTES;
+                for (uint32_t plane = 0; plane < planes; ++plane) {
 #pragma unroll
-                for (int part = 0; part < PARTS; ++part, to += DOWN90_PANEL_BYTES) {
-                    copy_box(to, p.panel[p.panel_of[plane * MAX_SEGMENTS + part]], column, p.row_of[part], here);
+                    for (int part = 0; part < PARTS; ++part, panel += DOWN90_PANEL_BYTES) {
+                        copy_box(panel, p.panel[p.panel_of[plane * MAX_SEGMENTS + part]], column, p.row_of[part], here);
+                    }
                 }
             }
             if (++at == stages) at = 0, parity ^= 1;
@@ -87,62 +91,76 @@ __device__ __forceinline__ void lora_down90(const LoraDown90& p) {
     const uint32_t group = warp / 4;
     const uint64_t seed = p.masks.seed != nullptr ? *p.masks.seed : 0;
     const bool masked = p.masks.seed != nullptr;
+    const uint32_t my_boxes = boxes / 2, row = warp % 4 * 16 + lane % 16;
     float sums[PARTS][8] = {};
-    uint32_t at = group, parity = 0;  // two stages are a turn of both warpgroups
-    for (uint32_t step = group; step < p.steps; step += 2) {
-        barrier_wait(full + 8 * at, parity);
-        const uint32_t stage = shared + at * stage_bytes, panels = stage + DOWN90_X_BYTES;
-        const auto panel = [&](uint32_t plane, int part, int k) {
-            return operand(panels + (plane * PARTS + part) * DOWN90_PANEL_BYTES, Swizzle::BYTES_128, 1024) + 2 * k;
-        };
-        const uint64_t x = operand(stage, Swizzle::BYTES_128, 1024);
-        if (!masked && planes == 1) {
-            products_begin();
+    uint32_t at = 0, parity = 0;
+    for (uint32_t step = 0; step < steps; ++step) {
+        for (uint32_t my_box = 0; my_box < my_boxes; ++my_box) {
+            const uint32_t box = group * my_boxes + my_box;
+            const uint32_t tile = shared + (at * boxes + box) * box_bytes;
+            const auto panel = [&](uint32_t plane, int part, int k) {
+                return operand(tile + DOWN90_X_BYTES + (plane * PARTS + part) * DOWN90_PANEL_BYTES, Swizzle::BYTES_128,
+                               1024) +
+                       2 * k;
+            };
+            if (!masked) {
+                if (my_box == 0) barrier_wait(full + 8 * at, parity);
+                const uint64_t x = operand(tile, Swizzle::BYTES_128, 1024);
+                if (planes == 1) {
+                    products_begin();
 #pragma unroll
-            for (int k = 0; k < DOWN90_DEPTH / 16; ++k)
+                    for (int k = 0; k < 4; ++k)
 #pragma unroll
-                for (int part = 0; part < PARTS; ++part) multiply_16<T, 0, 0>(sums[part], x + 2 * k, panel(0, part, k), 1);
-            products_commit();
-            products_wait_all();
-        } else {
-            const uint32_t row = warp % 4 * 16 + lane % 16;
-#pragma unroll 1
-            for (int k = 0; k < DOWN90_DEPTH / 16; ++k) {
-                const uint32_t chunk = (2 * k + lane / 16) ^ (row % 8);  // of 16 bytes, as the copy swizzles them
-                const Fragments a = load_matrices_at(stage + row * 128 + 16 * chunk);
-                Fragments kept = a;
-#pragma unroll
-                for (int part = 0; part < PARTS; ++part) {
-                    if (masked && p.segments[part].first) {
-                        const uint64_t column = static_cast<uint64_t>(around(step)) * DOWN90_DEPTH + 16 * k + lane / 16 * 8;
-                        const uint64_t call = ((row0 + row) * p.masks.columns + column) / 8;  // rows are multiples of 8
-                        kept = mask_fragments<false>(a, kept_of_call<true>(seed, p.segments[part], call));
-                    }
-                    // Tensor cores cut their sums off: those of a wider adapter's parts are kept apart for sixteen
-                    // products, and added in f32.
-                    float total[8] = {};
-                    for (uint32_t plane = planes; plane-- > 0;) {
-                        float now[8];
-                        if (planes == 1) {
-#pragma unroll
-                            for (int i = 0; i < 8; ++i) now[i] = sums[part][i];
+                        for (int part = 0; part < PARTS; ++part) {
+                            multiply_16<T, 0, 0>(sums[part], x + 2 * k, panel(0, part, k), 1);
                         }
-                        products_begin();
-                        multiply_16<T, 0>(now, kept, panel(plane, part, k), planes == 1);
-                        products_commit();
-                        products_wait_all();
+                    products_commit();
+                    products_wait_all();
+                } else {
 #pragma unroll
-                        for (int i = 0; i < 8; ++i) total[i] = total[i] * (1.0f / PART_SCALE<T>) + now[i];
+                    for (int part = 0; part < PARTS; ++part) {
+                        multiply_parts_90<T, 0, 0>(
+                            sums[part], [&](int k) { return x + 2 * k; },
+                            [&](uint32_t plane, int k) { return panel(plane, part, k); });
                     }
+                }
+                continue;
+            }
+            // Masks need no data: they are made while it comes.
+            const uint64_t column = static_cast<uint64_t>(around(step) * boxes + box) * DOWN90_DEPTH;
+            uint32_t bits[4];
 #pragma unroll
-                    for (int i = 0; i < 8; ++i) sums[part][i] = planes == 1 ? total[i] : sums[part][i] + total[i];
+            for (int part = 0; part < PARTS; ++part) {
+                if (p.segments[part].first) {
+                    const uint64_t call = ((row0 + row) * p.masks.columns + column + lane / 16 * 8) / 8;
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) {
+                        bits[k] = kept_of_call<true>(seed, p.segments[part], call + 2 * k);  // rows are multiples of 8
+                    }
+                }
+                if (part == 0 && my_box == 0) barrier_wait(full + 8 * at, parity);
+                Fragments kept[4];
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    const uint32_t chunk = (2 * k + lane / 16) ^ (row % 8);  // of 16 bytes, as the copy swizzles them
+                    kept[k] = mask_fragments<false>(load_matrices_at(tile + row * 128 + 16 * chunk), bits[k]);
+                }
+                if (planes == 1) {
+                    products_begin();
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) multiply_16<T, 0>(sums[part], kept[k], panel(0, part, k), 1);
+                    products_commit();
+                    products_wait_all();
+                } else {
+                    multiply_parts_90<T, 0, 0>(
+                        sums[part], [&](int k) { return kept[k]; },
+                        [&](uint32_t plane, int k) { return panel(plane, part, k); });
                 }
             }
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(empty + 8 * at);
-        at += 2;
-        if (at >= stages) at -= stages, parity ^= 1;
+        if (++at == stages) at = 0, parity ^= 1;
     }
 
     // The second warpgroup's sums are added to the first's.

@@ -1,5 +1,6 @@
 // The passes of lora_outer.cuh and lora_down_outer.cuh with Hopper's copies and products: partial sums of mask(x)^T G over
-// ranges of the rows; and, of a gradient dY in x's place and H in G's, partial sums of dY B over its columns, too.
+// ranges of the rows; and, of a gradient dY in x's place and H in G's, partial sums of dY B over its columns, too. Of
+// adapters in x's type.
 #pragma once
 
 #include "common/hopper.cuh"
@@ -11,15 +12,13 @@ namespace ferrotune {
 struct LoraOuter90 {
     TensorMap x;       // [m, w], boxes of 64 columns, 64 rows
     TensorMap g;       // [m, ..], 16 columns, 64 rows
-    TensorMap panel;   // DOWN: [w, planes * R], 16 columns, 256 rows
+    TensorMap panel;   // DOWN: [w, R], 16 columns, 256 rows
     float* partial;    // [ranges, w, R]
     float* g_partial;  // DOWN: [column blocks, m, R]
     Masks masks;
     uint64_t m;
     uint64_t w;
     uint32_t g_column;        // the first of G
-    uint32_t g_plane;         // columns from one part of a value to the next
-    uint32_t planes;
     uint32_t rows_per_range;  // a multiple of 64
     uint32_t early;           // see common/launch.cuh
     uint32_t reserved;
@@ -37,28 +36,6 @@ constexpr int OUTER90_PANEL = OUTER90_COLUMNS * SEGMENT * 2;
 constexpr int OUTER90_SHARED = 224 << 10;
 constexpr int OUTER90_STAGES = 6;
 
-// Sixteen products of a warpgroup's 64 rows of `a` with each part of the values of `b`. Tensor cores cut their sums off:
-// those of a wider adapter's parts are kept apart for sixteen products, and added in f32.
-template <typename T, int A_DOWN_ROWS, typename A, typename B>
-__device__ __forceinline__ void multiply_parts_90(float (&sums)[8], const A& a, const B& b, uint32_t planes) {
-    float total[8] = {};
-    for (uint32_t plane = planes; plane-- > 0;) {
-        float now[8];
-        products_begin();
-        if constexpr (std::is_same_v<A, Fragments>) {
-            multiply_16<T, 1>(now, a, b(plane), 0);
-        } else {
-            multiply_16<T, A_DOWN_ROWS, 1>(now, a, b(plane), 0);
-        }
-        products_commit();
-        products_wait_all();
-#pragma unroll
-        for (int i = 0; i < 8; ++i) total[i] = total[i] * (1.0f / PART_SCALE<T>) + now[i];
-    }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sums[i] += total[i];
-}
-
 // A block takes OUTER90_COLUMNS columns and a range of rows, half of the columns a warpgroup.
 //
 // Floor, x of 8192 x 4096 in 16 bits: 67 MB / 2.96 TB/s = 23 us.
@@ -67,14 +44,13 @@ __device__ __forceinline__ void lora_outer90(const LoraOuter90& p) {
     constexpr int PARTS = R / SEGMENT;
     extern __shared__ unsigned char memory[];
     __shared__ __align__(8) uint64_t barriers[2 * OUTER90_STAGES + 1];
-    const uint32_t planes = p.planes;
-    const uint32_t panel = (shared_address(memory) + 1023u) & ~1023u;  // [planes * PARTS] boxes
-    const uint32_t panel_bytes = DOWN ? planes * PARTS * OUTER90_PANEL : 0;
-    const uint32_t ring = panel + panel_bytes;
-    const uint32_t stage_bytes = 4 * OUTER90_BOX + planes * PARTS * OUTER90_G;
+    const uint32_t panel = (shared_address(memory) + 1023u) & ~1023u;  // [PARTS] boxes
+    constexpr uint32_t PANEL_BYTES = DOWN ? PARTS * OUTER90_PANEL : 0;
+    const uint32_t ring = panel + PANEL_BYTES;
+    constexpr uint32_t STAGE_BYTES = 4 * OUTER90_BOX + PARTS * OUTER90_G;
     constexpr uint32_t EXCHANGE = DOWN ? 2 * OUTER90_ROWS * R * 4 : 0;
-    const uint32_t stages =
-        min(static_cast<uint32_t>(OUTER90_STAGES), (OUTER90_SHARED - 1024 - EXCHANGE - panel_bytes) / stage_bytes);
+    constexpr uint32_t STAGES = (OUTER90_SHARED - 1024 - EXCHANGE - PANEL_BYTES) / STAGE_BYTES;
+    static_assert(STAGES >= 3 && STAGES <= OUTER90_STAGES);
     const uint32_t full = shared_address(barriers), empty = full + 8 * OUTER90_STAGES;
     const uint32_t panel_full = empty + 8 * OUTER90_STAGES;
     const uint32_t warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -83,7 +59,7 @@ __device__ __forceinline__ void lora_outer90(const LoraOuter90& p) {
     const uint64_t last_row = min(first_row + p.rows_per_range, p.m);
     const uint32_t steps = static_cast<uint32_t>((last_row - first_row + OUTER90_ROWS - 1) / OUTER90_ROWS);
     if (threadIdx.x == 0) {
-        for (uint32_t stage = 0; stage < stages; ++stage) {
+        for (uint32_t stage = 0; stage < STAGES; ++stage) {
             barrier_init(full + 8 * stage, 1);
             barrier_init(empty + 8 * stage, OUTER90_CONSUMERS / 32);
         }
@@ -96,8 +72,8 @@ __device__ __forceinline__ void lora_outer90(const LoraOuter90& p) {
     if (warp == OUTER90_CONSUMERS / 32) {
         if (lane == 0) {
             if constexpr (DOWN) {
-                barrier_expect(panel_full, panel_bytes);
-                for (uint32_t box = 0; box < planes * PARTS; ++box) {
+                barrier_expect(panel_full, PANEL_BYTES);
+                for (uint32_t box = 0; box < PARTS; ++box) {
                     copy_box(panel + box * OUTER90_PANEL, p.panel, static_cast<int>(box * SEGMENT),
                              static_cast<int>(column0), panel_full);
                 }
@@ -105,20 +81,19 @@ __device__ __forceinline__ void lora_outer90(const LoraOuter90& p) {
             uint32_t at = 0, parity = 0;
             for (uint32_t step = 0; step < steps; ++step) {
                 barrier_wait(empty + 8 * at, parity ^ 1);
-                const uint32_t stage = ring + at * stage_bytes, here = full + 8 * at;
+                const uint32_t stage = ring + at * STAGE_BYTES, here = full + 8 * at;
                 const int row = static_cast<int>(first_row) + static_cast<int>(step) * OUTER90_ROWS;
-                barrier_expect(here, stage_bytes);
+                barrier_expect(here, STAGE_BYTES);
 #pragma unroll
                 for (int box = 0; box < 4; ++box) {
                     copy_box(stage + box * OUTER90_BOX, p.x, static_cast<int>(column0) + 64 * box, row, here);
                 }
                 uint32_t to = stage + 4 * OUTER90_BOX;
-                for (uint32_t plane = 0; plane < planes; ++plane) {
-                    for (int part = 0; part < PARTS; ++part, to += OUTER90_G) {
-                        copy_box(to, p.g, static_cast<int>(p.g_column + plane * p.g_plane) + part * SEGMENT, row, here);
-                    }
+#pragma unroll
+                for (int part = 0; part < PARTS; ++part, to += OUTER90_G) {
+                    copy_box(to, p.g, static_cast<int>(p.g_column) + part * SEGMENT, row, here);
                 }
-                if (++at == stages) at = 0, parity ^= 1;
+                if (++at == STAGES) at = 0, parity ^= 1;
             }
         }
         __syncwarp();
@@ -129,21 +104,19 @@ __device__ __forceinline__ void lora_outer90(const LoraOuter90& p) {
     const uint32_t group = warp / 4, group_warp = warp % 4;
     const bool masked = !DOWN && p.masks.seed != nullptr;
     const uint64_t seed = masked ? *p.masks.seed : 0;
-    float* exchange = reinterpret_cast<float*>(memory + (ring + stages * stage_bytes - shared_address(memory)));
+    float* exchange = reinterpret_cast<float*>(memory + (ring + STAGES * STAGE_BYTES - shared_address(memory)));
     float sums[2][PARTS][8] = {};
     if constexpr (DOWN) barrier_wait(panel_full, 0);
     uint32_t at = 0, parity = 0;
     for (uint32_t step = 0; step < steps; ++step) {
-        barrier_wait(full + 8 * at, parity);
-        const uint32_t boxes = ring + at * stage_bytes + 2 * group * OUTER90_BOX;
-        const uint32_t g_tile = ring + at * stage_bytes + 4 * OUTER90_BOX;
+        if (!masked) barrier_wait(full + 8 * at, parity);
+        const uint32_t boxes = ring + at * STAGE_BYTES + 2 * group * OUTER90_BOX;
+        const uint32_t g_tile = ring + at * STAGE_BYTES + 4 * OUTER90_BOX;
         const auto g_part = [&](int part, int k) {
-            return [=](uint32_t plane) {
-                return operand(g_tile + (plane * PARTS + part) * OUTER90_G, Swizzle::BYTES_32, 256) + 32 * k;
-            };
+            return operand(g_tile + part * OUTER90_G, Swizzle::BYTES_32, 256) + 32 * k;
         };
         [[maybe_unused]] float down[PARTS][8] = {};
-        if (!masked && planes == 1) {
+        if (!masked) {
             products_begin();
             if constexpr (DOWN) {
 #pragma unroll
@@ -165,60 +138,48 @@ __device__ __forceinline__ void lora_outer90(const LoraOuter90& p) {
                     const uint64_t a = operand(boxes + box * OUTER90_BOX, Swizzle::BYTES_128, 1024) + 128 * k;
 #pragma unroll
                     for (int part = 0; part < PARTS; ++part) {
-                        multiply_16<T, 1, 1>(sums[box][part], a, g_part(part, k)(0), 1);
+                        multiply_16<T, 1, 1>(sums[box][part], a, g_part(part, k), 1);
                     }
                 }
             products_commit();
             products_wait_all();
-        } else {
-            if constexpr (DOWN) {
-#pragma unroll 1
-                for (int k = 0; k < 8; ++k) {
-                    const uint64_t a = operand(boxes + k / 4 * OUTER90_BOX, Swizzle::BYTES_128, 1024) + 2 * (k % 4);
+        } else if constexpr (!DOWN) {
 #pragma unroll
-                    for (int part = 0; part < PARTS; ++part) {
-                        multiply_parts_90<T, 0>(down[part], a,
-                                                [&](uint32_t plane) {
-                                                    return operand(panel + (plane * PARTS + part) * OUTER90_PANEL +
-                                                                       (128 * group + 16 * k) * 32,
-                                                                   Swizzle::BYTES_32, 256);
-                                                },
-                                                planes);
+            for (int box = 0; box < 2; ++box) {
+                const uint32_t row = lane % 8 + lane / 16 * 8;
+                const uint32_t chunk = 2 * group_warp + lane / 8 % 2;  // of 16 bytes, as the copy swizzles them
+                uint32_t bits[4];
+#pragma unroll
+                for (int part = 0; part < PARTS; ++part) {
+                    if (p.segments[part].first) {
+                        const uint64_t index =
+                            (first_row + static_cast<uint64_t>(step) * OUTER90_ROWS + row) * p.masks.columns + column0 +
+                            128 * group + 64 * box + 8 * chunk;  // rows are multiples of 8
+#pragma unroll
+                        for (int k = 0; k < 4; ++k) {
+                            bits[k] =
+                                kept_of_call<false>(seed, p.segments[part], index / 8 + 2 * k * p.masks.columns);
+                        }
                     }
+                    // Masks need no data: they are made while it comes.
+                    if (part == 0 && box == 0) barrier_wait(full + 8 * at, parity);
+                    Fragments kept[4];
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) {
+                        const uint32_t place = (16 * k + row) * 128 + 16 * (chunk ^ (row % 8));
+                        kept[k] = mask_fragments<true>(load_matrices_at<true>(boxes + box * OUTER90_BOX + place), bits[k]);
+                    }
+                    products_begin();
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) multiply_16<T, 1>(sums[box][part], kept[k], g_part(part, k), 1);
+                    products_commit();
+                    products_wait_all();
                 }
             }
-#pragma unroll
-            for (int box = 0; box < 2; ++box)
-#pragma unroll 1
-                for (int k = 0; k < 4; ++k) {
-                    if (!masked) {
-                        const uint64_t a = operand(boxes + box * OUTER90_BOX, Swizzle::BYTES_128, 1024) + 128 * k;
-#pragma unroll
-                        for (int part = 0; part < PARTS; ++part) {
-                            multiply_parts_90<T, 1>(sums[box][part], a, g_part(part, k), planes);
-                        }
-                    } else if constexpr (!DOWN) {
-                        const uint32_t row = 16 * k + lane % 8 + lane / 16 * 8;
-                        const uint32_t chunk = 2 * group_warp + lane / 8 % 2;  // of 16 bytes, as the copy swizzles them
-                        const Fragments a =
-                            load_matrices_at<true>(boxes + box * OUTER90_BOX + row * 128 + 16 * (chunk ^ (row % 8)));
-                        Fragments kept = a;
-#pragma unroll
-                        for (int part = 0; part < PARTS; ++part) {
-                            if (p.segments[part].first) {
-                                const uint64_t index =
-                                    (first_row + static_cast<uint64_t>(step) * OUTER90_ROWS + row) * p.masks.columns +
-                                    column0 + 128 * group + 64 * box + 8 * chunk;  // rows are multiples of 8
-                                kept = mask_fragments<true>(a, kept_of_call<false>(seed, p.segments[part], index / 8));
-                            }
-                            multiply_parts_90<T, 1>(sums[box][part], kept, g_part(part, k), planes);
-                        }
-                    }
-                }
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(empty + 8 * at);
-        if (++at == stages) at = 0, parity ^= 1;
+        if (++at == STAGES) at = 0, parity ^= 1;
         if constexpr (DOWN) {
             // The second warpgroup's sums are added to the first's.
             float* now = exchange + step % 2 * OUTER90_ROWS * R + threadIdx.x % 128;

@@ -3,8 +3,10 @@
 use super::super::device::Device;
 use super::super::launch::{Address, Stream};
 use super::gemm::{self, Carried, Matrix, Product};
-use super::kernels::{self, DownOuter, MAX_SEGMENTS, Outer, ReduceJob, Up, UpSegment};
-use super::panels::{jobs_of_a, jobs_of_b, panel_b};
+use super::kernels::{
+    self, DownOuter, DownOuterPlan, MAX_SEGMENTS, Outer, ReduceJob, Up, UpSegment,
+};
+use super::panels::{adapters_do, jobs_of_a, jobs_of_b, panel_b};
 use super::{Input, Layout, Projection, masks, outer90, segments_of, type_number, vectors};
 use crate::error::Result;
 
@@ -32,8 +34,11 @@ pub unsafe fn backward(
     let planes = input.planes as u32;
     let columns: u64 = projections.iter().map(Projection::columns).sum();
     let g = workspace + layout.g;
-    let mut jobs = jobs_of_a(input, projections, layout, workspace);
-    jobs.extend(jobs_of_b(input, projections, layout, workspace));
+    let given = projections.iter().any(|one| one.weight != 0);
+    let mut jobs = jobs_of_b(input, projections, layout, workspace);
+    if grad_x != 0 && !(given && adapters_do(input, projections)) {
+        jobs.extend(jobs_of_a(input, projections, layout, workspace));
+    }
     // SAFETY: the caller's promise; panels, G and partial sums lie in the workspace, here and below.
     unsafe { kernels::pack(device, stream, input.dtype, &jobs) }?;
 
@@ -58,32 +63,8 @@ pub unsafe fn backward(
             rows_per_range: 0,
             vectors: vectors(projection.y, projection.n),
         };
-        let segments = projection.segments();
         // SAFETY: as above.
-        let parts = unsafe {
-            if outer90::takes(device, input, projection.y, projection.n) {
-                let (h, column) = (input.h, projection.h_column);
-                outer90::down_outer(
-                    device,
-                    stream,
-                    input.dtype,
-                    segments,
-                    &down_outer,
-                    h,
-                    column,
-                )?;
-                Parts {
-                    ranges: outer90::ranges(device, input.m, projection.n).0,
-                    column_blocks: outer90::column_blocks(projection.n),
-                }
-            } else {
-                kernels::down_outer(device, stream, input.dtype, segments, plan, down_outer)?;
-                Parts {
-                    ranges: plan.ranges,
-                    column_blocks: plan.column_blocks,
-                }
-            }
-        };
+        let parts = unsafe { pass_over(device, stream, input, projection, plan, down_outer) }?;
         let (of_g, of_b) = sums_of(
             input,
             projection,
@@ -96,13 +77,12 @@ pub unsafe fn backward(
         sums.extend(of_b);
         column += width;
     }
-    let given = projections.iter().any(|one| one.weight != 0);
     // SAFETY: as above.
     unsafe {
+        kernels::reduce(device, stream, &sums_of_g)?;
         for projection in projections.iter().filter(|_| grad_x != 0) {
             projection.dequantize(device, stream, input, true)?;
         }
-        kernels::reduce(device, stream, &sums_of_g)?;
         if grad_x != 0 {
             let write = if given { sum_of_grad_x } else { term_of_grad_x };
             write(
@@ -137,6 +117,38 @@ struct Parts {
     column_blocks: u64,
 }
 
+/// Writes partial sums of a projection's G and dB.
+///
+/// # Safety
+/// As [`backward`].
+unsafe fn pass_over(
+    device: &Device,
+    stream: Stream,
+    input: &Input,
+    projection: &Projection,
+    plan: &DownOuterPlan,
+    of: DownOuter,
+) -> Result<Parts> {
+    let (dtype, segments) = (input.dtype, projection.segments());
+    // SAFETY: the caller's promise.
+    unsafe {
+        if outer90::takes(device, input, projection.y, projection.n) {
+            let (h, column) = (input.h, projection.h_column);
+            outer90::down_outer(device, stream, dtype, segments, &of, h, column)?;
+            Ok(Parts {
+                ranges: outer90::ranges(device, input.m, projection.n).0,
+                column_blocks: outer90::column_blocks(projection.n),
+            })
+        } else {
+            kernels::down_outer(device, stream, dtype, segments, plan, of)?;
+            Ok(Parts {
+                ranges: plan.ranges,
+                column_blocks: plan.column_blocks,
+            })
+        }
+    }
+}
+
 /// What adds up the partial sums of a projection's G, to `g` among `columns`, and of its gradient of B.
 fn sums_of(
     input: &Input,
@@ -163,7 +175,7 @@ fn sums_of(
         columns: projection.columns() as u32,
         dtype: type_number(input.dtype.into()),
         planes: input.planes as u32,
-        scale: projection.scaling,
+        scale: projection.scaling * projection.left(), // of G, wherever it is used
         ..job
     };
     let of_b = (projection.grad_b != 0).then(|| ReduceJob {
@@ -308,7 +320,7 @@ unsafe fn sum_of_grad_x(
     grad_x: Address,
 ) -> Result<()> {
     let columns: u64 = projections.iter().map(Projection::columns).sum();
-    let panels = |address, rows| Matrix::new(workspace + address, rows, input.planes * columns);
+    let beside = |place, rows| Matrix::new(workspace + place, rows, input.planes * columns);
     let given = || projections.iter().filter(|one| one.weight != 0);
     let products: Vec<_> = given()
         .map(|one| Product {
@@ -316,14 +328,32 @@ unsafe fn sum_of_grad_x(
             w: one.weight_matrix(input.k),
         })
         .collect();
-    let places: Vec<_> = (0..columns).step_by(16).map(|at| (at, at)).collect();
-    let (chunks, lower) = gemm::chunks(input.planes, &places, columns, columns);
+    let adapters = adapters_do(input, projections);
+    let (panels, chunks, lower) = if adapters {
+        let lie = |one: &Projection| Matrix::new(one.lora_a, one.r, input.k);
+        let parts = projections
+            .iter()
+            .enumerate()
+            .flat_map(|(i, one)| (0..one.segments()).map(move |part| (i as u8, 16 * part as u8)));
+        let chunk = |(segment, (panel, place))| gemm::Chunk {
+            h_column: 16 * segment as u16,
+            panel,
+            place,
+        };
+        let chunks = parts.enumerate().map(chunk).collect();
+        (projections.iter().map(lie).collect(), chunks, 0)
+    } else {
+        let places: Vec<_> = (0..columns).step_by(16).map(|at| (at, at)).collect();
+        let (chunks, lower) = gemm::chunks(input.planes, &places, columns, columns);
+        (vec![beside(layout.panel_a, input.k)], chunks, lower)
+    };
     let (segments, _) = segments_of(projections, |_| 1.0);
     let carried = Carried {
         products: &products,
         down_rows: given().all(|one| !one.weight_transposed),
-        h: panels(layout.g, input.m),
-        panel: panels(layout.panel_a, input.k),
+        h: beside(layout.g, input.m),
+        panels: &panels,
+        adapters,
         chunks: &chunks,
         lower,
         masks: masks(input, projections),

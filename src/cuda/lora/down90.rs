@@ -11,7 +11,7 @@ const MAX_PANELS: usize = 12;
 const ROWS: u64 = 64;
 const DEPTH: u64 = 64;
 const THREADS: u32 = 288;
-const SHARED: u32 = 200 << 10;
+const SHARED: u32 = 224 << 10;
 
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]

@@ -31,7 +31,7 @@ pub unsafe fn forward(
     for (projection, place) in projections.iter().zip(&layout.bias) {
         jobs.extend(bias_job(input, projection, workspace + place));
     }
-    let segments = segments_of(projections, |projection| projection.scaling);
+    let segments = segments_of(projections, |one| one.scaling * one.left());
     let masks = masks(input, projections);
     // SAFETY: the caller's promise; panels lie in the workspace, here and below.
     unsafe {
@@ -186,7 +186,8 @@ unsafe fn whole(
         }],
         down_rows: projection.weight_transposed,
         h,
-        panel,
+        panels: &[panel],
+        adapters: false,
         chunks: &chunks,
         lower,
         masks: Masks::default(),

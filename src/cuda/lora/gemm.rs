@@ -32,12 +32,14 @@ pub enum Swizzle {
     Bytes128,
 }
 
-/// Sixteen columns of H times sixteen of the panel.
+/// Sixteen columns of H times sixteen columns of a panel `[w, ..]`, or sixteen rows of an adapter `[r, w]` as it lies.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Chunk {
     pub h_column: u16,
-    pub panel_column: u16,
+    pub panel: u8,
+    /// The first of the sixteen.
+    pub place: u8,
 }
 
 #[repr(C)]
@@ -45,8 +47,8 @@ pub struct Chunk {
 struct Gemm {
     x: [TensorMap; MAX_PROJECTIONS],
     w: [TensorMap; MAX_PROJECTIONS],
+    panel: [TensorMap; MAX_PROJECTIONS],
     h: TensorMap,
-    panel: TensorMap,
     out: TensorMap,
     bias: Address,
     masks: Masks,
@@ -58,9 +60,11 @@ struct Gemm {
     lower: u32,
     chunks: u32,
     rows_together: u32,
+    adapters: u32,
+    reserved: u32,
     chunk: [Chunk; MAX_CHUNKS],
 }
-const _: () = assert!(size_of::<Gemm>() == 1600);
+const _: () = assert!(size_of::<Gemm>() == 1984);
 // SAFETY: the kernel's structure, field for field.
 unsafe impl Parameters for Gemm {}
 
@@ -141,7 +145,10 @@ pub struct Carried<'a> {
     /// W are `[depth, w]`.
     pub down_rows: bool,
     pub h: Matrix,
-    pub panel: Matrix,
+    /// At most [`MAX_PROJECTIONS`].
+    pub panels: &'a [Matrix],
+    /// Panels are adapters `[r, w]`.
+    pub adapters: bool,
     /// At most [`MAX_CHUNKS`]: first those of values' lower parts.
     pub chunks: &'a [Chunk],
     pub lower: usize,
@@ -187,7 +194,8 @@ pub fn chunks(
     let mut add = |h_part: u64, panel_part: u64| {
         found.extend(columns.iter().map(|&(h, panel)| Chunk {
             h_column: (h + h_part * h_plane) as u16,
-            panel_column: (panel + panel_part * panel_plane) as u16,
+            panel: 0,
+            place: (panel + panel_part * panel_plane) as u8,
         }));
     };
     if planes > 1 {
@@ -220,7 +228,7 @@ pub unsafe fn launch(
         x: [TensorMap::default(); MAX_PROJECTIONS],
         w: [TensorMap::default(); MAX_PROJECTIONS],
         h: TensorMap::default(),
-        panel: TensorMap::default(),
+        panel: [TensorMap::default(); MAX_PROJECTIONS],
         out: carried.out.map(dtype, 32, 16, Swizzle::Bytes64)?,
         bias: carried.bias,
         masks: carried.masks,
@@ -232,6 +240,8 @@ pub unsafe fn launch(
         lower: carried.lower as u32,
         chunks: carried.chunks.len() as u32,
         rows_together: 8,
+        adapters: u32::from(carried.adapters),
+        reserved: 0,
         chunk: [Chunk::default(); MAX_CHUNKS],
     };
     let w_rows = if carried.down_rows { 64 } else { 128 };
@@ -242,7 +252,13 @@ pub unsafe fn launch(
     }
     if !carried.chunks.is_empty() {
         p.h = carried.h.map(dtype, 16, 128, Swizzle::Bytes32)?;
-        p.panel = carried.panel.map(dtype, 16, 128, Swizzle::Bytes32)?;
+        for (map, panel) in p.panel.iter_mut().zip(carried.panels) {
+            *map = if carried.adapters {
+                panel.map(dtype, 64, 16, Swizzle::Bytes128)?
+            } else {
+                panel.map(dtype, 16, 128, Swizzle::Bytes32)?
+            };
+        }
         p.chunk[..carried.chunks.len()].copy_from_slice(carried.chunks);
     }
     let tiles = p.m.div_ceil(TILE) * p.w_columns.div_ceil(TILE);

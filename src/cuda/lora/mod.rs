@@ -185,17 +185,20 @@ impl Projection {
         (self.columns() / SEGMENT) as usize
     }
 
-    /// Its segments, whose sums are scaled by `scale` and by what dropout leaves.
-    fn masked(&self, scale: f32) -> impl Iterator<Item = Segment> {
-        // With p = 1 nothing is kept, and nothing must be infinite.
-        let kept = if self.p < 1.0 {
+    /// What dropout scales what it leaves by. With p = 1 nothing is kept, and nothing must be infinite.
+    fn left(&self) -> f32 {
+        if self.p < 1.0 {
             1.0 / (1.0 - self.p)
         } else {
             0.0
-        };
+        }
+    }
+
+    /// Its segments, whose sums are scaled by `scale`.
+    fn masked(&self, scale: f32) -> impl Iterator<Item = Segment> {
         let segment = Segment {
             stream: self.stream,
-            scale: scale * kept,
+            scale,
             threshold: (f64::from(self.p) * 65_536.0).round() as u32,
             first: 0,
             reserved: 0,

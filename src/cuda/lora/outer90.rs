@@ -26,8 +26,6 @@ struct Outer90 {
     m: u64,
     w: u64,
     g_column: u32,
-    g_plane: u32,
-    planes: u32,
     rows_per_range: u32,
     early: u32,
     reserved: u32,
@@ -37,7 +35,8 @@ const _: () = assert!(size_of::<Outer90>() == 576);
 // SAFETY: the kernel's structure, field for field.
 unsafe impl Parameters for Outer90 {}
 
-/// Whether a pass over `[m, w]` at `address` runs here: on Hopper, where rows start on 16 bytes.
+/// Whether a pass over `[m, w]` at `address` runs here: on Hopper, for adapters of its type, where rows start on
+/// 16 bytes.
 pub fn takes(device: &Device, input: &Input, address: Address, w: u64) -> bool {
     let used = match input.hopper {
         Hopper::Auto => input.m >= MANY,
@@ -45,6 +44,7 @@ pub fn takes(device: &Device, input: &Input, address: Address, w: u64) -> bool {
         Hopper::Never => false,
     };
     used && device.capability == (9, 0)
+        && input.planes == 1
         && w.is_multiple_of(8)
         && address.is_multiple_of(16)
         && input.m.max(w) < 1 << 31
@@ -111,8 +111,6 @@ pub unsafe fn outer(
         m: of.m,
         w: of.w,
         g_column: 0,
-        g_plane: of.g_plane,
-        planes: of.planes,
         rows_per_range: rows as u32,
         early: of.early,
         reserved: 0,
@@ -141,7 +139,7 @@ pub unsafe fn down_outer(
 ) -> Result<()> {
     let (ranges, rows) = ranges(device, of.m, of.n);
     let h = Matrix::new(h, of.m, u64::from(of.h_stride));
-    let width = SEGMENT * segments as u64 * u64::from(of.planes);
+    let width = SEGMENT * segments as u64;
     let panel = Matrix::new(of.panel, of.n, width);
     let p = Outer90 {
         x: box_of(dtype, Matrix::new(of.grad, of.m, of.n))?,
@@ -153,8 +151,6 @@ pub unsafe fn down_outer(
         m: of.m,
         w: of.n,
         g_column: h_column as u32,
-        g_plane: of.h_plane,
-        planes: of.planes,
         rows_per_range: rows as u32,
         early: 0,
         reserved: 0,

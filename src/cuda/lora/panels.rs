@@ -78,6 +78,13 @@ pub(super) fn parts_of_a(
     (places, jobs)
 }
 
+/// Whether Hopper's product takes every A as it lies.
+pub(super) fn adapters_do(input: &Input, projections: &[Projection]) -> bool {
+    input.planes == 1
+        && input.k.is_multiple_of(8)
+        && projections.iter().all(|one| one.lora_a.is_multiple_of(16))
+}
+
 /// Whether B lies as its panel would.
 fn lies_as_panel(input: &Input, projection: &Projection) -> bool {
     input.planes == 1
