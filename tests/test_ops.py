@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from error_table import ErrorTable, Row, mean_square  # noqa: E402
 from ferrotune import ops  # noqa: E402
-from ferrotune.ops import reference  # noqa: E402
+from ferrotune.ops import products, scratch  # noqa: E402
 from lora_cases import DTYPES, Case, error, make, ours, peft, run, truth  # noqa: E402
 
 SHAPES = [((7, 33), 17), ((2, 9, 40), 24), ((1, 2, 3, 64), 5), ((11, 64), 8), ((20, 129), 12)]
@@ -119,7 +119,7 @@ def test_16_bits_with_and_without_fast_products(
     dtype: torch.dtype, fast: bool, errors: Errors, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On CPUs without 16-bit products the same ones run in float32, and round once."""
-    monkeypatch.setattr(reference, "_has_onednn", lambda _: fast)
+    monkeypatch.setattr(products, "_has_onednn", lambda _: fast)
     for adapter, quant_type, dropout_p, bias in [
         (dtype, None, 0.0, True), (dtype, "nf4", 0.3, False),
         (torch.float32, "fp4", 0.0, False), (torch.float32, None, 0.3, True),
@@ -141,7 +141,22 @@ def test_16_bits_with_and_without_fast_products(
         assert x.grad.dtype == dtype
     errors.check()
     wanted = dtype if fast else torch.float32
-    assert reference.product_dtype(torch.empty(0, dtype=dtype)) == wanted
+    assert products.product_dtype(torch.empty(0, dtype=dtype)) == wanted
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_blocks_of_rows_are_the_whole(
+    dropout_p: float, errors: Errors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float32 adapters on bfloat16: x, y and their gradients are widened in blocks."""
+    monkeypatch.setattr(scratch, "_BLOCK_BYTES", 20 * 64 * 4)
+    for tokens in (1, 19, 20, 21, 40, 73):
+        case = make(
+            (tokens, 64), 48, 4, dtype=torch.bfloat16, adapter_dtype=torch.float32,
+            quant_type="nf4", dropout_p=dropout_p, bias=True, lora_bias=True, seed=tokens,
+        )  # fmt: skip
+        errors.add(case, "QLoRA linear bfloat16, adapter float32", f"{tokens} p={dropout_p}")
+    errors.check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

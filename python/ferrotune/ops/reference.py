@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import threading
 from typing import TYPE_CHECKING
 
 import torch
 
 from . import dropout
+from .products import add_product, down, down_backward, product_dtype, term_dtype, up_backward
+from .scratch import scratch
 from .types import Grads, Need, Projection, Quant4bit
 
 if TYPE_CHECKING:
@@ -30,14 +30,12 @@ def forward(
         h = None
         if projection.lora_A is not None and projection.lora_B is not None:
             kind = term_dtype(x, projection.lora_A)
-            dropped = dropout.apply(x.to(kind), projection.dropout_p, seed, projection.stream)
-            h = _product(dropped, projection.lora_A.to(kind).t(), projection.scaling)
+            h = down(x, projection, kind, seed)
+            lora_bias = projection.lora_bias
+            if lora_bias is not None:
+                lora_bias = lora_bias.to(kind) * projection.scaling
             up = projection.lora_B.to(kind).t()
-            if projection.lora_bias is None:
-                y = _add_product(y, h, up, product_dtype(x))
-            else:
-                term = torch.addmm(projection.lora_bias.to(kind) * projection.scaling, h, up)
-                y = term if y is None else y + term
+            y = add_product(y, h, up, product_dtype(x), lora_bias)
         assert y is not None
         ys.append(y.to(x.dtype))
         hs.append(h)
@@ -76,7 +74,7 @@ def backward(
         if need.x:
             weight = dense(projection, x.dtype)
             if weight is not None:
-                dx = _add_product(dx, grad.to(sums_in), weight.to(sums_in), sums_in)
+                dx = add_product(dx, grad.to(sums_in), weight.to(sums_in), sums_in)
             del weight
         if need.bias[i] and bias is not None:
             found.bias[i] = columns(grad).to(bias.dtype)
@@ -86,58 +84,24 @@ def backward(
             sums = columns(grad) * projection.scaling
             found.lora_bias[i] = sums.to(projection.lora_bias.dtype)
         kind = h.dtype
-        wide = grad.to(kind)
-        if need.lora_B[i]:
-            # The long way round reads the wide gradient in the order in which it lies.
-            found.lora_B[i] = (h.t() @ wide).t().to(lora_B.dtype).contiguous()
-        if not (need.lora_A[i] or need.x):
+        asked_g = need.lora_A[i] or need.x
+        grad_B, g = up_backward(grad, h, projection, kind, need.lora_B[i], asked_g)
+        if grad_B is not None:
+            found.lora_B[i] = grad_B.to(lora_B.dtype)
+        if g is None:
             continue
-        g = _product(wide, lora_B.to(kind), projection.scaling)
         if need.lora_A[i]:
-            dropped = dropout.apply(x.to(kind), projection.dropout_p, seed, projection.stream)
-            found.lora_A[i] = (g.t() @ dropped).to(lora_A.dtype)
+            found.lora_A[i] = down_backward(g, x, projection, kind, seed).to(lora_A.dtype)
         if need.x:
-            down = lora_A.to(kind)
+            wide_A = lora_A.to(kind)
             if projection.dropout_p:
-                term = dropout.apply(g @ down, projection.dropout_p, seed, projection.stream)
+                term = dropout.apply(g @ wide_A, projection.dropout_p, seed, projection.stream)
                 dx = (term if dx is None else dx + term).to(sums_in)
             else:
-                dx = _add_product(dx, g, down, sums_in)
+                dx = add_product(dx, g, wide_A, sums_in)
     if need.x and dx is None:
         dx = torch.zeros_like(x)
     return found._replace(x=None if dx is None else dx.to(x.dtype))
-
-
-def term_dtype(x: Tensor, lora_A: Tensor) -> torch.dtype:
-    """In what the LoRA term is computed: what holds both x's and A's values, and is fast."""
-    return _fast(torch.promote_types(x.dtype, lora_A.dtype), x.device)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """In what the products with x are computed and summed, to be rounded to its dtype once."""
-    return _fast(x.dtype, x.device)
-
-
-def _fast(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """``dtype``; float32 for a 16-bit one whose products PyTorch has no fast code for on this CPU.
-
-    Without oneDNN's, a backward product in float16 takes some hundred times as long.
-    """
-    if device.type == "cpu" and dtype in _ONEDNN and not _has_onednn(dtype):
-        return torch.float32
-    return dtype
-
-
-_ONEDNN = {
-    torch.bfloat16: "_is_mkldnn_bf16_supported",
-    torch.float16: "_is_mkldnn_fp16_supported",
-}
-
-
-@functools.cache
-def _has_onednn(dtype: torch.dtype) -> bool:
-    supported = getattr(torch.ops.mkldnn, _ONEDNN[dtype], None)  # none in builds without it
-    return supported is not None and bool(supported())
 
 
 def dense(projection: Projection, dtype: torch.dtype) -> Tensor | None:
@@ -149,31 +113,7 @@ def dense(projection: Projection, dtype: torch.dtype) -> Tensor | None:
         from .backend import choose
 
         return choose(quant.packed).dequantize_4bit(quant, quant.dtype).to(dtype)
-    return _dequantize_into(_scratch(quant), quant).to(dtype)
-
-
-class _Scratch(threading.local):
-    """Memory for one dense weight a thread and dtype, as large as the largest so far.
-
-    The system would hand out large new memory page by page: slower than dequantising into it.
-    """
-
-    def __init__(self) -> None:
-        self.flat: dict[torch.dtype, Tensor] = {}
-
-
-_SCRATCH = _Scratch()
-
-
-def _scratch(quant: Quant4bit) -> Tensor:
-    """Valid until the thread's next call."""
-    elements = math.prod(quant.shape)
-    flat = _SCRATCH.flat.get(quant.dtype)
-    if flat is None or flat.numel() < elements:
-        with torch.inference_mode(False):
-            flat = torch.empty(elements, dtype=quant.dtype, device="cpu")
-        _SCRATCH.flat[quant.dtype] = flat
-    return flat[:elements].view(quant.shape)
+    return _dequantize_into(scratch("weight", quant.shape, quant.dtype), quant).to(dtype)
 
 
 def base(x: Tensor, projection: Projection) -> Tensor | None:
@@ -184,20 +124,6 @@ def base(x: Tensor, projection: Projection) -> Tensor | None:
     if weight is None:
         return None if bias is None else bias.repeat(x.shape[0], 1)
     return torch.nn.functional.linear(x.to(kind), weight.to(kind), bias)
-
-
-def _product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """``scaling · a·b``, rounded once."""
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
-
-
-def _add_product(onto: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``onto + a·b`` in ``dtype``; may write to ``onto``."""
-    if onto is None:
-        return (a @ b).to(dtype)
-    if onto.dtype == a.dtype:
-        return onto.addmm_(a, b)
-    return (a @ b).add_(onto).to(dtype)
 
 
 def columns(grad: Tensor) -> Tensor:
