@@ -102,21 +102,26 @@ __device__ __forceinline__ void lora_up(const LoraUp& p) {
 #pragma unroll
                         for (int i = 0; i < 4; ++i) sums[t][i] = 0.0f;
                 }
-                const auto add = [&](int h_plane, int panel_plane) {
+                const auto add = [&](float (&to)[4][4], int h_plane, int panel_plane) {
                     const Fragments a = load_matrices<false>(h_tile + (part * planes + h_plane) * SEGMENT);
 #pragma unroll
                     for (int pair = 0; pair < 2; ++pair) {
                         const Fragments b = load_matrices<false>(panel_rows + 16 * pair * width +
                                                                  (part * planes + panel_plane) * SEGMENT);
-                        multiply<T>(sums[2 * pair], a, b.part[0], b.part[1]);
-                        multiply<T>(sums[2 * pair + 1], a, b.part[2], b.part[3]);
+                        multiply<T>(to[2 * pair], a, b.part[0], b.part[1]);
+                        multiply<T>(to[2 * pair + 1], a, b.part[2], b.part[3]);
                     }
                 };
                 if (planes > 1) {
-                    add(0, 1);
-                    add(1, 0);
+                    float lower[4][4] = {};
+                    add(lower, 0, 1);
+                    add(lower, 1, 0);
+#pragma unroll
+                    for (int t = 0; t < 4; ++t)
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) sums[t][i] += lower[t][i] * (1.0f / PART_SCALE<T>);
                 }
-                add(0, 0);
+                add(sums, 0, 0);
                 if (p.masks.seed != nullptr && (part + 1 == parts || p.segments[part + 1].of.first)) {
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
