@@ -101,11 +101,11 @@ def test_4bit_no_less_exact_than_peft(
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_less_exact_at_the_size_of_layers(dtype: torch.dtype, errors: Errors) -> None:
-    for r, quant_type in [(16, None), (16, "nf4"), (256, None)]:
+    for r, quant_type, bias in [(16, None, True), (16, "nf4", False), (256, None, True)]:
         for adapter in {dtype, torch.float32}:
             case = make(
-                (2, 65, 512), 768, r, dtype=dtype, adapter_dtype=adapter,
-                quant_type=quant_type, dropout_p=0.05,
+                (2, 65, 512), 768, r, dtype=dtype, adapter_dtype=adapter, bias=bias,
+                lora_bias=bias, quant_type=quant_type, dropout_p=0.05,
                 scaling=0.5,  # a power of two costs PEFT no rounding
             )  # fmt: skip
             label = f"512x768 r={r} {quant_type or 'dense'}"

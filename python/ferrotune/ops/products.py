@@ -117,6 +117,8 @@ def add_product(
     """``onto + a·b + bias`` in the dtype of ``onto``, or ``dtype``; may write to ``onto``."""
     if onto is None:
         return (a @ b if bias is None else torch.addmm(bias, a, b)).to(dtype)
+    if bias is not None and onto.dtype == a.dtype:
+        return onto.add_(torch.addmm(bias, a, b))  # the small term is rounded before, not the sum
     for rows, wide in wide_rows(onto, a.dtype):
         wide.addmm_(a[rows], b)
         if bias is not None:
