@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from .types import Need, Projection, Quant4bit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from torch import Tensor
 
@@ -35,7 +37,8 @@ class _LoraGroup(torch.autograd.Function):
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
         rows = as_rows(x)
-        ys, hs = choose(x).forward(rows, projections, seed)
+        with no_autocast(x):
+            ys, hs = choose(x).forward(rows, projections, seed)
         ctx.projections = [without_tensors(projection) for projection in projections]
         ctx.shape = x.shape
         ctx.save_for_backward(rows, seed, *hs, *tensors)
@@ -58,7 +61,8 @@ class _LoraGroup(torch.autograd.Function):
             *(tuple(asked[i::_WIDTH]) for i in (_LORA_A, _LORA_B, _BIAS, _LORA_BIAS)),
         )
         flat_grads = [None if grad is None else as_rows(grad) for grad in grads]
-        found = choose(rows).backward(flat_grads, rows, hs, projections, seed, need)
+        with no_autocast(rows):
+            found = choose(rows).backward(flat_grads, rows, hs, projections, seed, need)
         result: list[Tensor | None] = [None] * (3 + _WIDTH * count)
         if found.x is not None:
             result[0] = found.x.view(ctx.shape)
@@ -76,6 +80,12 @@ def apply(x: Tensor, projections: Sequence[Projection], seed: Tensor | None) -> 
     """``y`` of every projection, ``[..., n]``."""
     tensors = [tensor for projection in projections for tensor in flat.tensors(projection)]
     return _LoraGroup.apply(x, seed, projections, *tensors)  # type: ignore[no-any-return]
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """No autocast on x's device: for products whose types are decided already."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def as_rows(x: Tensor) -> Tensor:
