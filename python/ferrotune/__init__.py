@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .commands.evaluate import evaluate
     from .commands.generate import generate
     from .commands.merge import merge
+    from .commands.split import split
     from .commands.train import train
     from .options import SettingError
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         EvaluateResult,
         GenerateResult,
         MergeResult,
+        SplitResult,
         TrainInterrupted,
         TrainResult,
     )
@@ -44,6 +46,7 @@ __all__ = [
     "MergeResult",
     "Quantized4bit",
     "SettingError",
+    "SplitResult",
     "TrainInterrupted",
     "TrainResult",
     "demo",
@@ -53,6 +56,7 @@ __all__ = [
     "generate",
     "merge",
     "quantize_4bit",
+    "split",
     "train",
 ]
 
@@ -71,6 +75,7 @@ _EXPORTS = {
     "PatchReport": ("patching", "PatchReport"),
     "Quantized4bit": ("quant", "Quantized4bit"),
     "SettingError": ("options", "SettingError"),
+    "SplitResult": ("results", "SplitResult"),
     "TrainInterrupted": ("results", "TrainInterrupted"),
     "TrainResult": ("results", "TrainResult"),
     "TrainerCallback": ("patching.callback", "TrainerCallback"),
@@ -84,6 +89,7 @@ _EXPORTS = {
     "merge": ("commands.merge", "merge"),
     "patch": ("patching", "patch"),
     "quantize_4bit": ("quant", "quantize_4bit"),
+    "split": ("commands.split", "split"),
     "train": ("commands.train", "train"),
     "unpatch": ("patching", "unpatch"),
     "verify": ("patching", "verify"),

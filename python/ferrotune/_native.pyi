@@ -39,6 +39,7 @@ __all__ = [
     "quant_state_to_tensors",
     "quantize_4bit",
     "read_adapter",
+    "split",
     "train",
     "use_openmp",
     "write_adapter",
@@ -60,10 +61,42 @@ class CudaError(RuntimeError):
 # which writes a checkpoint as Ctrl-C does. An exception it raises ends the job and is raised here.
 # KeyboardInterrupt is raised after the checkpoint is written.
 
-def train(config: str, on_event: Callable[[str], bool]) -> str: ...
-def evaluate(config: str, on_event: Callable[[str], bool]) -> str: ...
+# `frames` are tables with `__arrow_c_stream__`, by the names that stand for them in the settings.
+def train(
+    config: str, on_event: Callable[[str], bool], frames: dict[str, Any] | None = None
+) -> str: ...
+def evaluate(
+    config: str, on_event: Callable[[str], bool], frames: dict[str, Any] | None = None
+) -> str: ...
+def split(config: str, frames: dict[str, Any] | None = None) -> str: ...
 def generate(config: str, on_text: Callable[[str], bool] | None) -> str: ...
 def merge(config: str) -> str: ...
+
+# ---- chat templates
+# Messages, tools, special tokens and further variables of the template are JSON.
+
+class _ChatTemplate:
+    def __new__(
+        cls, source: str, special_tokens: str, tool_use: str | None = None
+    ) -> _ChatTemplate: ...
+    def render(
+        self,
+        messages: str,
+        tools: str | None = None,
+        add_generation_prompt: bool = False,
+        variables: str | None = None,
+    ) -> str: ...
+    # The text, and the assistant's parts of it as pairs of character indices.
+    def spans(
+        self, messages: str, tools: str | None = None, variables: str | None = None
+    ) -> tuple[str, list[tuple[int, int]]]: ...
+
+class _ChatTokenizer:
+    def __new__(cls, folder: str | PathLike[str]) -> _ChatTokenizer: ...
+    # Token ids, and the trained ones as pairs of indices.
+    def encode(
+        self, messages: str, tools: str | None = None, variables: str | None = None
+    ) -> tuple[list[int], list[tuple[int, int]]]: ...
 
 # One batch `[rows, columns]`: flat logits, the loss summed over the targets in nats, and that sum's
 # gradients by the trained tensor's name, flat. Targets are shifted already, -100 is ignored.

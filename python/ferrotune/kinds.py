@@ -10,8 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .frames import ArrowTable
+
 StrPath = str | os.PathLike[str]
 StrPaths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+# Files, folders, and tables in memory (of which only the names ever become settings).
+DataSources = StrPath | ArrowTable | Sequence[StrPath | ArrowTable]
 NO_TABLE: Mapping[str, Any] = types.MappingProxyType({})
 
 _PATTERN_CHARACTERS = frozenset("*+?[](){}|^$\\")
@@ -48,7 +52,7 @@ def kind_of(members: Sequence[Any]) -> Kind:
         return Kind("TEXT", _text)
     if origins == {str, os.PathLike}:
         return Kind("PATH", _text)
-    if origins == {str, os.PathLike, Sequence}:
+    if origins - {ArrowTable} == {str, os.PathLike, Sequence}:
         return Kind("PATH", _texts, join=list)
     if origins == {Sequence}:
         return Kind("TEXT", _list, join=list)

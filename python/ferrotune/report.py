@@ -23,9 +23,10 @@ class Fingerprint:
     sha256: str
 
 
-def fingerprints(settings: Mapping[str, Any]) -> list[Fingerprint]:
-    """Of every data file of the run. Raises OSError."""
-    paths = [*settings["data"], *settings["heldout_data"]]
+def fingerprints(settings: Mapping[str, Any], tables: Mapping[str, Any]) -> list[Fingerprint]:
+    """Of every data file of the run; `tables`, which are in memory, have none. Raises OSError."""
+    named = [*settings["data"], *settings["heldout_data"]]
+    paths = [path for path in named if path not in tables]
     return [Fingerprint(path, *fingerprint(Path(path))) for path in paths]
 
 

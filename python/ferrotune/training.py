@@ -19,17 +19,25 @@ OnEvent = Callable[[dict[str, Any]], bool | None]
 _NOT_OF_THE_RUN = ("progress",)
 
 
-def run(settings: dict[str, Any], default_output: str, on_event: OnEvent | None) -> TrainResult:
-    """Trains with complete, checked settings and leaves the report in the run's folder."""
+def run(
+    settings: dict[str, Any],
+    default_output: str,
+    on_event: OnEvent | None,
+    tables: Mapping[str, Any],
+) -> TrainResult:
+    """Trains with complete, checked settings and leaves the report in the run's folder.
+
+    `tables` are the data in memory, by the names that stand for them in the settings.
+    """
     from . import _native
 
     show = bool(settings["progress"])
     settings = {name: v for name, v in settings.items() if name not in _NOT_OF_THE_RUN}
     output = _output(settings, default_output)
     settings["output"] = str(output)
-    relay = _Relay(settings, open_display(show, _title(settings)), on_event)
+    relay = _Relay(settings, open_display(show, _title(settings)), on_event, tables)
     try:
-        found = json.loads(_native.train(json.dumps(settings), relay))
+        found = json.loads(_native.train(json.dumps(settings), relay, dict(tables)))
     except KeyboardInterrupt:
         raise _interrupted(output) from None
     finally:
@@ -76,7 +84,14 @@ def _interrupted(output: Path) -> TrainInterrupted:
 class _Relay:
     """What the engine calls with each event: display, history, the user's own function."""
 
-    def __init__(self, settings: dict[str, Any], display: Display, on_event: OnEvent | None):
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        display: Display,
+        on_event: OnEvent | None,
+        tables: Mapping[str, Any],
+    ):
+        self._tables = tables
         self.display = display
         self.interrupted = False
         self.fingerprints: list[report.Fingerprint] = []
@@ -104,7 +119,7 @@ class _Relay:
         self._started = True
         output = Path(self._settings["output"])
         output.mkdir(parents=True, exist_ok=True)
-        self.fingerprints = report.fingerprints(self._settings)
+        self.fingerprints = report.fingerprints(self._settings, self._tables)
         report.write_config(output, self._settings)
 
     def _show(self, event: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 //! From files to rows that can be trained on, with a report of what became of every record.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
 
 use rayon::prelude::*;
@@ -8,11 +8,14 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use super::columns::Columns;
+use super::formats::Frames;
+use super::near;
 use super::pack::{Packed, Packing};
 use super::reader::Files;
 use super::record::{Digest, Item, Reason, Record};
-use super::split::{Split, split};
+use super::split::{Split, SplitPlan, divide};
 use super::tokenizer::Tokenizer;
+use super::union::Union;
 use crate::error::{Error, Result};
 
 /// Skipped records that a report names; the others are only counted.
@@ -27,12 +30,42 @@ pub struct DataConfig {
     pub heldout: f64,
     #[serde(default)]
     pub heldout_data: Vec<PathBuf>,
+    /// Whether each side gets its part of every label.
+    #[serde(default)]
+    pub stratify: bool,
+    /// Similarity from which texts stay on one side (see [`super::near`]); 0 for exact duplicates alone.
+    #[serde(default)]
+    pub near_duplicates: f64,
     #[serde(flatten)]
     pub columns: Columns,
+    /// Tables in memory, by the names that stand for them in `data` and `heldout_data`.
+    #[serde(skip)]
+    pub frames: Frames,
     /// Tokens in a row.
     pub sequence_length: usize,
     pub packing: bool,
     pub seed: u64,
+}
+
+impl DataConfig {
+    /// How these settings divide records, with a test side of `test`.
+    pub(super) fn split_plan(&self, test: f64) -> SplitPlan {
+        SplitPlan {
+            how: match self.columns.group_column {
+                Some(_) => Split::Group,
+                None => Split::Random,
+            },
+            heldout: self.heldout,
+            test,
+            stratify: self.stratify,
+            near_duplicates: self.near_similarity(),
+            seed: self.seed,
+        }
+    }
+
+    fn near_similarity(&self) -> Option<f64> {
+        (self.near_duplicates != 0.0).then_some(self.near_duplicates)
+    }
 }
 
 /// What became of the records.
@@ -85,14 +118,14 @@ pub struct Prepared {
 pub fn prepare(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
     let mut skips = Skips::default();
     let mut fingerprint = Sha256::new();
-    let mut train = Source::read(&config.data, &config.columns, &mut skips)?;
+    let mut train = Source::read(&config.data, config, &mut skips)?;
     train.hash(&mut fingerprint);
     let heldout = if config.heldout_data.is_empty() {
         train.split(config)?
     } else {
-        let heldout = Source::read(&config.heldout_data, &config.columns, &mut skips)?;
+        let heldout = Source::read(&config.heldout_data, config, &mut skips)?;
         heldout.hash(&mut fingerprint);
-        train.remove(&heldout, &mut skips);
+        train.remove(&heldout, config, &mut skips)?;
         if train.records.is_empty() {
             return Err(Error::argument(format!(
                 "every record of {} is in the held-out data as well{}",
@@ -147,12 +180,12 @@ pub(super) struct Source {
     paths: Vec<PathBuf>,
     pub(super) records: Vec<Record>,
     /// Of each record.
-    digests: Vec<Digest>,
+    pub(super) digests: Vec<Digest>,
 }
 
 impl Source {
-    pub(super) fn read(paths: &[PathBuf], columns: &Columns, skips: &mut Skips) -> Result<Self> {
-        let mut files = Files::open(paths, columns)?;
+    pub(super) fn read(paths: &[PathBuf], config: &DataConfig, skips: &mut Skips) -> Result<Self> {
+        let mut files = Files::with_frames(paths, &config.columns, &config.frames)?;
         let mut records = Vec::new();
         while let Some(item) = files.next().transpose()? {
             match item {
@@ -177,17 +210,7 @@ impl Source {
 
     /// Takes the held-out records out.
     fn split(&mut self, config: &DataConfig) -> Result<Self> {
-        let how = match config.columns.group_column {
-            Some(_) => Split::Group,
-            None => Split::Random,
-        };
-        let sides = split(
-            &self.records,
-            &self.digests,
-            how,
-            config.heldout,
-            config.seed,
-        )?;
+        let sides = divide(&self.records, &self.digests, &config.split_plan(0.0))?;
         let mut held = vec![false; self.records.len()];
         for &index in &sides.heldout {
             held[index] = true;
@@ -212,11 +235,15 @@ impl Source {
         other
     }
 
-    /// Drops what would leak into `heldout`: its texts, and its groups.
-    fn remove(&mut self, heldout: &Self, skips: &mut Skips) {
+    /// Drops what would leak into `heldout`: its texts, what nearly is one of them, and its groups.
+    ///
+    /// # Errors
+    /// A similarity that cannot be.
+    fn remove(&mut self, heldout: &Self, config: &DataConfig, skips: &mut Skips) -> Result<()> {
         let texts: HashSet<&Digest> = heldout.digests.iter().collect();
         let held = heldout.records.iter();
         let groups: HashSet<&str> = held.filter_map(|record| record.group.as_deref()).collect();
+        let near = self.near(heldout, config)?;
         let mut leaks = vec![false; self.records.len()];
         for (index, record) in self.records.iter().enumerate() {
             let group = record
@@ -225,6 +252,8 @@ impl Source {
                 .filter(|group| groups.contains(group));
             let reason = if texts.contains(&self.digests[index]) {
                 Reason::HeldOutText
+            } else if let Some(similarity) = near.get(&self.digests[index]) {
+                Reason::HeldOutNear(format!("{:.0} %", similarity * 100.0))
             } else if let Some(group) = group {
                 Reason::HeldOutGroup(group.to_owned())
             } else {
@@ -234,6 +263,45 @@ impl Source {
             skips.add(&self.paths[record.file], record.number, &reason);
         }
         self.extract(&leaks);
+        Ok(())
+    }
+
+    /// The texts here that are near duplicates of one in `heldout`, or hang together with one, with the similarity that
+    /// joins them to it.
+    fn near(&self, heldout: &Self, config: &DataConfig) -> Result<HashMap<Digest, f64>> {
+        let Some(similarity) = config.near_similarity() else {
+            return Ok(HashMap::new());
+        };
+        let both = self.digests.iter().chain(&heldout.digests);
+        let records = self.records.iter().chain(&heldout.records);
+        let mut texts: Vec<(Digest, &Record)> = both.copied().zip(records).collect();
+        texts.sort_by_key(|(digest, _)| *digest);
+        texts.dedup_by_key(|(digest, _)| *digest);
+        let contents: Vec<_> = texts
+            .par_iter()
+            .map(|(_, record)| record.content.text())
+            .collect();
+        let pairs = near::pairs(&contents, similarity)?;
+        let mut union = Union::new(texts.len());
+        for pair in &pairs {
+            union.join(pair.first, pair.second);
+        }
+        let held: HashSet<&Digest> = heldout.digests.iter().collect();
+        let mut held_roots = HashSet::new();
+        for (index, (digest, _)) in texts.iter().enumerate() {
+            if held.contains(digest) {
+                held_roots.insert(union.root(index));
+            }
+        }
+        let mut found = HashMap::new();
+        for pair in pairs {
+            if held_roots.contains(&union.root(pair.first)) {
+                for index in [pair.first, pair.second] {
+                    found.entry(texts[index].0).or_insert(pair.similarity);
+                }
+            }
+        }
+        Ok(found)
     }
 
     /// Feeds every record, in order and after their number, to a fingerprint.
@@ -242,8 +310,10 @@ impl Source {
         for (record, digest) in self.records.iter().zip(&self.digests) {
             hash.update(digest);
             let group = record.group.as_deref().unwrap_or_default();
-            hash.update((group.len() as u64).to_le_bytes());
-            hash.update(group);
+            for part in std::iter::once(group).chain(record.label.as_deref()) {
+                hash.update((part.len() as u64).to_le_bytes());
+                hash.update(part);
+            }
         }
     }
 
@@ -287,8 +357,8 @@ impl Source {
 /// Records left out: the first ones and the number of all.
 #[derive(Default)]
 pub(super) struct Skips {
-    first: Vec<Skipped>,
-    total: usize,
+    pub(super) first: Vec<Skipped>,
+    pub(super) total: usize,
 }
 
 impl Skips {

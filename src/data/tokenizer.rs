@@ -1,4 +1,4 @@
-//! A model folder's tokenizer.json, and how a record becomes tokens.
+//! A model folder's tokenizer.json and chat template, and how a record becomes tokens.
 
 use std::path::Path;
 
@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use super::example::Example;
 use super::record::{Content, Reason, Record};
+use super::template::{ChatTemplate, Conversation};
 use crate::error::{Error, Result};
 
 /// A tokenizer with the special tokens a document begins and ends with.
@@ -20,6 +21,8 @@ pub struct Tokenizer {
     unknown: Option<u32>,
     /// Ids the model has embeddings for: `0..vocab_size`.
     vocab_size: usize,
+    /// The folder's chat template, or what is wrong with it.
+    template: std::result::Result<Option<ChatTemplate>, String>,
 }
 
 /// The part of tokenizer.json that names the token for what the vocabulary lacks.
@@ -89,7 +92,52 @@ impl Tokenizer {
             eos,
             unknown,
             vocab_size,
+            template: ChatTemplate::from_folder(folder).map_err(|error| error.to_string()),
         })
+    }
+
+    /// The folder's chat template.
+    ///
+    /// # Errors
+    /// [`Reason::NoTemplate`] where it has none, [`Reason::Template`] for one that cannot be used.
+    pub fn template(&self) -> std::result::Result<&ChatTemplate, Reason> {
+        match &self.template {
+            Ok(Some(template)) => Ok(template),
+            Ok(None) => Err(Reason::NoTemplate),
+            Err(message) => Err(Reason::Template(message.clone())),
+        }
+    }
+
+    /// The tokens of a conversation as the chat template renders it, of which the assistant's are trained. The template
+    /// writes its own special tokens: none is added.
+    ///
+    /// A token that any character of the assistant's text belongs to is trained, as in transformers' assistant masks.
+    ///
+    /// # Errors
+    /// The reason to skip the record.
+    pub fn chat(&self, conversation: &Conversation) -> std::result::Result<Example, Reason> {
+        let template = self.template()?;
+        let (text, spans) = template.spans(conversation)?;
+        let encoding = self
+            .inner
+            .encode_char_offsets(text, false)
+            .map_err(|error| Reason::Tokenizer(error.to_string()))?;
+        let ids = encoding.get_ids().to_vec();
+        self.check(&ids)?;
+        let mut trained: Vec<std::ops::Range<usize>> = Vec::new();
+        for span in spans {
+            let Some(start) = encoding.char_to_token(span.start, 0) else {
+                continue;
+            };
+            let last = span.end.checked_sub(1);
+            let last = last.and_then(|last| encoding.char_to_token(last, 0));
+            let end = last.map_or(ids.len(), |last| last + 1);
+            let start = trained.last().map_or(start, |before| start.max(before.end));
+            if start < end {
+                trained.push(start..end);
+            }
+        }
+        Ok(Example::new(ids, trained))
     }
 
     pub fn bos(&self) -> Option<u32> {
@@ -159,6 +207,9 @@ impl Tokenizer {
                     ids.extend(self.ids(completion)?);
                 }
                 start
+            }
+            Content::Messages { messages, tools } => {
+                return self.chat(&Conversation::parse(messages, tools.as_deref())?);
             }
         };
         if ids.len() == start {

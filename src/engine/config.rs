@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::data::Frames;
 use crate::dtype::QuantType;
 use crate::error::{Error, Result};
 
@@ -97,6 +98,10 @@ pub struct TrainConfig {
     /// Part of the records that is held out, where `heldout_data` is empty.
     pub heldout: f64,
     pub heldout_data: Vec<PathBuf>,
+    /// Whether the held-out part has its share of every label.
+    pub stratify: bool,
+    /// Jaccard similarity of character 5-grams from which texts stay on one side; 0 for exact duplicates alone.
+    pub near_duplicates: f64,
     /// Column whose equal values stay on one side of the split.
     #[serde(deserialize_with = "present")]
     pub group: Option<String>,
@@ -106,6 +111,13 @@ pub struct TrainConfig {
     pub prompt_column: Option<String>,
     #[serde(deserialize_with = "present")]
     pub completion_column: Option<String>,
+    #[serde(deserialize_with = "present")]
+    pub messages_column: Option<String>,
+    #[serde(deserialize_with = "present")]
+    pub label_column: Option<String>,
+    /// Tables in memory, by the names that stand for them in `data` and `heldout_data`.
+    #[serde(skip)]
+    pub frames: Frames,
 
     /// Steps between evaluations.
     pub eval_every: usize,

@@ -1,6 +1,6 @@
 """`ferrotune eval`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from ..options import Option, collect
 from ..registry import command
@@ -14,6 +14,7 @@ from ..shared import (
     Data,
     DoubleQuant,
     LoadedQuantType,
+    MessagesColumn,
     Model,
     Progress,
     PromptColumn,
@@ -41,6 +42,7 @@ def evaluate(
     text_column: TextColumn = None,
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
+    messages_column: MessagesColumn = None,
     sequence_length: SequenceLength = 128,
     packing: Annotated[
         bool,
@@ -69,8 +71,11 @@ def evaluate(
     import json
 
     from .. import _native
+    from ..frames import named
     from ..progress import open_display
 
+    tables: dict[str, Any] = {}
+    arguments["data"] = named(data, tables)
     settings = collect(evaluate, arguments)
     display = open_display(settings.pop("progress"), "evaluation")
 
@@ -79,7 +84,7 @@ def evaluate(
         return True
 
     try:
-        found = json.loads(_native.evaluate(json.dumps(settings), relay))
+        found = json.loads(_native.evaluate(json.dumps(settings), relay, tables))
     finally:
         display.close()
     names = ("loss", "perplexity", "bits_per_byte", "tokens", "seconds", "tokens_per_second")
