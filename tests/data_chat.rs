@@ -34,7 +34,11 @@ fn two_turns() -> Value {
 /// A folder with a byte tokenizer and this template.
 fn tokenizer(folder: &Path, source: &str) -> Tokenizer {
     write(folder, "chat_template.jinja", source);
-    write(folder, "tokenizer_config.json", "{\"bos_token\": {\"content\": \"<bos>\"}}");
+    write(
+        folder,
+        "tokenizer_config.json",
+        "{\"bos_token\": {\"content\": \"<bos>\"}}",
+    );
     bytes(folder, None, None)
 }
 
@@ -42,10 +46,7 @@ fn tokenizer(folder: &Path, source: &str) -> Tokenizer {
 fn the_assistants_tokens_are_trained() {
     let folder = tempdir().unwrap();
     let conversation = talk(&two_turns());
-    for (source, expected) in [
-        (MARKED, ["Yes;", "Ünd;"]),
-        (PLAIN, ["Yes;", "Ünd;"]),
-    ] {
+    for (source, expected) in [(MARKED, ["Yes;", "Ünd;"]), (PLAIN, ["Yes;", "Ünd;"])] {
         let tokenizer = tokenizer(folder.path(), source);
         let example = tokenizer.chat(&conversation).unwrap();
         let trained: Vec<String> = example
@@ -80,13 +81,26 @@ fn files_of_conversations_become_rows() {
     let config: DataConfig = serde_json::from_value(config).unwrap();
     let prepared = prepare(&config, &tokenizer).unwrap();
     assert_eq!(prepared.report.records, 40);
-    assert_eq!(prepared.report.skipped[0].reason, "no turn of an assistant, which is what is trained");
-    let answers: usize = (0..40).map(|number| format!("Answer {number};").len()).sum();
-    assert_eq!(prepared.report.train_targets + prepared.report.heldout_targets, answers);
+    assert_eq!(
+        prepared.report.skipped[0].reason,
+        "no turn of an assistant, which is what is trained"
+    );
+    let answers: usize = (0..40)
+        .map(|number| format!("Answer {number};").len())
+        .sum();
+    assert_eq!(
+        prepared.report.train_targets + prepared.report.heldout_targets,
+        answers
+    );
     // Without a template there is one reason for all of them.
     std::fs::remove_file(folder.path().join("chat_template.jinja")).unwrap();
-    let error = prepare(&config, &bytes(folder.path(), None, None)).unwrap_err().to_string();
-    assert!(error.contains("the tokenizer has no chat template"), "{error}");
+    let error = prepare(&config, &bytes(folder.path(), None, None))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("the tokenizer has no chat template"),
+        "{error}"
+    );
 }
 
 #[test]
@@ -100,7 +114,11 @@ fn templates_are_found_where_transformers_looks() {
     };
     let hello = json!([{"role": "user", "content": "Hi"}]);
     assert!(ChatTemplate::from_folder(at).unwrap().is_none());
-    write(at, "tokenizer_config.json", json!({"chat_template": "config {{ eos_token }}", "eos_token": "</s>"}).to_string());
+    write(
+        at,
+        "tokenizer_config.json",
+        json!({"chat_template": "config {{ eos_token }}", "eos_token": "</s>"}).to_string(),
+    );
     assert_eq!(rendered(&hello, None), "config </s>");
     let named = json!({"chat_template": [
         {"name": "default", "template": "default"}, {"name": "tool_use", "template": "tools {{ tools | length }}"},
@@ -114,22 +132,42 @@ fn templates_are_found_where_transformers_looks() {
     std::fs::remove_file(at.join("chat_template.jinja")).unwrap();
     for (config, expected) in [
         (json!({"chat_template": 5}), "neither a template nor a list"),
-        (json!({"chat_template": [{"name": "rag", "template": ""}]}), "no template named `default`"),
-        (json!({"chat_template": "{% if %}"}), "the chat template cannot be read: line 1"),
+        (
+            json!({"chat_template": [{"name": "rag", "template": ""}]}),
+            "no template named `default`",
+        ),
+        (
+            json!({"chat_template": "{% if %}"}),
+            "the chat template cannot be read: line 1",
+        ),
     ] {
         write(at, "tokenizer_config.json", config.to_string());
         let error = ChatTemplate::from_folder(at).unwrap_err().to_string();
-        assert!(error.contains("tokenizer_config.json") && error.contains(expected), "{error}");
+        assert!(
+            error.contains("tokenizer_config.json") && error.contains(expected),
+            "{error}"
+        );
     }
     write(at, "tokenizer_config.json", "{");
-    assert!(ChatTemplate::from_folder(at).unwrap_err().to_string().contains("not valid JSON"));
+    assert!(
+        ChatTemplate::from_folder(at)
+            .unwrap_err()
+            .to_string()
+            .contains("not valid JSON")
+    );
 }
 
 #[test]
 fn a_template_that_changes_earlier_turns_says_so() {
     let source = "{% for message in messages %}{{ message.content }}{% if loop.last %}!{% endif %};{% endfor %}";
-    let error = template(source).spans(&talk(&two_turns())).unwrap_err().to_string();
-    assert!(error.contains("has no {% generation %} markers, and renders turn 2 otherwise"), "{error}");
+    let error = template(source)
+        .spans(&talk(&two_turns()))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("has no {% generation %} markers, and renders turn 2 otherwise"),
+        "{error}"
+    );
     let alone = talk(&json!([{"role": "user", "content": "x"}]));
     assert_eq!(template(PLAIN).spans(&alone), Err(Reason::NoAssistant));
 }
@@ -151,30 +189,57 @@ fn text_that_looks_like_a_mark_is_text() {
 fn hostile_templates() {
     let conversation = talk(&two_turns());
     let cases = [
-        ("{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}", "does not come to an end"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-        ("{% for a in range(90000) %}{{ 'x' * 90000 }}{% endfor %}", "writes more than 64 MiB"),
+        (
+            "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
+            "does not come to an end",
+        ),
+        (
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+            "recursion",
+        ),
+        (
+            "{% for a in range(90000) %}{{ 'x' * 90000 }}{% endfor %}",
+            "writes more than 64 MiB",
+        ),
         ("{{ 'x' * 999999999999 }}", "too large"),
         ("{{ range(999999999) | list }}", "range"),
         ("{% include '/etc/passwd' %}", "template"),
         ("{% import 'os' as os %}{{ os.system('true') }}", "template"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "undefined"),
+        (
+            "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+            "undefined",
+        ),
         ("{{ messages.append(1) }}", "append"),
         ("{{ cycler.__init__.__globals__ }}", "undefined"),
-        ("{{ raise_exception('Roles must alternate') }}", "line 1: Roles must alternate"),
+        (
+            "{{ raise_exception('Roles must alternate') }}",
+            "line 1: Roles must alternate",
+        ),
         ("{{ strftime_now('%') }}", "cannot use the format"),
         ("{{ undefined_function() }}", "undefined_function"),
     ];
     for (source, expected) in cases {
         let begin = Instant::now();
-        let error = template(source).render(&conversation, false).unwrap_err().to_string();
+        let error = template(source)
+            .render(&conversation, false)
+            .unwrap_err()
+            .to_string();
         assert!(error.starts_with("the chat template fails: "), "{error}");
         assert!(error.contains(expected), "{source}: {error}");
         assert!(begin.elapsed() < Duration::from_secs(20), "{source}");
     }
-    let nested = format!("{}1{}", "{{ (".repeat(1) + &"(".repeat(10_000), ")".repeat(10_001) + " }}");
+    let nested = format!(
+        "{}1{}",
+        "{{ (".repeat(1) + &"(".repeat(10_000),
+        ")".repeat(10_001) + " }}"
+    );
     for source in [nested.as_str(), "{% for %}", "{{ 'a", "{% if x %}"] {
-        let error = ChatTemplate::new(source, None, Map::new()).unwrap_err().to_string();
-        assert!(error.starts_with("the chat template cannot be read: "), "{error}");
+        let error = ChatTemplate::new(source, None, Map::new())
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.starts_with("the chat template cannot be read: "),
+            "{error}"
+        );
     }
 }

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def test_what_is_not_in_memory_says_so(tmp_path: Path) -> None:
         ferrotune.split(datasets.DatasetDict({"train": data}), tmp_path / "out")
     with pytest.raises(TypeError, match="whose records are not in memory"):
         ferrotune.split(data.to_iterable_dataset(), tmp_path / "out")
-    with pytest.raises(ValueError, match="<datasets.Dataset 1>: no column `text`"):
+    with pytest.raises(ValueError, match=r"<datasets\.Dataset 1>: no column `text`"):
         ferrotune.split(data.rename_column("text", "body"), tmp_path / "out")
     with pytest.raises(ValueError, match="was a table in memory"):
         ferrotune.split("<datasets.Dataset 1>", tmp_path / "out")
@@ -120,25 +121,70 @@ def test_what_is_not_in_memory_says_so(tmp_path: Path) -> None:
 def test_split_on_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from ferrotune import cli
 
-    lines = [f'{{"text": "{text}", "label": "{label}"}}' for text, label in zip(TEXTS, LABELS)]
+    rows = [{"text": text, "label": label} for text, label in zip(TEXTS, LABELS, strict=True)]
+    lines = [json.dumps(row) for row in rows]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     words = ["split", "--data", tmp_path / "a.jsonl", "--heldout", "0.2", "--test", "0.1"]
     words += ["--near-duplicates", "0", "--output", tmp_path / "out"]
     assert cli.main([str(word) for word in words]) == 0
     shown = capfd.readouterr().out
-    assert "heldout" in shown and "12 records (20.0%)" in shown and "6 records (10.0%)" in shown
+    assert "heldout" in shown
+    assert "12 records (20.0%)" in shown
+    assert "6 records (10.0%)" in shown
     assert cli.main([str(word) for word in words]) != 0
     assert "is not empty" in capfd.readouterr().err
 
 
 def test_near_duplicates_stay_together(tmp_path: Path) -> None:
-    rows = [f"{TEXTS[number]} And so on, until the end of it{'!' * copy}" for number in range(30) for copy in (0, 1)]
+    rows = [
+        f"{TEXTS[number]} And so on, until the end of it{'!' * copy}"
+        for number in range(30)
+        for copy in (0, 1)
+    ]
     (tmp_path / "a.txt").write_text("\n\n".join(rows))
     ferrotune.split(tmp_path / "a.txt", tmp_path / "out", heldout=0.3, near_duplicates=1.0)
     held = {row["text"].rstrip("!") for row in _read_side(tmp_path / "out/heldout.jsonl")}
     trained = {row["text"].rstrip("!") for row in _read_side(tmp_path / "out/train.jsonl")}
-    assert held and not held & trained
+    assert held
+    assert not held & trained
 
 
 def _read_side(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_run_on_conversations_in_memory(tmp_path: Path) -> None:
+    """From a data set of messages through the model's own chat template to an adapter."""
+    datasets = pytest.importorskip("datasets")
+    model = tmp_path / "model"
+    shutil.copytree(Path(ferrotune.__file__).parent / "data/demo-model", model)
+    template = (
+        "{% for message in messages %}{{ message.role }}: {% generation %}"
+        "{{ message.content }}{% endgeneration %}\n{% endfor %}"
+    ).replace("{% generation %}", "{% if message.role == 'assistant' %}{% generation %}")
+    template = template.replace(
+        "{% endgeneration %}", "{% endgeneration %}{% else %}{{ message.content }}{% endif %}"
+    )
+    (model / "chat_template.jinja").write_text(template)
+    rows = [
+        [{"role": "user", "content": f"Say {text}"}, {"role": "assistant", "content": text}]
+        for text in TEXTS
+    ]
+    rows.append([{"role": "user", "content": "Nobody answers."}])
+    data = datasets.Dataset.from_dict({"messages": rows})
+    settings: dict[str, Any] = {"near_duplicates": 0.0, "progress": False}
+    output = tmp_path / "run"
+    result = ferrotune.train(
+        model, data, output, max_steps=2, batch_size=2, heldout=0.2, warmup_steps=0, **settings
+    )
+    assert result.data["train_records"] == 48
+    assert result.data["heldout_records"] == 12
+    skipped = result.data["skipped"][0]
+    assert "<datasets.Dataset 1>" in skipped["file"]
+    assert skipped["record"] == 61
+    assert "no turn of an assistant" in skipped["reason"]
+    assert "<datasets.Dataset 1>" in (output / "config.toml").read_text()
+    assert "from tables in memory" in (output / "README.md").read_text()
+    measured = ferrotune.evaluate(model, data, result.adapter, progress=False)
+    assert measured.tokens > 0
+    assert measured.bits_per_byte is None

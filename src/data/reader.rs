@@ -67,7 +67,7 @@ fn source(path: &Path, columns: &Columns, frames: &Frames) -> Result<Box<dyn Blo
     })?;
     let size = fs::metadata(path).map_err(Error::io(path))?.len();
     if size == 0 {
-        return Ok(Box::new(Empty(path.to_owned())));
+        return Ok(Box::new(Empty));
     }
     Ok(match extension {
         "txt" => Box::new(formats::Text::open(path, columns)?),
@@ -80,13 +80,9 @@ fn source(path: &Path, columns: &Columns, frames: &Frames) -> Result<Box<dyn Blo
 }
 
 /// A file of no bytes, which no format's own reader needs to know.
-struct Empty(PathBuf);
+struct Empty;
 
 impl Blocks for Empty {
-    fn path(&self) -> &Path {
-        &self.0
-    }
-
     fn next_block(&mut self) -> Result<Option<super::stream::Block>> {
         Ok(None)
     }

@@ -1,7 +1,6 @@
 //! Files as one ordered stream of records, parsed on rayon's threads: while one lot of blocks is parsed, the next is read.
 
 use std::collections::VecDeque;
-use std::path::Path;
 
 use rayon::prelude::*;
 
@@ -23,8 +22,6 @@ pub(super) enum Block {
 
 /// A format's reader: cuts a file into blocks, in order. Nothing is to be read after an error.
 pub(super) trait Blocks: Send {
-    fn path(&self) -> &Path;
-
     fn next_block(&mut self) -> Result<Option<Block>>;
 }
 

@@ -111,13 +111,15 @@ impl Tokenizer {
     /// The tokens of a conversation as the chat template renders it, of which the assistant's are trained. The template
     /// writes its own special tokens: none is added.
     ///
-    /// A token that any character of the assistant's text belongs to is trained, as in transformers' assistant masks.
+    /// With markers the mask is transformers' own: from the first token of the text's first character to the first token
+    /// of its last. Without them it is every token of the text, as in TRL's completion masks.
     ///
     /// # Errors
     /// The reason to skip the record.
     pub fn chat(&self, conversation: &Conversation) -> std::result::Result<Example, Reason> {
         let template = self.template()?;
         let (text, spans) = template.spans(conversation)?;
+        let exact = !template.is_marked(conversation);
         let encoding = self
             .inner
             .encode_char_offsets(text, false)
@@ -129,9 +131,16 @@ impl Tokenizer {
             let Some(start) = encoding.char_to_token(span.start, 0) else {
                 continue;
             };
-            let last = span.end.checked_sub(1);
-            let last = last.and_then(|last| encoding.char_to_token(last, 0));
-            let end = last.map_or(ids.len(), |last| last + 1);
+            let end = if exact {
+                // Every token that begins before the end, white space without characters too.
+                let offsets = encoding.get_offsets();
+                let after = offsets.iter().position(|(begin, _)| *begin >= span.end);
+                after.unwrap_or(ids.len())
+            } else {
+                let last = span.end.checked_sub(1);
+                let last = last.and_then(|last| encoding.char_to_token(last, 0));
+                last.map_or(ids.len(), |last| last + 1)
+            };
             let start = trained.last().map_or(start, |before| start.max(before.end));
             if start < end {
                 trained.push(start..end);

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use arrow::ffi_stream::{ArrowArrayStreamReader, FFI_ArrowArrayStream};
+use arrow::ffi_stream::{FFI_ArrowArrayStream, RecordBatchStreamReader};
 use arrow::record_batch::RecordBatchReader;
 use pyo3::prelude::*;
 use pyo3::types::PyCapsule;
@@ -33,7 +33,7 @@ fn frame(name: &str, table: &Bound<'_, PyAny>) -> Result<Frame> {
     // SAFETY: a capsule of this name holds an Arrow stream by the PyCapsule interface, and is alive
     // during the call; the stream is moved out of it, which marks it as released.
     let stream = unsafe {
-        ArrowArrayStreamReader::from_raw(pointer.as_ptr().cast::<FFI_ArrowArrayStream>())
+        RecordBatchStreamReader::from_raw(pointer.as_ptr().cast::<FFI_ArrowArrayStream>())
     };
     let stream = stream.map_err(|error| fail(&error))?;
     let schema = stream.schema();

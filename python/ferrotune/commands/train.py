@@ -193,8 +193,9 @@ def train(
 
     Every setting is also an option of `ferrotune train` (`ferrotune train --help` lists them with
     their units) and a key of its TOML config. The data is split by record, or by `group`, with near
-    duplicates on one side and each label in its proportion; the model is evaluated on the held-out part before the first step, every `eval_every` steps and at
-    the end, and the weights with the lowest held-out loss are kept.
+    duplicates on one side and each label in its proportion; the model is evaluated on the held-out
+    part before the first step, every `eval_every` steps and at the end, and the weights with the
+    lowest held-out loss are kept.
 
     The run's folder holds `config.toml` (every setting, ready to run again), `metrics.jsonl`,
     `adapter/` in PEFT's format (`model/`, a Hugging Face folder, for method "full"),

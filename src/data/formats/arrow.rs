@@ -144,10 +144,6 @@ impl Messages {
 }
 
 impl Blocks for Arrow {
-    fn path(&self) -> &Path {
-        &self.path
-    }
-
     fn next_block(&mut self) -> Result<Option<Block>> {
         let batch = loop {
             match self.batch.take() {

@@ -65,10 +65,6 @@ impl Csv {
 }
 
 impl Blocks for Csv {
-    fn path(&self) -> &Path {
-        &self.path
-    }
-
     fn next_block(&mut self) -> Result<Option<Block>> {
         let Some(selection) = self.selection.clone().filter(|_| !self.failed) else {
             return Ok(None);

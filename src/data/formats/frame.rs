@@ -56,10 +56,6 @@ impl FrameReader {
 }
 
 impl Blocks for FrameReader {
-    fn path(&self) -> &Path {
-        &self.path
-    }
-
     fn next_block(&mut self) -> Result<Option<Block>> {
         while let Some(batch) = self.frame.batches.get(self.at.0) {
             let rows = (batch.num_rows() - self.at.1).min(BLOCK_ROWS);

@@ -58,10 +58,6 @@ impl JsonLines {
 }
 
 impl Blocks for JsonLines {
-    fn path(&self) -> &Path {
-        self.chunks.path()
-    }
-
     /// A line may lack the columns (writers drop nulls) and is then skipped; a file none of whose lines has them is an error.
     fn next_block(&mut self) -> Result<Option<Block>> {
         let shared = Arc::clone(&self.shared);

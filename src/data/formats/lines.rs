@@ -39,10 +39,6 @@ impl Chunks {
         })
     }
 
-    pub fn path(&self) -> &Path {
-        self.input.path()
-    }
-
     /// A line over [`MAX_RECORD_BYTES`] ends the reading: the last chunk holds its beginning.
     pub fn next_chunk(&mut self) -> Result<Option<Chunk>> {
         if self.over {

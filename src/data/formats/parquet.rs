@@ -50,10 +50,6 @@ impl Parquet {
 }
 
 impl Blocks for Parquet {
-    fn path(&self) -> &Path {
-        &self.path
-    }
-
     fn next_block(&mut self) -> Result<Option<Block>> {
         let after = self.number;
         let reader = &mut self.reader;

@@ -67,10 +67,6 @@ impl Text {
 }
 
 impl Blocks for Text {
-    fn path(&self) -> &Path {
-        self.lines.path()
-    }
-
     fn next_block(&mut self) -> Result<Option<Block>> {
         let first = self.number + 1;
         let mut texts = Vec::new();

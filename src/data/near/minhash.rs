@@ -54,16 +54,17 @@ pub fn keys<T: AsRef<str> + Sync>(texts: &[T], bands: Bands) -> Vec<Vec<Option<u
 }
 
 /// One key a band, or none at all for no shingles.
-fn text_keys(shingles: &[u32], bands: Bands, functions: &[(u64, u64)]) -> Vec<u32> {
+fn text_keys(shingles: &[u32], bands: Bands, functions: &[(u32, u32)]) -> Vec<u32> {
     if shingles.is_empty() {
         return Vec::new();
     }
     let mut signature = vec![u32::MAX; functions.len()];
     for &shingle in shingles {
-        for (least, &(factor, offset)) in signature.iter_mut().zip(functions) {
-            // Multiply-add-shift (Dietzfelbinger 1996): 2-independent in the upper half.
-            let hash = factor.wrapping_mul(u64::from(shingle)).wrapping_add(offset) >> 32;
-            *least = (*least).min(hash as u32);
+        for (least, &(offset, factor)) in signature.iter_mut().zip(functions) {
+            // Two rounds of multiply and xor-shift: plain linear functions miss more than they should.
+            let mut hash = (shingle ^ offset).wrapping_mul(0x85eb_ca6b);
+            hash ^= hash >> 15;
+            *least = (*least).min(hash.wrapping_mul(factor));
         }
     }
     let keys = signature.chunks_exact(bands.rows).map(|rows| {
@@ -76,13 +77,15 @@ fn text_keys(shingles: &[u32], bands: Bands, functions: &[(u64, u64)]) -> Vec<u3
 }
 
 /// The same functions in every run and version: SplitMix64 from a fixed start.
-fn functions(count: usize) -> Vec<(u64, u64)> {
+fn functions(count: usize) -> Vec<(u32, u32)> {
     let mut state = 0x6665_7272_6f74_756e; // "ferrotun"
     let mut next = || {
         state = u64::wrapping_add(state, 0x9e37_79b9_7f4a_7c15);
         mix(state)
     };
-    (0..count).map(|_| (next() | 1, next())).collect()
+    (0..count)
+        .map(|_| ((next() >> 32) as u32, (next() >> 32) as u32 | 1))
+        .collect()
 }
 
 /// SplitMix64's finaliser.

@@ -58,14 +58,21 @@ pub fn new() -> Environment<'static> {
         python::write_str(output, value).map_err(|_| Error::from(ErrorKind::WriteFailure))
     });
     environment.add_filter("tojson", tojson);
+    // What they are given is made a string first.
     environment.add_filter("string", |value: &Value| python::str(value));
+    environment.add_filter("trim", trim);
+    environment.add_filter("upper", |value: &Value| python::str(value).to_uppercase());
+    environment.add_filter("lower", |value: &Value| python::str(value).to_lowercase());
+    environment.add_filter("replace", |value: &Value, from: &Value, to: &Value| {
+        python::str(value).replace(&python::str(from), &python::str(to))
+    });
     environment.add_filter("join", join);
     environment.add_filter("ferrotune_generation", generation);
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
     // Python's: a string can be iterated, and strings and dicts have a length and items.
     environment.add_test("iterable", |value: &Value| {
-        value.try_iter().is_ok() || value.as_str().is_some()
+        value.kind() != ValueKind::None && (value.as_str().is_some() || value.try_iter().is_ok())
     });
     environment.add_test("sequence", |value: &Value| {
         matches!(
@@ -86,6 +93,17 @@ fn generation(state: &State, body: String) -> String {
         (Some(start), Some(end)) => format!("{start}{body}{end}"),
         _ => body,
     }
+}
+
+/// Python's `str.strip`.
+fn trim(value: &Value, characters: Option<String>) -> String {
+    let text = python::str(value);
+    let trimmed = match characters {
+        Some(characters) => text.trim_matches(|one| characters.contains(one)),
+        None => text
+            .trim_matches(|one: char| one.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&one)),
+    };
+    trimmed.to_owned()
 }
 
 fn raise_exception(message: String) -> Result<Value, Error> {

@@ -166,6 +166,11 @@ impl ChatTemplate {
         )
     }
 
+    /// Whether the template for this conversation marks the assistant's text.
+    pub fn is_marked(&self, conversation: &Conversation) -> bool {
+        self.marked[usize::from(!conversation.tools.is_null())]
+    }
+
     /// The text, and the assistant's parts of it as ranges of characters.
     ///
     /// # Errors
@@ -179,7 +184,7 @@ impl ChatTemplate {
         if !(0..count).any(|index| conversation.is_assistant(index)) {
             return Err(Reason::NoAssistant);
         }
-        if !self.marked[usize::from(!conversation.tools.is_null())] {
+        if !self.is_marked(conversation) {
             return self.spans_by_prefix(conversation);
         }
         let mut free = MARKS.filter(|mark| !conversation.contains(*mark));
