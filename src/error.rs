@@ -46,10 +46,6 @@ impl Error {
     }
 
     /// For `map_err`: anything that says what is wrong with an argument.
-    #[expect(
-        clippy::needless_pass_by_value,
-        reason = "map_err hands it over by value"
-    )]
     pub fn argument_of(problem: impl std::fmt::Display) -> Self {
         Self::Argument(problem.to_string())
     }

@@ -54,6 +54,9 @@ mod native {
     };
     #[cfg(feature = "engine")]
     #[pymodule_export]
+    use crate::python::rows::{epoch_order, prepare_rows};
+    #[cfg(feature = "engine")]
+    #[pymodule_export]
     use crate::python::template::{ChatTemplate, ChatTokenizer};
     #[pymodule_export]
     use crate::python::threads::use_openmp;

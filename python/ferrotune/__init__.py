@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .commands.merge import merge
     from .commands.split import split
     from .commands.train import train
+    from .dataset import DataCollator as DataCollator
+    from .dataset import PackedDataset as PackedDataset
+    from .dataset import load_data as load_data
     from .options import SettingError
 
     # Below what needs PyTorch: no part of a star import, which works without.
@@ -65,12 +68,14 @@ __all__ = [
 _EXPORTS = {
     "Certificate": ("patching", "Certificate"),
     "CudaError": ("_native", "CudaError"),
+    "DataCollator": ("dataset", "DataCollator"),
     "DemoResult": ("results", "DemoResult"),
     "DoctorResult": ("commands.doctor", "DoctorResult"),
     "EvaluateResult": ("results", "EvaluateResult"),
     "FormatError": ("_native", "FormatError"),
     "GenerateResult": ("results", "GenerateResult"),
     "MergeResult": ("results", "MergeResult"),
+    "PackedDataset": ("dataset", "PackedDataset"),
     "PatchError": ("patching", "PatchError"),
     "PatchReport": ("patching", "PatchReport"),
     "Quantized4bit": ("quant", "Quantized4bit"),
@@ -86,6 +91,7 @@ _EXPORTS = {
     "eval": ("commands.evaluate", "eval"),
     "evaluate": ("commands.evaluate", "evaluate"),
     "generate": ("commands.generate", "generate"),
+    "load_data": ("dataset", "load_data"),
     "merge": ("commands.merge", "merge"),
     "patch": ("patching", "patch"),
     "quantize_4bit": ("quant", "quantize_4bit"),

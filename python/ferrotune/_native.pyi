@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from os import PathLike
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,8 @@ from ferrotune.quant import Quantized4bit
 __all__ = [
     "CudaError",
     "FormatError",
+    "_ChatTemplate",
+    "_ChatTokenizer",
     "__version__",
     "compute",
     "cuda_dequantize_4bit",
@@ -30,11 +32,13 @@ __all__ = [
     "dequantize_4bit_at",
     "dropout_at",
     "dynamic_map",
+    "epoch_order",
     "evaluate",
     "generate",
     "has_cuda",
     "match_targets",
     "merge",
+    "prepare_rows",
     "quant_state_from_tensors",
     "quant_state_to_tensors",
     "quantize_4bit",
@@ -72,9 +76,21 @@ def split(config: str, frames: dict[str, Any] | None = None) -> str: ...
 def generate(config: str, on_text: Callable[[str], bool] | None) -> str: ...
 def merge(config: str) -> str: ...
 
+# ---- rows for PyTorch
+# Arrays of one side: ids uint32, labels int32 (-100: not trained), positions uint32 (0 begins a
+# document), of all rows one behind another; offsets uint64, row i being offsets[i]:offsets[i + 1].
+# The second side is None where nothing is held out; the report is a JSON object.
+def prepare_rows(
+    config: str, frames: dict[str, Any] | None = None
+) -> tuple[dict[str, npt.NDArray[Any]], dict[str, npt.NDArray[Any]] | None, str]: ...
+def epoch_order(
+    lengths: npt.NDArray[np.uint32], batch_size: int, seed: int, epoch: int, by_length: bool
+) -> npt.NDArray[np.uint32]: ...
+
 # ---- chat templates
 # Messages, tools, special tokens and further variables of the template are JSON.
 
+@final
 class _ChatTemplate:
     def __new__(
         cls, source: str, special_tokens: str, tool_use: str | None = None
@@ -91,6 +107,7 @@ class _ChatTemplate:
         self, messages: str, tools: str | None = None, variables: str | None = None
     ) -> tuple[str, list[tuple[int, int]]]: ...
 
+@final
 class _ChatTokenizer:
     def __new__(cls, folder: str | PathLike[str]) -> _ChatTokenizer: ...
     # Token ids, and the trained ones as pairs of indices.

@@ -10,7 +10,7 @@ use sha2::{Digest as _, Sha256};
 use super::columns::Columns;
 use super::formats::Frames;
 use super::near;
-use super::pack::{Packed, Packing};
+use super::pack::{Layout, Packed, Packing};
 use super::reader::Files;
 use super::record::{Digest, Item, Reason, Record};
 use super::split::{Split, SplitPlan, divide};
@@ -45,6 +45,12 @@ pub struct DataConfig {
     pub sequence_length: usize,
     pub packing: bool,
     pub seed: u64,
+    #[serde(skip, default = "inputs")]
+    pub layout: Layout,
+}
+
+fn inputs() -> Layout {
+    Layout::Inputs
 }
 
 impl DataConfig {
@@ -340,11 +346,12 @@ impl Source {
             }
         }
         let count = kept.len();
-        let packing = Packing::new(
+        let packing = Packing::with_layout(
             examples,
             config.sequence_length,
             config.packing,
             config.seed,
+            config.layout,
         )?;
         for &index in &packing.untrained {
             skip(kept[index], &Reason::Untrained(config.sequence_length));

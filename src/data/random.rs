@@ -12,6 +12,8 @@ pub enum Purpose {
     Rows = 1,
     /// Order of the rows in an epoch.
     Epoch = 2,
+    /// Order of the batches in an epoch whose rows are sorted by length.
+    Batches = 3,
 }
 
 pub fn generator(seed: u64, purpose: Purpose, number: u64) -> ChaCha8Rng {

@@ -109,14 +109,20 @@ pub fn divide(records: &[Record], digests: &[Digest], plan: &SplitPlan) -> Resul
     let mut order: Vec<usize> = order.into_iter().map(|(_, unit)| unit).collect();
 
     let mut totals = vec![0; labels.iter().max().map_or(1, |last| last + 1)];
-    labels.iter().for_each(|&label| totals[label] += 1);
+    for &label in &labels {
+        totals[label] += 1;
+    }
     let heldout = choose(&order, &members, &totals, plan.heldout, sides - 1);
     let mut side = vec![0u8; count];
-    heldout.iter().for_each(|&unit| side[unit] = 1);
+    for unit in heldout {
+        side[unit] = 1;
+    }
     if plan.test > 0.0 {
         order.retain(|&unit| side[unit] == 0);
         let test = choose(&order, &members, &totals, plan.test, 1);
-        test.iter().for_each(|&unit| side[unit] = 2);
+        for unit in test {
+            side[unit] = 2;
+        }
     }
     let mut sides = [Vec::new(), Vec::new(), Vec::new()];
     for (index, &unit) in unit.iter().enumerate() {
@@ -137,7 +143,7 @@ fn check(plan: &SplitPlan) -> Result<()> {
             "heldout must lie between 0 and 1 (it is {heldout}): the fraction of the records kept out of training"
         )));
     }
-    if !(test >= 0.0 && test < 1.0) || heldout + test >= 1.0 {
+    if !(0.0..1.0).contains(&test) || heldout + test >= 1.0 {
         return Err(Error::argument(format!(
             "test must be at least 0, and heldout and test together below 1 (they are {heldout} and {test}): the rest of the records is trained on"
         )));

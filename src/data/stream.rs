@@ -117,15 +117,12 @@ impl Stream {
     }
 
     fn read(&mut self) -> Result<Option<Raw>> {
-        let source = match &mut self.current {
-            Some(source) => source,
-            None => match self.sources.next().transpose()? {
-                Some(source) => self.current.insert(source),
-                None => {
-                    self.over = true;
-                    return Ok(None);
-                }
-            },
+        if self.current.is_none() {
+            self.current = self.sources.next().transpose()?;
+        }
+        let Some(source) = &mut self.current else {
+            self.over = true;
+            return Ok(None);
         };
         if let Some(block) = source.next_block()? {
             return Ok(Some(Raw::Block(block)));
@@ -135,12 +132,12 @@ impl Stream {
         Ok(Some(Raw::Over))
     }
 
-    fn fail(&mut self, error: Error) -> Option<Result<(usize, Found)>> {
+    fn fail(&mut self, error: Error) -> Result<(usize, Found)> {
         self.over = true;
         self.current = None;
         self.raw.clear();
         self.ready.clear();
-        Some(Err(error))
+        Err(error)
     }
 }
 
@@ -171,14 +168,14 @@ impl Iterator for Stream {
                 self.any = true;
                 return match item {
                     Ok(item) => Some(Ok((file, Found::Item(item)))),
-                    Err(error) => self.fail(error),
+                    Err(error) => Some(self.fail(error)),
                 };
             }
             match self.ready.pop_front() {
-                Some((_, Ready::Failed(error))) => return self.fail(error),
+                Some((_, Ready::Failed(error))) => return Some(self.fail(error)),
                 Some((_, Ready::End(end))) => {
                     if let Some(error) = end() {
-                        return self.fail(error);
+                        return Some(self.fail(error));
                     }
                 }
                 Some((_, Ready::Over)) if !std::mem::take(&mut self.any) => {

@@ -81,6 +81,8 @@ pub struct TrainConfig {
     /// Tokens of a row.
     pub sequence_length: usize,
     pub packing: bool,
+    /// Batches of rows of about one length.
+    pub sort_by_length: bool,
 
     pub learning_rate: f64,
     pub warmup_steps: usize,

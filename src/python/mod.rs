@@ -19,5 +19,7 @@ mod frames;
 pub mod memory;
 pub mod quant;
 #[cfg(feature = "engine")]
+pub mod rows;
+#[cfg(feature = "engine")]
 pub mod template;
 pub mod threads;

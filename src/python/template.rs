@@ -71,6 +71,9 @@ impl ChatTemplate {
     }
 }
 
+/// Token ids, and the trained ones as pairs of indices.
+type Encoded = (Vec<u32>, Vec<(u32, u32)>);
+
 /// A folder's tokenizer with its chat template.
 #[pyclass(frozen, name = "_ChatTokenizer")]
 pub struct ChatTokenizer(data::Tokenizer);
@@ -90,7 +93,7 @@ impl ChatTokenizer {
         messages: &str,
         tools: Option<&str>,
         variables: Option<&str>,
-    ) -> Result<(Vec<u32>, Vec<(u32, u32)>)> {
+    ) -> Result<Encoded> {
         let conversation = conversation(messages, tools, variables)?;
         let example = py
             .detach(|| self.0.chat(&conversation))

@@ -116,6 +116,10 @@ def train(
         bool,
         Option("several records in one row; attention never crosses between them", group=DATA),
     ] = True,
+    sort_by_length: Annotated[
+        bool,
+        Option("rows of about one length in a batch: less padding without packing", group=DATA),
+    ] = False,
     batch_size: BatchSize = 16,
     gradient_accumulation: Annotated[
         int, Option("batches whose gradients make one step", unit="batches", group=TRAINING)

@@ -121,14 +121,10 @@ impl Messages {
                 if self.over {
                     return Ok(None);
                 }
-                self.buffer = match next_message(&mut self.input, &mut self.begin)? {
-                    Some(message) => message,
-                    None => {
-                        // The decoder ends a message without a body with what comes behind it.
-                        self.over = true;
-                        Buffer::from(END)
-                    }
-                };
+                let message = next_message(&mut self.input, &mut self.begin)?;
+                // The decoder ends a message without a body with what comes behind it.
+                self.over = message.is_none();
+                self.buffer = message.unwrap_or_else(|| Buffer::from(END));
             }
             let path = self.input.path().to_owned();
             let (decoder, buffer) = (&mut self.decoder, &mut self.buffer);

@@ -69,7 +69,7 @@ impl Chunks {
             }
         }
         let (first, offset) = (self.first, self.offset);
-        self.first += bytes.iter().filter(|byte| **byte == b'\n').count();
+        self.first += bytes.split(|byte| *byte == b'\n').count() - 1;
         self.offset += bytes.len() as u64;
         Ok((!bytes.is_empty()).then_some(Chunk {
             bytes,

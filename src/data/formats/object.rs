@@ -54,7 +54,7 @@ impl<'de> Visitor<'de> for Object<'_> {
                 Some(index) => {
                     values[index] = map.next_value_seed(AnyValue {
                         nested: self.nested[index],
-                    })?
+                    })?;
                 }
                 None => {
                     map.next_value::<IgnoredAny>()?;

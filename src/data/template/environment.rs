@@ -130,6 +130,10 @@ fn strftime_now(format: &str) -> Result<String, Error> {
 }
 
 /// Python's `json.dumps(value, ensure_ascii=False, indent=…, separators=…, sort_keys=…)`.
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "minijinja hands arguments over by value"
+)]
 fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
     let ensure_ascii: Option<bool> = options.get("ensure_ascii")?;
     let indent: Option<usize> = options.get("indent")?;

@@ -6,7 +6,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use super::{plan, quantize, tokenizer, with_threads};
-use crate::data::{Columns, DataConfig, Frames, Sequential, prepare_whole};
+use crate::data::{Columns, DataConfig, Frames, Layout, Sequential, prepare_whole};
 use crate::engine::models::llama::{Llama, LlamaConfig};
 use crate::engine::{Control, EvalEvent, Event, Hooks, evaluate as evaluate_source};
 use crate::error::{Error, Result};
@@ -102,6 +102,7 @@ fn run(config: &EvaluateConfig, hooks: &mut (dyn Hooks + Send)) -> Result<Evalua
             sequence_length: config.sequence_length,
             packing: config.packing,
             seed: 0,
+            layout: Layout::Inputs,
         },
         &tokenizer,
     )?;

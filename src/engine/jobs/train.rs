@@ -60,7 +60,8 @@ fn run(config: &TrainConfig, hooks: &mut (dyn Hooks + Send)) -> Result<TrainOutc
     for message in warnings {
         hooks.on_event(&Event::Warning { message })?;
     }
-    let train = Shuffled::new(&prepared.train, config.batch_size, config.seed)?;
+    let train = Shuffled::new(&prepared.train, config.batch_size, config.seed)?
+        .by_length(config.sort_by_length);
     let heldout = Sequential::new(&prepared.heldout, config.batch_size)?;
     let result = train_in(&folder, config, &model, &train, &heldout, hooks)?;
     let adapter = (config.method != Method::Full).then(|| config.output.join("adapter"));
@@ -121,6 +122,7 @@ fn data_config(config: &TrainConfig) -> DataConfig {
         sequence_length: config.sequence_length,
         packing: config.packing,
         seed: config.seed,
+        layout: crate::data::Layout::Inputs,
     }
 }
 
