@@ -81,7 +81,9 @@ def _timing(seconds: Sequence[float]) -> Timing:
 def machine(threads: int, packages: Sequence[str]) -> dict[str, Any]:
     """Where and with what a result was measured."""
     return {
-        "commit": _git("rev-parse", "--short=12", "HEAD")
+        # Where what runs was built elsewhere, FERROTUNE_COMMIT says from what.
+        "commit": os.environ.get("FERROTUNE_COMMIT")
+        or _git("rev-parse", "--short=12", "HEAD")
         + ("-dirty" if _git("status", "--porcelain", "src", "kernels") else ""),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "cpu": _cpu(),

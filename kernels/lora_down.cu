@@ -3,7 +3,7 @@
 // lora_down[_few]_{f16,bf16}_r{16,32,48,64}; `few`: blocks of 16 rows, for few tokens. Wide panels are read by fewer
 // blocks of more rows.
 #define DOWN(name, T, r, warps)                                                      \
-    extern "C" __global__ void __launch_bounds__(256)                                \
+    extern "C" __global__ void __launch_bounds__(256, 2)                             \
         lora_down_##name##_r##r(const __grid_constant__ ferrotune::LoraDown p) {     \
         ferrotune::lora_down<T, r, warps>(p);                                        \
     }

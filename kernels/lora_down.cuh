@@ -92,13 +92,9 @@ __device__ __forceinline__ void lora_down(const LoraDown& p) {
                     masked = mask_fragments<false>(
                         a, kept_bits<true>(seed, p.segments[part], row, column, p.masks.columns));
                 }
-#pragma unroll 1
-                for (int plane = 0; plane < planes; ++plane) {
-                    const Fragments b = load_matrices<true>(panel_tile + depth * panel_width + plane * R +
-                                                            part * SEGMENT + rows_first(panel_width));
-                    multiply<T>(sums[2 * part], masked, b.part[0], b.part[1]);
-                    multiply<T>(sums[2 * part + 1], masked, b.part[2], b.part[3]);
-                }
+                multiply_parts<T, R>(sums[2 * part], sums[2 * part + 1], masked,
+                                     panel_tile + depth * panel_width + part * SEGMENT + rows_first(panel_width),
+                                     planes);
             }
         }
     }

@@ -108,15 +108,10 @@ __device__ __forceinline__ void lora_down_outer(const LoraDownOuter& p) {
             const int depth = column_warp * DEPTH + d;
             const Fragments a =
                 load_matrices<false>(grad_tile + row_warp * 16 * WIDTH + depth + rows_first(WIDTH));
-#pragma unroll 1
-            for (int plane = 0; plane < planes; ++plane) {
 #pragma unroll
-                for (int part = 0; part < PARTS; ++part) {
-                    const Fragments b = load_matrices<true>(panel_tile + depth * width + plane * R + part * SEGMENT +
-                                                            rows_first(width));
-                    multiply<T>(g_sums[2 * part], a, b.part[0], b.part[1]);
-                    multiply<T>(g_sums[2 * part + 1], a, b.part[2], b.part[3]);
-                }
+            for (int part = 0; part < PARTS; ++part) {
+                multiply_parts<T, R>(g_sums[2 * part], g_sums[2 * part + 1], a,
+                                     panel_tile + depth * width + part * SEGMENT + rows_first(width), planes);
             }
         }
         if (column_warp != 0) {
@@ -133,23 +128,14 @@ __device__ __forceinline__ void lora_down_outer(const LoraDownOuter& p) {
         }
 #pragma unroll
         for (int depth = 0; depth < ROWS; depth += 16) {
-            Fragments a[TILES];
 #pragma unroll
             for (int tile = 0; tile < TILES; ++tile) {
-                a[tile] = load_matrices<true>(grad_tile + depth * WIDTH + (warp * TILES + tile) * 16 +
-                                              columns_first(WIDTH));
-            }
-#pragma unroll 1
-            for (int plane = 0; plane < planes; ++plane) {
+                const Fragments a = load_matrices<true>(grad_tile + depth * WIDTH + (warp * TILES + tile) * 16 +
+                                                        columns_first(WIDTH));
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part) {
-                    const Fragments b = load_matrices<true>(h_tile + depth * width + plane * R + part * SEGMENT +
-                                                            rows_first(width));
-#pragma unroll
-                    for (int tile = 0; tile < TILES; ++tile) {
-                        multiply<T>(sums[tile][2 * part], a[tile], b.part[0], b.part[1]);
-                        multiply<T>(sums[tile][2 * part + 1], a[tile], b.part[2], b.part[3]);
-                    }
+                    multiply_parts<T, R>(sums[tile][2 * part], sums[tile][2 * part + 1], a,
+                                         h_tile + depth * width + part * SEGMENT + rows_first(width), planes);
                 }
             }
         }

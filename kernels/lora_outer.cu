@@ -2,7 +2,7 @@
 
 // lora_outer_{f16,bf16}_r{16,32,48,64}
 #define OUTER(name, T, r)                                                            \
-    extern "C" __global__ void __launch_bounds__(256)                                \
+    extern "C" __global__ void __launch_bounds__(256, 2)                             \
         lora_outer_##name##_r##r(const __grid_constant__ ferrotune::LoraOuter p) {   \
         ferrotune::lora_outer<T, r>(p);                                              \
     }

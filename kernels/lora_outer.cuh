@@ -102,13 +102,8 @@ __device__ __forceinline__ void lora_outer(const LoraOuter& p) {
                     masked = mask_fragments<true>(
                         a, kept_bits<false>(seed, p.segments[part], row, column, p.masks.columns));
                 }
-#pragma unroll 1
-                for (int plane = 0; plane < planes; ++plane) {
-                    const Fragments b = load_matrices<true>(g_tile + depth * g_width + plane * R + part * SEGMENT +
-                                                            rows_first(g_width));
-                    multiply<T>(sums[2 * part], masked, b.part[0], b.part[1]);
-                    multiply<T>(sums[2 * part + 1], masked, b.part[2], b.part[3]);
-                }
+                multiply_parts<T, R>(sums[2 * part], sums[2 * part + 1], masked,
+                                     g_tile + depth * g_width + part * SEGMENT + rows_first(g_width), planes);
             }
         }
     }

@@ -1,10 +1,12 @@
 #include "lora_up.cuh"
 
-extern "C" {
-__global__ void __launch_bounds__(256) lora_up_f16(const __grid_constant__ ferrotune::LoraUp p) {
-    ferrotune::lora_up<ferrotune::f16>(p);
-}
-__global__ void __launch_bounds__(256) lora_up_bf16(const __grid_constant__ ferrotune::LoraUp p) {
-    ferrotune::lora_up<ferrotune::bf16>(p);
-}
-}
+// lora_up[_onto]_{f16,bf16}; `onto`: added to what is in `out`.
+#define UP(name, T, onto)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(256) lora_up_##name(const __grid_constant__ ferrotune::LoraUp p) { \
+        ferrotune::lora_up<T, onto>(p);                                                                           \
+    }
+
+UP(f16, ferrotune::f16, false)
+UP(bf16, ferrotune::bf16, false)
+UP(onto_f16, ferrotune::f16, true)
+UP(onto_bf16, ferrotune::bf16, true)

@@ -82,6 +82,29 @@ def _parse(file: str, text: str) -> list[Usage]:
     return found
 
 
+def instructions(program: Path, file: str, chip: str) -> dict[str, set[str]]:
+    """The machine instructions of each kernel of a file on one chip, without their suffixes."""
+    from ferrotune import _native
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{file}.fatbin"
+        path.write_bytes(_native.cuda_images()[file])
+        done = subprocess.run(
+            [program, "-sass", "-arch", f"sm_{chip}", path],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    found: dict[str, set[str]] = {}
+    kernel = ""
+    for line in done.stdout.splitlines():
+        if match := re.match(r"^\s*Function : (\w+)", line):
+            kernel = match[1]
+        elif match := re.match(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", line):
+            found.setdefault(kernel, set()).add(match[1])
+    return found
+
+
 def markdown(usages: Sequence[Usage]) -> str:
     """A row a kernel: registers a thread by chip, static shared memory, local memory."""
     chips = sorted({usage.chip for usage in usages}, key=lambda chip: int(chip.rstrip("a")))

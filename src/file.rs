@@ -15,31 +15,28 @@ pub fn write_atomic(
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let aside = tempfile::Builder::new()
-        .prefix(".ferrotune-")
-        .tempfile_in(folder)
-        .map_err(Error::io(path))?;
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".ferrotune-");
+    public(&mut builder);
+    let aside = builder.tempfile_in(folder).map_err(Error::io(path))?;
     let mut writer = BufWriter::new(aside.as_file());
     fill(&mut writer)
         .and_then(|()| writer.flush())
         .and_then(|()| aside.as_file().sync_all())
         .map_err(Error::io(path))?;
     drop(writer);
-    set_default_permissions(aside.as_file()).map_err(Error::io(path))?;
     aside
         .persist(path)
         .map_err(|error| Error::io(path)(error.error))?;
     Ok(())
 }
 
-/// Temporary files are private (0600); what a run leaves behind is as readable as its folder's other files.
+/// Temporary files are private (0600); what a run leaves behind is as readable as the umask lets any file be.
 #[cfg(unix)]
-fn set_default_permissions(file: &File) -> std::io::Result<()> {
+fn public(builder: &mut tempfile::Builder) {
     use std::os::unix::fs::PermissionsExt;
-    file.set_permissions(std::fs::Permissions::from_mode(0o644))
+    builder.permissions(std::fs::Permissions::from_mode(0o666));
 }
 
 #[cfg(not(unix))]
-fn set_default_permissions(_: &File) -> std::io::Result<()> {
-    Ok(())
-}
+fn public(_: &mut tempfile::Builder) {}

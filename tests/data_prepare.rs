@@ -242,6 +242,7 @@ fn the_report_counts_everything() {
     let json = serde_json::to_value(report).unwrap();
     assert_eq!(json["skipped"][0]["file"], serde_json::json!(&data));
     assert_eq!(json["skipped"][0]["reason"], "`text` is empty");
+    assert_eq!(report.files, std::slice::from_ref(&data));
 
     let report = prepare(&settings(false), &tokenizer).unwrap().report;
     assert_eq!((report.split, report.truncated), (0, 3));
@@ -311,6 +312,7 @@ fn held_out_files_keep_what_is_theirs() {
     };
     let report = prepare(&settings(None), &tokenizer).unwrap().report;
     assert_eq!((report.train_records, report.heldout_records), (2, 2));
+    assert_eq!(report.files, [data.clone(), heldout.clone()]);
     assert_eq!(
         report.skipped[0].reason,
         "the same text is in the held-out data"

@@ -56,6 +56,7 @@ def train(
         "records": 1000, "train_records": 950, "heldout_records": 50, "train_tokens": 190_000,
         "heldout_tokens": 10_000, "truncated": 2, "skipped_total": 1,
         "skipped": [{"file": "a.jsonl", "record": 17, "reason": "empty text"}],
+        "files": [*settings["data"], *settings["heldout_data"]],
     }  # fmt: skip
     model = {
         "architecture": "LlamaForCausalLM", "parameters": 1_070_000, "trainable": 70_656,
@@ -129,6 +130,7 @@ def evaluate(
     _fail(settings)
     on_event(json.dumps({"event": "data", "train_records": 0, "heldout_records": 10}))
     found = {"loss": 2.0, "perplexity": math.exp(2.0), "bits_per_byte": 1.25, "tokens": 4096}
+    found["skipped"] = 0
     return json.dumps({**found, "seconds": 0.5, "tokens_per_second": 8192.0})
 
 
@@ -142,7 +144,13 @@ def generate(config: str, on_text: Callable[[str], bool] | None) -> str:
         said.append(word)
         if on_text is not None and not on_text(word):
             break
-    found = {"text": "".join(said), "tokens": len(said), "seconds": 0.1, "tokens_per_second": 30.0}
+    found: dict[str, Any] = {
+        "text": "".join(said),
+        "tokens": len(said),
+        "seconds": 0.1,
+        "tokens_per_second": 30.0,
+    }
+    found["warnings"] = []
     return json.dumps(found)
 
 
@@ -152,4 +160,5 @@ def merge(config: str) -> str:
     _fail(settings)
     os.makedirs(settings["output"])
     files = ["config.json", "model.safetensors"]
-    return json.dumps({"output": settings["output"], "files": files, "merged_modules": 28})
+    found = {"output": settings["output"], "files": files, "merged_modules": 28, "warnings": []}
+    return json.dumps(found)

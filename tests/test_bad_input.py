@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llamas import edit_config
-from refusals import made, refused_and_unwritten, train, work
+from refusals import made, refused_and_unwritten, run, train, work
 from texts import BOS, EOS, lines
 
 __all__ = ["made", "work"]
@@ -292,6 +292,26 @@ def test_text_that_the_tokenizer_cannot_encode_is_skipped_and_counted(work: Path
     assert "3 skipped, first data.jsonl:41: the tokenizer gives no tokens for it" in found.stderr
 
 
+def test_an_evaluation_tells_what_it_skips_and_measures_the_rest(work: Path) -> None:
+    word_tokenizer(work / "base")
+    words = ("eval", "--model", "base", "--data", "data.jsonl", "--sequence-length", 48, "--json")
+    clean = json.loads(run(work, *words).stdout)
+    assert clean["skipped"] == 0
+    with (work / "data.jsonl").open("a") as file:
+        file.write('{"text": "ὦ φίλος"}\n{"text": ""}\n')
+    found = run(work, *words)
+    line = "warning: 40 records are read; 2 skipped, such as data.jsonl, record 41: the tokenizer"
+    assert line in found.stderr
+    rest = json.loads(found.stdout)
+    assert rest["skipped"] == 2
+    assert [rest[name] for name in ("loss", "bits_per_byte", "tokens")] == [
+        clean[name] for name in ("loss", "bits_per_byte", "tokens")
+    ]
+    cut = run(work, *words[:5], "--sequence-length", 4, "--no-packing", "--json")
+    assert "40 records are read, 38 of them cut to sequence_length" in cut.stderr
+    assert json.loads(cut.stdout)["bits_per_byte"] is None
+
+
 def test_data_that_the_tokenizer_cannot_encode_at_all(work: Path) -> None:
     word_tokenizer(work / "base")
     (work / "data.jsonl").write_text(
@@ -325,11 +345,17 @@ def test_data_that_the_tokenizer_cannot_encode_at_all(work: Path) -> None:
         (("--learning-rate", 0), ["learning_rate", "above 0"]),
         (("--heldout", 1), ["heldout", "below 1"]),
         (("--blocksize", 48), ["blocksize", "48"]),
-        (("--threads", 0), ["threads must be at least 1, not 0"]),
+        (("--threads", 0), ["threads must be from 1 to 1024, not 0"]),
+        (("--threads", 100_000), ["threads must be from 1 to 1024, not 100000"]),
+        (("--epochs", "1e30"), ["epochs must be above 0 and at most 1e6"]),
         (("--method", "dora"), ["dora", "lora", "qlora", "full"]),
         (("--quant-type", "int4"), ["int4", "nf4", "fp4"]),
         (("--max-step", 3), ["--max-step", "--max-steps"]),
         (("--seed", "one"), ["seed", "one"]),
+        (("--seed", -1), ["seed", "from 0", "-1"]),
+        (("--max-steps", 10**20), ["max-steps", "2^63 - 1", str(10**20)]),
+        (("--output", ""), ["output wants a path, not ''"]),
+        (("--data", ""), ["data wants a path, not ''"]),
     ],
 )
 def test_settings_that_cannot_be_used(

@@ -50,6 +50,18 @@ def test_every_chip_has_every_kernel(usages: list[object]) -> None:
     assert all(kernels == by_chip["90"] for chip, kernels in by_chip.items() if chip != "90a")
 
 
+@pytest.mark.parametrize("file", ["lora_down", "lora_up", "lora_outer", "lora_down_outer"])
+def test_products_run_on_tensor_cores(resources: ModuleType, file: str) -> None:
+    program = resources.cuobjdump()
+    if program is None:
+        pytest.skip("no cuobjdump (triton's wheel has one)")
+    found = resources.instructions(program, file, "90")
+    assert found
+    for kernel, used in found.items():
+        assert {"HMMA", "LDSM", "LDGSTS"} <= used, kernel
+        assert not {"LDL", "STL"} & used, kernel
+
+
 def test_the_table_is_current(resources: ModuleType, usages: list[object]) -> None:
     text = resources.TABLE.read_text(encoding="utf-8")
     missing = {usage.kernel for usage in usages if f" {usage.kernel} " not in text}  # type: ignore[attr-defined]

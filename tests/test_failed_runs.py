@@ -84,6 +84,16 @@ def test_an_adapter_of_an_unsupported_kind(command: str, work: Path) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+def test_a_field_that_is_not_known_is_told_by_every_command(command: str, work: Path) -> None:
+    adapter(work / "adapter", future_field=7)
+    found = run(work, command, *COMMANDS[command])
+    assert found.returncode == 0, found.stderr
+    warnings = [line for line in (found.stdout + found.stderr).splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert "future_field" in warnings[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_missing_adapter(command: str, work: Path) -> None:
     refused_and_unwritten(
         work, "adapter", "No such file or directory", more=COMMANDS[command], command=command

@@ -86,6 +86,17 @@ def test_generate_streams_and_stops(engine: Any) -> None:
     assert ferrotune.generate("m", "x", on_text=lambda text: False).tokens == 1
 
 
+def test_generate_prints_the_prompt_before_its_text_only(
+    engine: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["generate", "--model", "m", "--prompt", "x"]) == 0
+    assert capsys.readouterr().out == "x def so\non →\n"
+    assert cli.main(["generate", "--model", "m", "--prompt", "x", "--max-tokens", "0"]) == 0
+    assert capsys.readouterr().out == "x\n"
+    assert cli.main(["generate", "--model", "missing", "--prompt", "x"]) == 2
+    assert capsys.readouterr() == ("", "error: missing: No such file or directory\n")
+
+
 @pytest.fixture
 def demo_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "data/demo-model").mkdir(parents=True)
@@ -108,8 +119,8 @@ def test_demo(engine: Any, demo_data: Path, capsys: pytest.CaptureFixture[str]) 
     assert [one["adapter"] for one in asked] == [None, None] + ["ferrotune-demo/adapter"] * 2
     assert asked[0]["prompt"] == asked[2]["prompt"]
     output = capsys.readouterr().out
-    assert "And the king said unto def so / on" in output
-    assert "And the king said unto and so / on" in output
+    assert "before And the king said unto def so on → …" in output
+    assert "after  And the king said unto and so on → …" in output
     for part in ("held-out loss", "5.580 →", "total time", "ferrotune-demo/curves.png"):
         assert part in output
     assert ferrotune.demo(seconds=5, progress=False).train.output == Path("ferrotune-demo-2")

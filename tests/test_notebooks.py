@@ -43,6 +43,26 @@ def test_outputs_are_of_one_run_and_small(path: Path) -> None:
     assert not [text for text in texts if "site-packages" in text or str(FOLDER.parent) in text]
 
 
+def test_training_in_a_real_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers and curve while it runs, the result's table, its figure, and an evaluation."""
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("PYTHONPATH", str(Path(ferrotune.__file__).parent.parent))
+    (tmp_path / "d.txt").write_text("".join(f"line number {n} of the text\n" for n in range(100)))
+    run = "run = ferrotune.train(locate('demo-model'), 'd.txt', method='lora', max_steps=3)"
+    code = (
+        f"import ferrotune\nfrom ferrotune.commands.demo import locate\n{run}\nrun",
+        "run.figure()",
+        "ferrotune.evaluate(locate('demo-model'), 'd.txt')",
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(one) for one in code])
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute(cwd=str(tmp_path))
+    pages = " ".join(shown(notebook, "text/html"))
+    for part in ("step 3/3 · 100%", "trained parameters", "bits per byte"):
+        assert part in pages
+    assert len(shown(notebook, "image/png")) == 2
+
+
 def test_drop_in_shows_its_story() -> None:
     check_drop_in(read("drop_in.ipynb"))
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from error_table import ErrorTable, Row, mean_square  # noqa: E402
 from ferrotune import ops  # noqa: E402
 from lora_cases import DTYPES, Case, error, make, ours, peft, run, truth  # noqa: E402
 
@@ -28,13 +26,12 @@ ADAPTERS = [
 
 
 class Errors:
-    """Both errors of every case against float64."""
+    """Both errors of every case of a test against float64."""
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, object]] = []
-        self.squares: dict[str, list[float]] = {}
+        self.rows: list[Row] = []
 
-    def add(self, case: Case, label: str) -> None:
+    def add(self, case: Case, group: str, label: str) -> None:
         found, stock, true = run(case, ours), run(case, peft), truth(case)
         assert set(found) == set(true)
         for name, tensor in found.items():
@@ -42,28 +39,31 @@ class Errors:
             assert tensor.shape == true[name].shape
             assert tensor.dtype == dtype, name
             mine, theirs = error(tensor, true[name]), error(stock[name], true[name])
-            self.rows.append({"case": label, "of": name, "ferrotune": mine, "PEFT": theirs})
-            pair = self.squares.setdefault(name, [0.0, 0.0])
-            pair[0] += mine**2 * tensor.numel()
-            pair[1] += theirs**2 * tensor.numel()
+            of = name if name == "y" else f"gradient of {name}"
+            self.rows.append(Row(group, label, of, mine, theirs, tensor.numel()))
             # Where both round alike, the two errors are two samples of N roundings.
             slack = 1.01 + 6 / max(1, tensor.numel()) ** 0.5
-            assert mine <= max(theirs * slack, TINY), (label, name, mine, theirs)
+            assert mine <= max(theirs * slack, TINY), (group, label, name, mine, theirs)
 
     def check(self) -> None:
         """Over all cases, where samples no longer matter."""
-        for name, (mine, theirs) in self.squares.items():
-            assert mine <= theirs * 1.05**2 + TINY**2, (name, mine**0.5, theirs**0.5)
+        assert self.rows
+        for of in {row.of for row in self.rows}:
+            rows = [row for row in self.rows if row.of == of]
+            mine = mean_square([(row.ferrotune, row.elements) for row in rows])
+            theirs = mean_square([(row.peft, row.elements) for row in rows])
+            assert mine <= max(theirs * 1.05, TINY), (of, mine, theirs)
 
 
 @pytest.fixture
-def errors() -> Iterator[Errors]:
-    """Appends a line of JSON a row to the file that FERROTUNE_ERRORS names."""
+def errors(error_table: ErrorTable, request: pytest.FixtureRequest) -> Iterator[Errors]:
     found = Errors()
     yield found
-    if path := os.environ.get("FERROTUNE_ERRORS"):
-        with Path(path).open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in found.rows)
+    error_table.add(request.node.nodeid, found.rows)
+
+
+def short(*dtypes: torch.dtype) -> str:
+    return ", adapter ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 @pytest.mark.parametrize(("dtype", "adapter"), ADAPTERS)
@@ -74,8 +74,8 @@ def test_no_less_exact_than_peft(dtype: torch.dtype, adapter: torch.dtype, error
             shape, n, r, dtype=dtype, adapter_dtype=adapter,
             dropout_p=dropout_p, bias=bias, lora_bias=bias, seed=i,
         )  # fmt: skip
-        label = f"{dtype} {adapter} {shape} n={n} r={r} p={dropout_p} bias={bias}"
-        errors.add(case, label)
+        label = f"{shape} n={n} r={r} p={dropout_p} bias={bias}"
+        errors.add(case, f"LoRA linear {short(dtype, adapter)}", label)
     errors.check()
 
 
@@ -92,7 +92,8 @@ def test_4bit_no_less_exact_than_peft(
             shape, n, r, dtype=dtype, quant_type=quant_type, blocksize=blocksize,
             double_quant=double_quant, dropout_p=0.2 if r else 0.0, bias=True,
         )  # fmt: skip
-        errors.add(case, f"{dtype} {quant_type} {blocksize} {double_quant} {shape} r={r}")
+        label = f"{quant_type} blocksize={blocksize} double_quant={double_quant} {shape} r={r}"
+        errors.add(case, f"QLoRA linear {short(dtype)}", label)
     errors.check()
 
 
@@ -106,7 +107,8 @@ def test_no_less_exact_at_the_size_of_layers(dtype: torch.dtype, errors: Errors)
                 quant_type=quant_type, dropout_p=0.05,
                 scaling=0.5,  # a power of two costs PEFT no rounding
             )  # fmt: skip
-            errors.add(case, f"{dtype} {adapter} r={r} {quant_type} 512x768")
+            label = f"512x768 r={r} {quant_type or 'dense'}"
+            errors.add(case, f"large (Q)LoRA linear {short(dtype, adapter)}", label)
     errors.check()
 
 

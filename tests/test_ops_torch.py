@@ -54,7 +54,6 @@ def test_opcheck_of_the_backward_and_of_4bit() -> None:
     torch.library.opcheck(
         OPS.lora_linear_group_backward.default,
         ([case.grad], h, [True] * 5, leaves["x"], None, *columns, *numbers),
-        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
     for double_quant in (False, True):
         values = torch.randn(7, 33)
@@ -68,19 +67,55 @@ def test_opcheck_of_the_backward_and_of_4bit() -> None:
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize("quant_type", [None, "nf4"])
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_gradcheck(dropout_p: float, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradcheck(
+    dropout_p: float,
+    quant_type: str | None,
+    grouped: bool,
+    compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     if compiled:  # the dispatcher's autograd, without the compiler
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    case = make((3, 7), 5, 2, bias=True, lora_bias=True, dropout_p=dropout_p)
+    case = make((3, 7), 5, 2, bias=True, lora_bias=True, dropout_p=dropout_p, quant_type=quant_type)
     case.weight = case.weight.double()
     leaves = {name: tensor.detach().double() for name, tensor in case.inputs().items()}
     names = list(leaves)
 
-    def formula(*tensors: torch.Tensor) -> torch.Tensor:
-        return ours(case, **dict(zip(names, tensors, strict=True)))
+    def formula(*tensors: torch.Tensor) -> Any:
+        found = dict(zip(names, tensors, strict=True))
+        if not grouped:
+            return ours(case, **found)
+        one = projection(case, found)
+        bare = ops.Projection(case.weight)
+        group = [one, one._replace(scaling=1.5, lora_bias=None, stream=1), bare._replace(stream=2)]
+        return tuple(ops.lora_linear_group(found["x"], group, seed=case.seed))
 
     assert torch.autograd.gradcheck(formula, [leaf.requires_grad_() for leaf in leaves.values()])
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_codes_have_no_gradient(double_quant: bool) -> None:
+    values = torch.randn(8, 64, requires_grad=True)
+    parts = OPS.quantize_4bit(values, 64, "nf4", double_quant)
+    assert not any(part.requires_grad for part in parts)
+    quant = ops.quantize_4bit(values, double_quant=double_quant)
+    name = "nested_absmax" if double_quant else "absmax"
+    trained = quant._replace(**{name: getattr(quant, name).clone().requires_grad_()})
+    assert not ops.dequantize_4bit(trained).requires_grad
+
+
+def test_codes_compile_whole() -> None:
+    torch._dynamo.reset()
+
+    def there_and_back(values: torch.Tensor) -> torch.Tensor:
+        return ops.dequantize_4bit(ops.quantize_4bit(values, quant_type="fp4")) * 2
+
+    compiled = torch.compile(there_and_back, backend="aot_eager", fullgraph=True)
+    values = torch.randn(8, 64)
+    assert torch.equal(compiled(values), there_and_back(values))
 
 
 def test_the_two_ways_agree(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +156,34 @@ def test_compiles_whole_and_once() -> None:
         assert leaves["lora_A"].grad.any()
     assert counts.frame_count == 1
     assert len(set(losses)) == 4
+
+
+@pytest.mark.parametrize("frozen", [None, "x", "lora_A", "lora_B", "bias"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiles_with_frozen_parts_and_under_autocast(frozen: str | None, autocast: bool) -> None:
+    torch._dynamo.reset()
+    case = make((2, 3, 4, 32), 16, quant_type="nf4", bias=True, dropout_p=0.2)
+
+    def formula(leaves: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return ours(case, **leaves)
+
+    found = []
+    compiled = torch.compile(formula, backend="aot_eager", fullgraph=True)
+    for call in (formula, compiled):
+        leaves = case.inputs()
+        if frozen is not None:
+            leaves[frozen].requires_grad_(False)
+        y = call(leaves)
+        y.backward(case.grad.to(y.dtype))
+        found.append({"y": y.detach()} | {name: leaf.grad for name, leaf in leaves.items()})
+    eager, other = found
+    for name, tensor in eager.items():
+        if name == frozen:
+            assert tensor is None
+            assert other[name] is None
+        else:
+            assert torch.equal(tensor, other[name]), name
 
 
 @pytest.mark.slow
@@ -183,6 +246,29 @@ def test_autocast_is_the_cast_operation(dtype: torch.dtype, quant_type: str | No
         assert torch.equal(tensor.grad, cast[name].grad)
 
 
+def test_a_grad_scaler_skips_steps_that_overflow() -> None:
+    case = make((4, 32), 16)
+    leaves = case.inputs()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    optimizer = torch.optim.SGD([leaves["lora_A"], leaves["lora_B"]], lr=0.1)
+    before = leaves["lora_A"].detach().clone()
+    skipped, scale = 0, scaler.get_scale()
+    for _ in range(60):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = ours(case, **leaves).float().square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if scaler.get_scale() == scale:
+            break
+        skipped, scale = skipped + 1, scaler.get_scale()
+        assert torch.equal(before, leaves["lora_A"].detach())  # infinite in float16: no step
+    assert skipped > 0
+    assert not torch.equal(before, leaves["lora_A"].detach())
+    assert leaves["lora_A"].isfinite().all()
+
+
 def test_a_grad_scaler_unscales() -> None:
     case = make((4, 32), 16)
     leaves = case.inputs()
@@ -198,6 +284,33 @@ def test_a_grad_scaler_unscales() -> None:
     scaler.step(optimizer)
     scaler.update()
     assert not torch.equal(before, leaves["lora_A"].detach())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_second_derivatives_are_refused(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiled:  # the dispatcher's autograd
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    case = make((4, 32), 16)
+    leaves = case.inputs()
+    loss = ours(case, **leaves).square().sum()
+    (grad,) = torch.autograd.grad(loss, leaves["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiate twice|first derivatives only"):
+        grad.square().sum().backward()
+
+
+def test_lengths_that_vary_share_a_graph() -> None:
+    """The second length makes its size a variable of the graph; no further one recompiles."""
+    torch._dynamo.reset()
+    case = make((2, 8, 32), 16, quant_type="nf4", dropout_p=0.2)
+    case.seed = None
+    counts = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda leaves: ours(case, **leaves).tanh(), backend=counts, fullgraph=True
+    )
+    for length in (8, 9, 5, 12, 7):
+        leaves = case.inputs() | {"x": torch.randn(2, length, 32, requires_grad=True)}
+        compiled(leaves).sum().backward()
+    assert counts.frame_count == 2
 
 
 def test_saved_tensors_are_freed_and_versions_checked() -> None:

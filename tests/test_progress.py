@@ -60,6 +60,17 @@ def test_status() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("reason", "fraction"), [("finished", 1.0), ("max_seconds", 1.0), ("interrupted", 0.25)]
+)
+def test_status_of_a_run_that_has_ended(reason: str, fraction: float) -> None:
+    status = Status()
+    status.add(step(25))
+    status.add({"event": "stop", "reason": reason, "step": 25, "best_step": 25})
+    assert status.fraction == fraction
+    assert status.left_text() == "took 0:25"
+
+
 def test_sentences() -> None:
     skipped = {"file": "a.jsonl", "record": 17, "reason": "empty text"}
     data = {
@@ -203,10 +214,20 @@ def test_in_a_terminal(tmp_path: Path) -> None:
     assert 120 in steps
     assert len(steps) > 5
     assert re.search(r"loss \d\.\d{3}  held-out \d\.\d{3}  lr 2\.00e-04  speed 20\.5k tok", plain)
-    assert "100%  0:00 left" in plain
+    assert "100%  took 0:12" in plain
     assert "━" in plain
     assert output.rindex("\x1b[?25h") > output.rindex("\x1b[?25l")  # the cursor is shown again
     assert "trained parameters" in plain
+
+
+def test_an_evaluation_in_a_terminal_leaves_its_title_and_result(tmp_path: Path) -> None:
+    words = command("eval", "--model", "m", "--data", "d.txt")
+    code, output = in_terminal(words, tmp_path)
+    assert code == 0, output
+    assert "step" not in output
+    last = output[output.rindex("preparing") :]
+    assert last.index("\x1b[2K") < last.index("evaluation")  # the line is erased
+    assert "bits per byte  1.250" in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output)
 
 
 @pytest.mark.parametrize("columns", [40, 80])
@@ -267,6 +288,7 @@ def handles(monkeypatch: pytest.MonkeyPatch) -> list[Handle]:
 
     package, module = types.ModuleType("IPython"), types.ModuleType("IPython.display")
     package.get_ipython = lambda: types.SimpleNamespace(kernel=object())  # type: ignore[attr-defined]
+    package.version_info = (9, 0, 0)  # type: ignore[attr-defined]  # matplotlib asks for it
     module.HTML = module.Image = Shown  # type: ignore[attr-defined]
     module.display = display  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "IPython", package)
@@ -287,6 +309,14 @@ def test_in_a_notebook(handles: list[Handle], engine: Any, tmp_path: Path) -> No
     assert curve.shown[-1].data.startswith(b"\x89PNG")
     assert len(curve.shown) < 5  # drawing is throttled
     assert "<table" in result._repr_html_()
+
+
+def test_an_evaluation_in_a_notebook(handles: list[Handle], engine: Any, tmp_path: Path) -> None:
+    ferrotune.evaluate("m", tmp_path / "d.txt")
+    (numbers,) = handles
+    assert "preparing" in numbers.shown[0].data
+    assert "evaluation" in numbers.shown[-1].data
+    assert not re.search("preparing|left|step", numbers.shown[-1].data)
 
 
 def test_a_terminal_ipython_and_none_are_no_notebook(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,6 +268,24 @@ def test_views_and_other_orders_are_read_as_they_look() -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", ["f4", "f2", "u2"])
+def test_the_byte_order_of_another_machine(dtype: str) -> None:
+    """uint16 holds bfloat16's bits: 1.5 to 2.5 here."""
+    values = np.linspace(16320, 16416, 97) if dtype == "u2" else np.linspace(-1, 1, 97)
+    ours, theirs = values.astype(f"<{dtype}"), values.astype(f">{dtype}")
+    weight, swapped = quantize_4bit(ours), quantize_4bit(theirs)
+    assert same_bits(weight.packed, swapped.packed)
+    assert weight.state_dict().keys() == swapped.state_dict().keys()
+    tensors = {
+        name: array.astype(array.dtype.newbyteorder(">"))
+        for name, array in weight.state_dict().items()
+    }
+    read = Quantized4bit.from_state_dict(tensors)
+    assert same_bits(dequantize_4bit(read), dequantize_4bit(weight))
+    with pytest.raises(ValueError, match="byte order"):
+        dequantize_4bit(weight, out=np.empty(97, f">{dtype}"))
+
+
 def test_empty() -> None:
     weight = quantize_4bit(np.empty((0, 5), np.float32))
     assert weight.packed.size == weight.absmax.size == 0
@@ -281,6 +299,8 @@ def test_bad_arguments() -> None:
         quantize_4bit(x, blocksize=48)
     with pytest.raises(ValueError, match="not 'int4'"):
         quantize_4bit(x, quant_type="int4")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must be a numpy array, not list"):
+        quantize_4bit([1.0, 2.0])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="not int64"):
         quantize_4bit(np.ones(100, np.int64))
     for bad, name in ((np.nan, "NaN"), (np.inf, "inf")):

@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ferrotune
-from ferrotune import card, files
+from ferrotune import card, cli, files
 from ferrotune.config import read_toml
 from ferrotune.history import History
 from ferrotune.options import check, collect, settings_of
 from ferrotune.plots import HEIGHT, WIDTH, curves_png, save_curves
-from ferrotune.results import EvaluateResult, TrainResult
+from ferrotune.results import DemoResult, EvaluateResult, Sample, TrainResult
 from ferrotune.tables import Table
 from python_face import engine
 
@@ -64,6 +64,26 @@ def test_the_run_folder(train: Train) -> None:
     file = results["files"][0]
     assert (file["path"], file["bytes"]) == ("d.jsonl", len(Path("d.jsonl").read_bytes()))
     assert len(file["sha256"]) == 64
+
+
+def test_piped_results_are_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    cli._show(EvaluateResult(2.0, 7.4, 1.1, 10, 1.0, 10.0), False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["evaluation", "  loss           2.0000 nats per token"]
+    assert all(line == line.rstrip() for line in lines)
+
+
+def test_samples_of_the_demo_stand_in_columns(train: Train) -> None:
+    from rich.console import Console
+
+    sample = Sample("In the", " a\n  b " * 20, "c")
+    shown = DemoResult(train(), (sample,), (2.0, 3.0), 5.0)
+    console = Console(file=io.StringIO(), width=40)
+    console.print(shown)
+    before, *continued = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert before.startswith("before In the a b a b")
+    assert continued[0].startswith("       a b") or continued[0].startswith("       b a")
+    assert "after  In thec …" in str(shown)
 
 
 def front_matter(text: str) -> dict[str, Any]:

@@ -164,10 +164,11 @@ def test_a_run_does_not_go_on_with_other_settings(
 ) -> None:
     same = settings(base, schedule="constant", warmup_steps=0)
     ferrotune.train(**{**same, "max_steps": 2}, output=tmp_path / "run")
-    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    names = ("metrics.jsonl", "config.toml", "results.json")
+    before = [(tmp_path / "run" / name).read_bytes() for name in names]
     with pytest.raises(ValueError, match=next(iter(change))):
         ferrotune.train(**{**same, "max_steps": 4, **change}, output=tmp_path / "run", resume=True)
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert [(tmp_path / "run" / name).read_bytes() for name in names] == before
     ferrotune.train(**{**same, "max_steps": 4}, output=tmp_path / "run", resume=True)
 
 

@@ -101,6 +101,13 @@ def test_python_values_become_json() -> None:
         ("flag", 1, r"flag wants true or false, not 1 \(a whole number\)"),
         ("whole", 2.0, r"whole wants a whole number, not 2\.0 \(a number\)"),
         ("whole", True, r"whole wants a whole number, not True \(a boolean\)"),
+        ("whole", -1, r"whole wants a whole number from 0 to 2\^63 - 1, not -1"),
+        ("whole", 2**63, r"from 0 to 2\^63 - 1, not 9223372036854775808"),
+        ("table", {"a": -1}, r"table wants a whole number from 0"),
+        ("path", "", r"path wants a path, not ''"),
+        ("paths", ["a", ""], r"paths wants a path, not ''"),
+        ("paths", 3, r"paths wants a path or a list of paths, not 3"),
+        ("stops", ["a\udcff"], r"stops wants text that UTF-8 can hold, not 'a\\udcff'"),
         ("whole", None, r"whole wants a whole number, not None \(nothing\)"),
         ("real", "fast", r"real wants a number, not 'fast'$"),
         ("real", float("nan"), "real wants a finite number, not nan"),
@@ -129,13 +136,15 @@ def test_an_unknown_key_names_the_nearest(wrong: str) -> None:
 # TOML
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
-tables = st.dictionaries(texts, st.integers(-(2**63), 2**63 - 1))
+paths = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+whole = st.integers(0, 2**63 - 1)
+tables = st.dictionaries(texts, whole)
 values = st.fixed_dictionaries(
-    {"path": texts},
+    {"path": paths},
     optional={
-        "paths": st.lists(texts),
+        "paths": st.lists(paths),
         "flag": st.booleans(),
-        "whole": st.integers(-(2**63), 2**63 - 1),
+        "whole": whole,
         "real": st.floats(allow_nan=False, allow_infinity=False),
         "choice": st.sampled_from(["left", "right"]),
         "names": texts | st.lists(texts),

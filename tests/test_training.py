@@ -250,6 +250,34 @@ def test_prompts_are_read_and_not_trained(base: Path, tmp_path: Path) -> None:
     assert found.loss == pytest.approx(total / count, rel=1e-6)
 
 
+def test_folders_and_files_are_read_and_fingerprinted(base: Path, tmp_path: Path) -> None:
+    texts = lines(20, seed=8)
+    (tmp_path / "data" / "deeper").mkdir(parents=True)
+    first, second = tmp_path / "data" / "a.txt", tmp_path / "data" / "deeper" / "b.txt"
+    first.write_text("\n".join(texts[:10]))
+    second.write_text("\n".join(texts[10:]))
+    heldout = base.parent / "heldout.jsonl"
+    given = settings(base, data=tmp_path / "data", output=tmp_path / "run")
+    result = ferrotune.train(**given)
+    assert result.data["train_records"] == 20
+    found = json.loads((tmp_path / "run" / "results.json").read_text())["files"]
+    assert [file["path"] for file in found] == [str(first), str(second), str(heldout)]
+    assert [file["bytes"] for file in found] == [x.stat().st_size for x in (first, second, heldout)]
+    assert "| `b.txt` |" in (tmp_path / "run" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_of_a_run_have_the_modes_of_any_file(umask: int, base: Path, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        ferrotune.train(**settings(base, output=tmp_path / "run"))
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) >= 9
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+
+
 def test_threads_do_not_change_the_losses_beyond_rounding(base: Path, tmp_path: Path) -> None:
     cores = os.cpu_count() or 1
     for threads in (1, max(2, cores)):

@@ -169,4 +169,35 @@ __device__ __forceinline__ int columns_first(int width) {
     return (lane % 8 + lane / 16 * 8) * width + lane / 8 % 2 * 8;
 }
 
+// sums += a * b for sixteen columns of a panel's tile, `b` being the row whose address this lane gives. Tensor cores cut
+// their sums off: those of a wider adapter's parts are kept apart for sixteen products, and added in f32.
+template <typename T, int R>
+__device__ __forceinline__ void multiply_parts(float (&low)[4], float (&high)[4], const Fragments& a, const T* b,
+                                               int planes) {
+    if (planes == 1) {
+        const Fragments f = load_matrices<true>(b);
+        multiply<T>(low, a, f.part[0], f.part[1]);
+        multiply<T>(high, a, f.part[2], f.part[3]);
+        return;
+    }
+    float low_sums[4] = {}, high_sums[4] = {};
+#pragma unroll 1
+    for (int plane = planes - 1; plane >= 0; --plane) {
+        const Fragments f = load_matrices<true>(b + plane * R);
+        float low_now[4] = {}, high_now[4] = {};
+        multiply<T>(low_now, a, f.part[0], f.part[1]);
+        multiply<T>(high_now, a, f.part[2], f.part[3]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            low_sums[i] = low_sums[i] * (1.0f / PART_SCALE<T>) + low_now[i];
+            high_sums[i] = high_sums[i] * (1.0f / PART_SCALE<T>) + high_now[i];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        low[i] += low_sums[i];
+        high[i] += high_sums[i];
+    }
+}
+
 }  // namespace ferrotune

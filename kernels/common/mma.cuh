@@ -75,10 +75,17 @@ __device__ __forceinline__ void multiply<f16>(float (&sums)[4], const Fragments&
         : "r"(a.part[0]), "r"(a.part[1]), "r"(a.part[2]), "r"(a.part[3]), "r"(b0), "r"(b1));
 }
 
-// What a value rounded to T leaves; of that again, and so on: three parts hold 24 bits of mantissa in bf16, two 22 in f16.
+// A value is the sum of parts of type T, the second over PART_SCALE, the third over its square: three hold f32's 24 bits
+// of mantissa. f16's smaller exponents would lose what is not scaled.
+template <typename T>
+constexpr float PART_SCALE = 1.0f;
+template <>
+constexpr float PART_SCALE<f16> = 2048.0f;
+
+// What the first part leaves, scaled for the next.
 template <typename T>
 __device__ __forceinline__ float low_part(float value) {
-    return value - to_float(from_float<T>(value));
+    return (value - to_float(from_float<T>(value))) * PART_SCALE<T>;
 }
 
 }  // namespace ferrotune

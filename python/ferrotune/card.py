@@ -86,9 +86,10 @@ def _summary(result: TrainResult, settings: Mapping[str, Any], base: str) -> str
         "qlora": f"LoRA adapters over {settings['quant_type'].upper()} weights",
         "full": "every weight trained",
     }[settings["method"]]
-    where = Path(settings["model"])
+    folder = Path(settings["model"]).resolve().name
+    where = "" if folder == base else f" (`{folder}`)"
     return (
-        f"{base} (`{where.name}`) fine-tuned with [ferrotune](https://pypi.org/project/ferrotune/) "
+        f"{base}{where} fine-tuned with [ferrotune](https://pypi.org/project/ferrotune/) "
         f"{version()}: {how}, {tables.count(result.steps)} steps over "
         f"{tables.count(result.tokens)} tokens."
     )

@@ -125,8 +125,9 @@ def _show(result: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(result.to_dict()))
         return
+    if not sys.stdout.isatty():  # plain lines of any length: nothing folded, cut or padded
+        print(result)
+        return
     from rich.console import Console
 
-    # Piped output is as wide as its content: nothing is folded or cut.
-    console = Console(width=None if sys.stdout.isatty() else 1000, highlight=False)
-    console.print(result)
+    Console(highlight=False).print(result)

@@ -18,6 +18,9 @@ StrPaths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 DataSources = StrPath | ArrowTable | Sequence[StrPath | ArrowTable]
 NO_TABLE: Mapping[str, Any] = types.MappingProxyType({})
 
+# The engine counts without a sign, and TOML's numbers have 64 bits with one.
+_MOST = 2**63 - 1
+
 _PATTERN_CHARACTERS = frozenset("*+?[](){}|^$\\")
 
 
@@ -51,9 +54,9 @@ def kind_of(members: Sequence[Any]) -> Kind:
     if origins == {str}:
         return Kind("TEXT", _text)
     if origins == {str, os.PathLike}:
-        return Kind("PATH", _text)
+        return Kind("PATH", _path)
     if origins - {ArrowTable} == {str, os.PathLike, Sequence}:
-        return Kind("PATH", _texts, join=list)
+        return Kind("PATH", _paths, join=list)
     if origins == {Sequence}:
         return Kind("TEXT", _list, join=list)
     if origins == {str, Sequence}:
@@ -80,7 +83,10 @@ def _bool(value: object) -> bool:
 def _int(value: object) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise KindError(f"wants a whole number, not {_found(value)}")
-    return operator.index(value)
+    number = operator.index(value)
+    if not 0 <= number <= _MOST:
+        raise KindError(f"wants a whole number from 0 to 2^63 - 1, not {number}")
+    return number
 
 
 def _float(value: object) -> float:
@@ -93,11 +99,20 @@ def _float(value: object) -> float:
 
 
 def _text(value: object) -> str:
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
     if not isinstance(value, str):
         raise KindError(f"wants text, not {_found(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # a command line's bytes that are not UTF-8
+        raise KindError(f"wants text that UTF-8 can hold, not {value!r}") from None
     return value
+
+
+def _path(value: object) -> str:
+    text = _text(os.fspath(value) if isinstance(value, os.PathLike) else value)
+    if not text:
+        raise KindError("wants a path, not ''")
+    return text
 
 
 def _list(value: object) -> list[str]:
@@ -106,8 +121,12 @@ def _list(value: object) -> list[str]:
     return [_text(item) for item in value]
 
 
-def _texts(value: object) -> list[str]:
-    return [_text(value)] if isinstance(value, str | os.PathLike) else _list(value)
+def _paths(value: object) -> list[str]:
+    if isinstance(value, str | os.PathLike):
+        return [_path(value)]
+    if isinstance(value, bytes) or not isinstance(value, Sequence):
+        raise KindError(f"wants a path or a list of paths, not {_found(value)}")
+    return [_path(item) for item in value]
 
 
 def _text_or_list(value: object) -> str | list[str]:

@@ -26,9 +26,9 @@ class NotebookDisplay(Display):
         self._notes: list[str] = []
         self._numbers_at = self._curve_at = self._curve_cost = 0.0
         self._html = HTML
+        self._closed = False
         self._numbers: Any = display(HTML(self._page()), display_id=True)
         self._curve: Any = None
-        self._closed = False
 
     def event(self, event: Mapping[str, Any]) -> None:
         self._status.add(event)
@@ -74,6 +74,9 @@ class NotebookDisplay(Display):
         notes = "".join(
             f"<div style='opacity:.7'>{html.escape(note)}</div>" for note in self._notes
         )
+        head = f"<b>{html.escape(self._title)}</b>{notes}"
+        if status.step == 0:
+            return f"<div>{head}{'' if self._closed else '<div>preparing …</div>'}</div>"
         numbers = " · ".join(
             f"{html.escape(name)} <b>{html.escape(value)}</b>" for name, value in status.numbers()
         )
@@ -84,7 +87,4 @@ class NotebookDisplay(Display):
             "</div>"
         )
         place = f"{status.steps_text()} · {percent} · {status.left_text()}"
-        return (
-            f"<div><b>{html.escape(self._title)}</b>{notes}{bar}"
-            f"<div>{html.escape(place)}</div><div>{numbers}</div></div>"
-        )
+        return f"<div>{head}{bar}<div>{html.escape(place)}</div><div>{numbers}</div></div>"

@@ -1,5 +1,6 @@
 """Loss curves, drawn without pyplot: no global state, no display, any thread."""
 
+import functools
 import io
 import math
 from pathlib import Path
@@ -21,9 +22,7 @@ def curves_figure(
     history: History, title: str = "", width: int = WIDTH, height: int = HEIGHT
 ) -> "Figure":
     """Train and held-out loss over the steps, with the tokens read on a second axis above."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, layout="constrained")
+    figure = _figure_class()(figsize=(width / DPI, height / DPI), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     _train(axes, history)
     _heldout(axes, history)
@@ -49,13 +48,7 @@ def curves_png(
     history: History, title: str = "", width: int = WIDTH, height: int = HEIGHT
 ) -> bytes:
     """The figure as the bytes of a PNG file of `width` by `height` pixels."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure = curves_figure(history, title, width, height)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return _png(curves_figure(history, title, width, height))
 
 
 def save_curves(history: History, path: Path, title: str = "") -> None:
@@ -63,6 +56,28 @@ def save_curves(history: History, path: Path, title: str = "") -> None:
     from .files import write_atomic
 
     write_atomic(path, curves_png(history, title))
+
+
+@functools.cache
+def _figure_class() -> "type[Figure]":
+    from matplotlib.figure import Figure
+
+    class Curves(Figure):
+        """A figure that Jupyter shows where pyplot, which would see to that, is not imported."""
+
+        def _repr_png_(self) -> bytes:
+            return _png(self)
+
+    return Curves
+
+
+def _png(figure: "Figure") -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
 def _train(axes: "Axes", history: History) -> None:

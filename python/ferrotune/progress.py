@@ -113,7 +113,10 @@ class BarDisplay(Display):
         if self._closed:
             return
         self._closed = True
-        self._draw()
+        if self._status.step == 0:  # nothing but what was said above
+            self._live.transient = True
+        else:
+            self._draw()
         self._live.stop()
 
     def _draw(self) -> None:

@@ -79,7 +79,7 @@ class Quantized4bit:
             name: (
                 array.dtype.name,
                 list(array.shape),
-                np.ascontiguousarray(array).reshape(-1).view(np.uint8),
+                _native_order(array).reshape(-1).view(np.uint8),
             )
             for name, array in tensors.items()
             if name == prefix or name.startswith(f"{prefix}.")
@@ -113,7 +113,7 @@ def quantize_4bit(
     threads.share_with_torch()
     dtype = _dtype_of(array)
     fields = _native.quantize_4bit(
-        _bits(array.reshape(-1), dtype),
+        _bits(_native_order(array.reshape(-1)), dtype),
         list(array.shape),
         dtype,
         quant_type,
@@ -152,13 +152,15 @@ def dequantize_4bit(
             raise ValueError(
                 f"out has shape {list(out.shape)}, but the weight has {list(weight.shape)}"
             )
-        if not out.flags.c_contiguous or not out.flags.writeable:
-            raise ValueError("out must be C-contiguous and writable")
+        if not (out.flags.c_contiguous and out.flags.writeable and out.dtype.isnative):
+            raise ValueError("out must be C-contiguous, writable and in this machine's byte order")
     _native.dequantize_4bit(weight, target, _bits(out.reshape(-1), target), 0)
     return out
 
 
 def _dtype_of(array: npt.NDArray[Any]) -> DType:
+    if not hasattr(array, "dtype"):
+        raise TypeError(f"the array must be a numpy array, not {type(array).__name__}")
     name = str(array.dtype.name)
     if name == "float32":
         return "float32"
@@ -171,8 +173,14 @@ def _dtype_of(array: npt.NDArray[Any]) -> DType:
     )
 
 
+def _native_order(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The same values, row-major and in this machine's byte order; a copy only where it must be."""
+    import numpy as np
+
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
+
+
 def _bits(flat: npt.NDArray[Any], dtype: DType) -> npt.NDArray[Any]:
     import numpy as np
 
-    flat = np.ascontiguousarray(flat)
     return flat if dtype == "float32" else flat.view(np.uint16)

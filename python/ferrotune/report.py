@@ -23,10 +23,8 @@ class Fingerprint:
     sha256: str
 
 
-def fingerprints(settings: Mapping[str, Any], tables: Mapping[str, Any]) -> list[Fingerprint]:
-    """Of every data file of the run; `tables`, which are in memory, have none. Raises OSError."""
-    named = [*settings["data"], *settings["heldout_data"]]
-    paths = [path for path in named if path not in tables]
+def fingerprints(paths: Sequence[str]) -> list[Fingerprint]:
+    """Of every data file of the run. Raises OSError."""
     return [Fingerprint(path, *fingerprint(Path(path))) for path in paths]
 
 

@@ -163,7 +163,11 @@ def _change(show: Any, before: float | None, after: float | None) -> str:
 
 @dataclass(frozen=True, slots=True)
 class EvaluateResult(Result):
-    """A model's loss on data: `loss` in nats per token, `bits_per_byte` of the text's UTF-8."""
+    """A model's loss on data: `loss` in nats per token, `bits_per_byte` of the text's UTF-8.
+
+    `bits_per_byte` is None where only a part of the text was read; `skipped` counts the records
+    that could not be used.
+    """
 
     loss: float
     perplexity: float
@@ -171,61 +175,70 @@ class EvaluateResult(Result):
     tokens: int
     seconds: float
     tokens_per_second: float
+    skipped: int = 0
 
     def table(self) -> Table:
         per_byte = "not measured" if self.bits_per_byte is None else f"{self.bits_per_byte:.3f}"
         speed = f"{tables.compact(self.tokens_per_second)} tokens/s"
-        return Table(
-            "evaluation",
-            (
-                ("loss", f"{self.loss:.4f} nats per token"),
-                ("perplexity", tables.perplexity_text(self.perplexity)),
-                ("bits per byte", per_byte),
-                ("tokens", tables.count(self.tokens)),
-                ("time", f"{tables.duration(self.seconds)} ({speed})"),
-            ),
-        )
+        rows = [
+            ("loss", f"{self.loss:.4f} nats per token"),
+            ("perplexity", tables.perplexity_text(self.perplexity)),
+            ("bits per byte", per_byte),
+            ("tokens", tables.count(self.tokens)),
+            ("time", f"{tables.duration(self.seconds)} ({speed})"),
+        ]
+        if self.skipped:
+            rows.insert(4, ("skipped records", tables.count(self.skipped)))
+        return Table("evaluation", tuple(rows))
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateResult(Result):
-    """Generated text, without the prompt; `tokens` counts the generated ones."""
+    """Generated text, without the prompt; `tokens` counts the generated ones.
+
+    `warnings` are about the adapter.
+    """
 
     prompt: str
     text: str
     tokens: int
     seconds: float
     tokens_per_second: float
+    warnings: tuple[str, ...] = ()
 
     def table(self) -> Table:
         speed = f"{tables.compact(self.tokens_per_second)} tokens/s"
-        return Table(
-            "generation",
-            (
-                ("prompt", self.prompt),
-                ("text", self.text),
-                ("time", f"{self.tokens} tokens in {tables.duration(self.seconds)} ({speed})"),
-            ),
+        rows = (
+            ("prompt", self.prompt),
+            ("text", self.text),
+            ("time", f"{self.tokens} tokens in {tables.duration(self.seconds)} ({speed})"),
         )
+        return Table("generation", rows + _warning_rows(self.warnings))
 
 
 @dataclass(frozen=True, slots=True)
 class MergeResult(Result):
-    """A merged Hugging Face folder: its files' names, and how many modules had an adapter."""
+    """A merged Hugging Face folder: its files' names, and how many modules had an adapter.
+
+    `warnings` are about the adapter.
+    """
 
     output: Path
     files: tuple[str, ...]
     merged_modules: int
+    warnings: tuple[str, ...] = ()
 
     def table(self) -> Table:
-        return Table(
-            "merge",
-            (
-                ("merged modules", tables.count(self.merged_modules)),
-                ("files", ", ".join(self.files)),
-                ("output", str(self.output)),
-            ),
+        rows = (
+            ("merged modules", tables.count(self.merged_modules)),
+            ("files", ", ".join(self.files)),
+            ("output", str(self.output)),
         )
+        return Table("merge", rows + _warning_rows(self.warnings))
+
+
+def _warning_rows(warnings: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    return tuple(("warning", warning) for warning in warnings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,15 +322,17 @@ class DemoResult(Result):
 
     def __rich__(self) -> "RenderableType":
         from rich.console import Group
+        from rich.table import Table as RichTable
         from rich.text import Text
 
-        lines: list[RenderableType] = []
+        shown: list[RenderableType] = []
         for sample in self.samples:
+            grid = RichTable.grid(padding=(0, 1))
             for label, text in (("before", sample.before), ("after", sample.after)):
-                shown = Text.assemble((f"{label:<7}", "cyan"), (sample.prompt, "bold"))
-                lines.append(shown.append(_flat(text)))
-            lines.append(Text())
-        return Group(*lines, self.table().rich())
+                continued = Text.assemble((sample.prompt, "bold"), _flat(text))
+                grid.add_row(Text(label, style="cyan"), continued)
+            shown += [grid, Text()]
+        return Group(*shown, self.table().rich())
 
     def _repr_html_(self) -> str:
         import html
@@ -332,7 +347,9 @@ class DemoResult(Result):
 
 
 def _flat(text: str) -> str:
-    return text.replace("\r", "").replace("\n", " / ")
+    """Generated text on one line; the dots say that it was cut off there."""
+    start = " " if text[:1].isspace() else ""
+    return f"{start}{' '.join(text.split())} …"
 
 
 def _one_line(sample: Sample) -> str:

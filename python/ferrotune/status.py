@@ -23,6 +23,7 @@ class Status:
     remaining: float | None = None  # seconds
     heldout: float = math.nan  # nats per token, latest
     best: float = math.nan
+    stopped: str | None = None  # the reason, once the run has ended
     _loss: Smoothed = field(default_factory=lambda: Smoothed(SMOOTHING))
 
     def add(self, event: Mapping[str, Any]) -> None:
@@ -38,6 +39,8 @@ class Status:
             self.heldout = number(event.get("loss"))
             if not self.best <= self.heldout:
                 self.best = self.heldout
+        elif kind == "stop":
+            self.stopped = event["reason"]
 
     @property
     def loss(self) -> float:
@@ -47,6 +50,8 @@ class Status:
     @property
     def fraction(self) -> float:
         """The part that is done, by steps or by time, whichever ends first."""
+        if self.stopped not in (None, "interrupted"):
+            return 1.0
         by_steps = self.step / self.total_steps if self.total_steps else 0.0
         whole = self.elapsed + (self.remaining or 0.0)
         by_time = self.elapsed / whole if self.remaining is not None and whole > 0 else 0.0
@@ -69,6 +74,8 @@ class Status:
         return found
 
     def left_text(self) -> str:
+        if self.stopped is not None:
+            return f"took {clock(self.elapsed)}"
         return f"{clock(self.remaining)} left"
 
 

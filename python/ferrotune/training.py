@@ -18,6 +18,9 @@ OnEvent = Callable[[dict[str, Any]], bool | None]
 # Settings that are about how a run is called, not about what it computes.
 _NOT_OF_THE_RUN = ("progress",)
 
+# Events that come after the checkpoint of a resumed run was found to fit these settings.
+_OF_A_STARTED_RUN = ("step", "eval", "checkpoint", "stop")
+
 
 def run(
     settings: dict[str, Any],
@@ -98,12 +101,16 @@ class _Relay:
         self._settings = settings
         self._on_event = on_event
         self._events = History()
+        self._files: list[str] = []
         self._started = False
 
     def __call__(self, line: str) -> bool:
         try:
             event = json.loads(line)
-            if not self._started:
+            kind = event.get("event")
+            if kind == "data":
+                self._files = event["files"]
+            elif not self._started and kind in _OF_A_STARTED_RUN:
                 self._start()
             self._events.add(event)
             self._show(event)
@@ -115,12 +122,12 @@ class _Relay:
         return answer is not False and not self.interrupted
 
     def _start(self) -> None:
-        """At the first event the input has been read: only now does the folder get its files."""
+        """Data, model and the checkpoint of a resumed run fit: config.toml may change."""
         self._started = True
-        output = Path(self._settings["output"])
-        output.mkdir(parents=True, exist_ok=True)
-        self.fingerprints = report.fingerprints(self._settings, self._tables)
-        report.write_config(output, self._settings)
+        self.fingerprints = report.fingerprints(
+            [path for path in self._files if path not in self._tables]
+        )
+        report.write_config(Path(self._settings["output"]), self._settings)
 
     def _show(self, event: dict[str, Any]) -> None:
         """A display that breaks (a closed pipe, a dead notebook front end) ends no run."""

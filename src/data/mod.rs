@@ -43,4 +43,4 @@ pub use split::{Sides, Split, SplitPlan, divide, split};
 pub use split_files::{SplitConfig, SplitFile, SplitResult, split_files};
 pub use template::{ChatTemplate, Conversation};
 pub use tokenizer::Tokenizer;
-pub use whole::prepare_whole;
+pub use whole::{Whole, prepare_whole};

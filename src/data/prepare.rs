@@ -96,6 +96,8 @@ pub struct DataReport {
     /// The first records that were left out.
     pub skipped: Vec<Skipped>,
     pub skipped_total: usize,
+    /// Every file that was read, folders expanded; the held-out ones last.
+    pub files: Vec<PathBuf>,
     /// SHA-256 of every record read, in order, as hexadecimal digits: equal fingerprints are equal data.
     pub fingerprint: String,
 }
@@ -126,11 +128,13 @@ pub fn prepare(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
     let mut fingerprint = Sha256::new();
     let mut train = Source::read(&config.data, config, &mut skips)?;
     train.hash(&mut fingerprint);
+    let mut files = train.paths.clone();
     let heldout = if config.heldout_data.is_empty() {
         train.split(config)?
     } else {
         let heldout = Source::read(&config.heldout_data, config, &mut skips)?;
         heldout.hash(&mut fingerprint);
+        files.extend_from_slice(&heldout.paths);
         train.remove(&heldout, config, &mut skips)?;
         if train.records.is_empty() {
             return Err(Error::argument(format!(
@@ -154,7 +158,7 @@ pub fn prepare(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
         }
         truncated += packing.truncated;
         split += packing.split;
-        Ok((packing.packed, records))
+        Ok((packing.packed, records.len()))
     };
     let (train, train_records) = side(&train, "training")?;
     let (heldout, heldout_records) = side(&heldout, "held-out")?;
@@ -172,6 +176,7 @@ pub fn prepare(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
         split,
         skipped: skips.first,
         skipped_total: skips.total,
+        files,
         fingerprint: format!("{:x}", fingerprint.finalize()),
     };
     Ok(Prepared {
@@ -323,13 +328,13 @@ impl Source {
         }
     }
 
-    /// The packed rows, and how many records are in them.
-    pub(super) fn pack(
-        &self,
+    /// The packed rows, and the records that are in them.
+    pub(super) fn pack<'a>(
+        &'a self,
         config: &DataConfig,
         tokenizer: &Tokenizer,
         skips: &mut Skips,
-    ) -> Result<(Packing, usize)> {
+    ) -> Result<(Packing, Vec<&'a Record>)> {
         let records: Vec<&Record> = self.records.iter().collect();
         let mut skip = |record: &Record, reason: &Reason| {
             skips.add(&self.paths[record.file], record.number, reason);
@@ -345,7 +350,6 @@ impl Source {
                 Err(reason) => skip(record, &reason),
             }
         }
-        let count = kept.len();
         let packing = Packing::with_layout(
             examples,
             config.sequence_length,
@@ -356,7 +360,10 @@ impl Source {
         for &index in &packing.untrained {
             skip(kept[index], &Reason::Untrained(config.sequence_length));
         }
-        let records = count - packing.untrained.len();
+        let untrained: HashSet<usize> = packing.untrained.iter().copied().collect();
+        let records = kept.into_iter().enumerate();
+        let records = records.filter(|(index, _)| !untrained.contains(index));
+        let records = records.map(|(_, record)| record).collect();
         Ok((packing, records))
     }
 }

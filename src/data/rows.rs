@@ -79,7 +79,8 @@ pub fn prepare_rows(
     }
     let mut skips = Skips::default();
     let source = Source::read(&config.data, &config, &mut skips)?;
-    let (packing, train_records) = source.pack(&config, tokenizer, &mut skips)?;
+    let (packing, records) = source.pack(&config, tokenizer, &mut skips)?;
+    let train_records = records.len();
     let packed = packing.packed;
     if packed.targets() == 0 {
         return Err(Error::argument(format!(

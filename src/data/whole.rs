@@ -6,32 +6,54 @@ use super::record::Content;
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 
-/// Every record of `config.data`, in its order, and the UTF-8 bytes of what is predicted in them: a text, or a
-/// completion. Of conversations the template decides which bytes those are: there is no number then.
+/// What is evaluated.
+#[derive(Debug, Clone)]
+pub struct Whole {
+    pub packed: Packed,
+    /// UTF-8 bytes of what is predicted, a text or a completion; none where a part of one was cut off, and for
+    /// conversations, of which the template decides what is predicted.
+    pub bytes: Option<usize>,
+    /// Records that were left out.
+    pub skipped: usize,
+    /// What to tell about them and about those that were cut; none where there is nothing to tell.
+    pub warning: Option<String>,
+}
+
+/// Every record of `config.data`, in its order.
 ///
 /// # Errors
 /// As [`super::prepare`]'s.
-pub fn prepare_whole(
-    config: &DataConfig,
-    tokenizer: &Tokenizer,
-) -> Result<(Packed, Option<usize>)> {
+pub fn prepare_whole(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Whole> {
     let mut skips = Skips::default();
     let source = Source::read(&config.data, config, &mut skips)?;
-    let bytes = source
-        .records
-        .iter()
-        .map(|record| match &record.content {
-            Content::Text(text) => Some(text.len()),
-            Content::Completion { completion, .. } => Some(completion.len()),
-            Content::Messages { .. } => None,
-        })
-        .sum();
-    let (packing, _) = source.pack(config, tokenizer, &mut skips)?;
+    let (packing, records) = source.pack(config, tokenizer, &mut skips)?;
     if packing.packed.targets() == 0 {
         return Err(Error::argument(format!(
             "the data have no token to predict{}",
             skips.example()
         )));
     }
-    Ok((packing.packed, bytes))
+    let bytes = records
+        .iter()
+        .map(|record| match &record.content {
+            Content::Text(text) => Some(text.len()),
+            Content::Completion { completion, .. } => Some(completion.len()),
+            Content::Messages { .. } => None,
+        })
+        .sum::<Option<usize>>();
+    let truncated = packing.truncated;
+    let told = truncated > 0 || skips.total > 0;
+    Ok(Whole {
+        packed: packing.packed,
+        bytes: bytes.filter(|_| truncated == 0),
+        skipped: skips.total,
+        warning: told.then(|| {
+            let cut = if truncated > 0 {
+                format!(", {truncated} of them cut to sequence_length")
+            } else {
+                String::new()
+            };
+            format!("{} records are read{cut}{}", records.len(), skips.example())
+        }),
+    })
 }

@@ -5,15 +5,16 @@
 //! `checkpoint.tmp-<pid>` and synced; then `checkpoint` becomes `checkpoint.old`, the new one
 //! becomes `checkpoint`, and the old one goes. [`recover`] mends what a crash between these leaves.
 
-use std::collections::HashMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, SafeTensors};
 
 use super::state::State;
 use super::{Moments, Parameter};
+use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::folder::{Tensor, write_safetensors};
 
 const NAME: &str = "checkpoint";
 const OLD: &str = "checkpoint.old";
@@ -177,20 +178,11 @@ fn named<'a>(parameters: &[Parameter], values: &'a [Vec<f32>]) -> Vec<(String, &
 }
 
 fn save(path: &Path, step: usize, tensors: Vec<(String, &[f32])>) -> Result<()> {
-    let refuse = |error| match error {
-        safetensors::SafeTensorError::IoError(error) => Error::io(path)(error),
-        other => Error::run(format!("{}: {other}", path.display())),
-    };
-    let views = tensors.into_iter().map(|(name, values)| {
-        let bytes = bytemuck::cast_slice(values);
-        TensorView::new(Dtype::F32, vec![values.len()], bytes).map(|view| (name, view))
-    });
-    let views: Vec<_> = views
-        .collect::<std::result::Result<_, _>>()
-        .map_err(refuse)?;
-    let metadata = HashMap::from([("step".to_owned(), step.to_string())]);
-    safetensors::serialize_to_file(views, Some(metadata), path).map_err(refuse)?;
-    sync(path)
+    let tensors = tensors
+        .into_iter()
+        .map(|(name, values)| Tensor::from_f32(name, DType::F32, &[values.len()], values))
+        .collect();
+    write_safetensors(path, tensors, &[("step", &step.to_string())])
 }
 
 fn read_file(

@@ -51,6 +51,8 @@ pub struct DataEvent {
     /// The first ones; `skipped_total` counts all.
     pub skipped: Vec<Skip>,
     pub skipped_total: usize,
+    /// Every file that was read, folders expanded.
+    pub files: Vec<PathBuf>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize)]

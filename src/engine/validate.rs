@@ -5,6 +5,9 @@ use std::fmt::Display;
 use super::config::{Method, TrainConfig};
 use crate::error::{Error, Result};
 
+const MOST_THREADS: usize = 1024;
+const MOST_EPOCHS: f64 = 1e6;
+
 impl TrainConfig {
     /// # Errors
     /// `Argument` naming the first setting out of its range, its value and the range.
@@ -59,7 +62,13 @@ impl TrainConfig {
     }
 
     fn validate_length(&self) -> Result<()> {
-        positive("epochs", self.epochs)?;
+        let epochs = self.epochs;
+        within(
+            "epochs",
+            epochs,
+            epochs > 0.0 && epochs <= MOST_EPOCHS,
+            "above 0 and at most 1e6",
+        )?;
         if let Some(steps) = self.max_steps {
             at_least_one("max_steps", steps)?;
         }
@@ -70,8 +79,7 @@ impl TrainConfig {
         at_least_one("gradient_accumulation", self.gradient_accumulation)?;
         let length = self.sequence_length;
         within("sequence_length", length, length >= 2, "at least 2 tokens")?;
-        self.threads
-            .map_or(Ok(()), |threads| at_least_one("threads", threads))
+        self.threads.map_or(Ok(()), threads)
     }
 
     fn validate_optimizer(&self) -> Result<()> {
@@ -113,6 +121,17 @@ impl TrainConfig {
         self.patience
             .map_or(Ok(()), |patience| at_least_one("patience", patience))
     }
+}
+
+/// More than a machine's are only slower, and so many that they take minutes to start no use at all.
+pub(super) fn threads(threads: usize) -> Result<()> {
+    let fits = (1..=MOST_THREADS).contains(&threads);
+    within(
+        "threads",
+        threads,
+        fits,
+        &format!("from 1 to {MOST_THREADS}"),
+    )
 }
 
 fn within(name: &str, value: impl Display, fits: bool, range: &str) -> Result<()> {

@@ -23,9 +23,9 @@ pub struct GroupInput(
 
 impl GroupInput {
     fn get(&self) -> Result<Input> {
-        if !matches!(self.4, 1 | 2) {
+        if !(1..=3).contains(&self.4) {
             return Err(Error::argument(format!(
-                "planes must be 1 or 2, not {}",
+                "planes must be 1 to 3, not {}",
                 self.4
             )));
         }

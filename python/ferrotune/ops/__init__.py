@@ -62,7 +62,8 @@ def lora_linear(
         ``[..., n]`` in x's dtype. Under autocast, x and all weights are cast to its dtype first.
 
     The LoRA term is computed in the wider of x's and A's dtypes. Gradients have the dtype of what
-    they belong to. Raises ``ValueError`` or ``TypeError`` naming the argument that does not fit.
+    they belong to; a second derivative raises ``RuntimeError``. Raises ``ValueError`` or
+    ``TypeError`` naming the argument that does not fit.
     """
     dense, quant = (None, weight) if isinstance(weight, Quant4bit) else (weight, None)
     projection = Projection(dense, quant, bias, lora_A, lora_B, lora_bias, scaling, dropout_p)
@@ -193,7 +194,8 @@ def quantize_4bit(
         quant_type: "nf4" or "fp4" (Dettmers et al., 2023).
         double_quant: quantises the absmax too, to 8 bits in blocks of 256.
 
-    Raises ``TypeError`` for another dtype and ``ValueError`` for another block size or type.
+    Nothing of the result has a gradient. Raises ``TypeError`` for another dtype and ``ValueError``
+    for another block size or type.
     """
     if values.dtype not in _FLOATS[:3]:
         raise TypeError(f"values must be float32, float16 or bfloat16, not {values.dtype}")
@@ -214,6 +216,7 @@ def quantize_4bit(
 def dequantize_4bit(quant: Quant4bit, dtype: torch.dtype | None = None) -> Tensor:
     """The values of ``quant`` in ``dtype`` (the quantised one unless given); bitsandbytes' bits.
 
+    They have no gradient, as 4-bit weights are frozen: ``lora_linear`` has one through them, to x.
     Raises ``ValueError`` if the parts do not fit together.
     """
     if not torch.compiler.is_compiling():

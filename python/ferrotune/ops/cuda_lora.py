@@ -86,7 +86,8 @@ def _passes(x: Tensor, projections: Sequence[Projection]) -> list[_Pass]:
         most = _max_columns(x.device.index, planes)
         if columns > most:
             continue
-        onto = planes > 1 and (projection.weight is not None or projection.quant is not None)
+        has_base = projection.weight is not None or projection.quant is not None
+        onto = has_base and (planes > 1 or projection.dropout_p >= 1)
         last = passes[-1] if passes else None
         if last is None or last[3:] != (planes, onto) or last.columns + columns > most:
             passes.append(_Pass([i], [0], columns, planes, onto))

@@ -279,6 +279,19 @@ def _dequantize_fake(packed: Tensor, *arguments: Any) -> Tensor:
     return packed.new_empty(shape, dtype=dtype)
 
 
+def _codes_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+    """Codes are no differentiable function of values, nor values of codes."""
+    ctx.mark_non_differentiable(*([output] if isinstance(output, torch.Tensor) else output))
+
+
+def _codes_grads(ctx: Any, *grads: Tensor | None) -> None:
+    return None
+
+
+def _second(ctx: Any, *grads: Any) -> None:
+    raise RuntimeError("ferrotune.ops has first derivatives only: this asks for a second one")
+
+
 _define("lora_linear_group", _group, _group_fake)
 _define("lora_linear_group_backward", _group_backward, _group_backward_fake)
 _define("lora_linear", _one, _one_fake)
@@ -288,3 +301,6 @@ torch.library.register_autograd(
     "ferrotune::lora_linear_group", _group_grads, setup_context=_group_setup
 )
 torch.library.register_autograd("ferrotune::lora_linear", _one_grads, setup_context=_one_setup)
+torch.library.register_autograd("ferrotune::lora_linear_group_backward", _second)
+for _name in ("quantize_4bit", "dequantize_4bit"):
+    torch.library.register_autograd(f"ferrotune::{_name}", _codes_grads, setup_context=_codes_setup)

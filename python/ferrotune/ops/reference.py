@@ -148,11 +148,11 @@ def _scratch(quant: Quant4bit) -> Tensor:
 
 
 def base(x: Tensor, projection: Projection) -> Tensor | None:
-    """``x·Wᵀ + bias``; None for a LoRA term alone."""
-    weight = dense(projection, x.dtype)
+    """``x·Wᵀ + bias``; without W the bias alone, None without either."""
+    weight, bias = dense(projection, x.dtype), projection.bias
     if weight is None:
-        return None
-    return torch.nn.functional.linear(x, weight, projection.bias)
+        return None if bias is None else bias.repeat(x.shape[0], 1)
+    return torch.nn.functional.linear(x, weight, bias)
 
 
 def _product(a: Tensor, b: Tensor, scaling: float) -> Tensor:

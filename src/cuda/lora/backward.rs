@@ -102,38 +102,18 @@ pub unsafe fn backward(
     unsafe { kernels::reduce(device, stream, &sums) }?;
 
     if grad_x != 0 {
-        let (found, count) = segments_of(projections, |_| 1.0);
-        let mut segments = [UpSegment::default(); MAX_SEGMENTS];
-        for (part, (segment, of)) in segments.iter_mut().zip(found).enumerate() {
-            let column = 16 * part as u32;
-            *segment = UpSegment {
-                of,
-                h_column: column,
-                panel_column: column,
-            };
-        }
-        let up = Up {
-            h: g,
-            panel: workspace + layout.panel_a,
-            out: grad_x,
-            bias: 0,
-            masks: masks(input, projections),
-            m: input.m,
-            w: input.k,
-            h_stride: planes * columns as u32,
-            panel_stride: planes * columns as u32,
-            h_plane: columns as u32,
-            panel_plane: columns as u32,
-            planes,
-            parts: count as u32,
-            rows_per_block: 0,
-            vectors: vectors(grad_x, input.k),
-            onto: 0,
-            reserved: 0,
-            segments,
-        };
         // SAFETY: as above.
-        unsafe { kernels::up(device, stream, input.dtype, up) }?;
+        unsafe {
+            term_of_grad_x(
+                device,
+                stream,
+                input,
+                projections,
+                layout,
+                workspace,
+                grad_x,
+            )
+        }?;
     }
 
     if projections.iter().any(|projection| projection.grad_a != 0) {
@@ -198,4 +178,49 @@ unsafe fn grad_a(
         kernels::outer(device, stream, input.dtype, count, outer)?;
         kernels::reduce(device, stream, &sums)
     }
+}
+
+/// # Safety
+/// As [`backward`], after G was written.
+unsafe fn term_of_grad_x(
+    device: &Device,
+    stream: Stream,
+    input: &Input,
+    projections: &[Projection],
+    layout: &Layout,
+    workspace: Address,
+    grad_x: Address,
+) -> Result<()> {
+    let planes = input.planes as u32;
+    let columns: u64 = projections.iter().map(Projection::columns).sum();
+    let (found, count) = segments_of(projections, |_| 1.0);
+    let mut segments = [UpSegment::default(); MAX_SEGMENTS];
+    for (part, (segment, of)) in segments.iter_mut().zip(found).enumerate() {
+        let column = 16 * part as u32;
+        *segment = UpSegment {
+            of,
+            h_column: column,
+            panel_column: column,
+        };
+    }
+    let up = Up {
+        h: workspace + layout.g,
+        panel: workspace + layout.panel_a,
+        out: grad_x,
+        bias: 0,
+        masks: masks(input, projections),
+        m: input.m,
+        w: input.k,
+        h_stride: planes * columns as u32,
+        panel_stride: planes * columns as u32,
+        h_plane: columns as u32,
+        panel_plane: columns as u32,
+        planes,
+        parts: count as u32,
+        rows_per_block: 0,
+        vectors: vectors(grad_x, input.k),
+        segments,
+    };
+    // SAFETY: the caller's promise.
+    unsafe { kernels::up(device, stream, input.dtype, false, up) }
 }

@@ -147,12 +147,10 @@ pub unsafe fn forward(
             parts: projection.segments() as u32,
             rows_per_block: 0,
             vectors: vectors(projection.y, projection.n),
-            onto: u32::from(input.onto),
-            reserved: 0,
             segments,
         };
         // SAFETY: as above.
-        unsafe { kernels::up(device, stream, input.dtype, up) }?;
+        unsafe { kernels::up(device, stream, input.dtype, input.onto, up) }?;
     }
     Ok(())
 }

@@ -82,11 +82,9 @@ pub struct Up {
     pub parts: u32,
     pub rows_per_block: u32,
     pub vectors: u32,
-    pub onto: u32,
-    pub reserved: u32,
     pub segments: [UpSegment; MAX_SEGMENTS],
 }
-const _: () = assert!(size_of::<Up>() == 232);
+const _: () = assert!(size_of::<Up>() == 224);
 // SAFETY: the kernel's structure, field for field.
 unsafe impl Parameters for Up {}
 
@@ -220,7 +218,10 @@ const DOWN_FEW: Variants = variants!("lora_down_few");
 const OUTER: Variants = variants!("lora_outer");
 const DOWN_OUTER: Variants = variants!("lora_down_outer");
 const DOWN_OUTER_SMALL: Variants = variants!("lora_down_outer_small");
-const UP: [&str; 2] = ["lora_up_f16", "lora_up_bf16"];
+const UP: [[&str; 2]; 2] = [
+    ["lora_up_f16", "lora_up_bf16"],
+    ["lora_up_onto_f16", "lora_up_onto_bf16"],
+];
 const PACK: [&str; 2] = ["lora_pack_f16", "lora_pack_bf16"];
 
 /// Bytes of a row of `columns` elements in shared memory.
@@ -343,8 +344,14 @@ pub unsafe fn down(
 }
 
 /// # Safety
-/// As [`down`], for `kernels/lora_up.cuh`.
-pub unsafe fn up(device: &Device, stream: Stream, dtype: Float16, mut p: Up) -> Result<()> {
+/// As [`down`], for `kernels/lora_up.cuh`; with `onto`, `p.out` is added to.
+pub unsafe fn up(
+    device: &Device,
+    stream: Stream,
+    dtype: Float16,
+    onto: bool,
+    mut p: Up,
+) -> Result<()> {
     let column_blocks = p.w.div_ceil(128);
     let steps = p.m.div_ceil(64);
     let wanted = 8 * u64::from(device.multiprocessors);
@@ -353,7 +360,7 @@ pub unsafe fn up(device: &Device, stream: Stream, dtype: Float16, mut p: Up) -> 
     let row = row_bytes(SEGMENT * u64::from(p.parts * p.planes));
     let grid = launch_grid((column_blocks, steps.div_ceil(per_block)), 256 * row);
     // SAFETY: the caller's promise.
-    unsafe { device.launch(UP[dtype as usize], grid, stream, &p) }
+    unsafe { device.launch(UP[usize::from(onto)][dtype as usize], grid, stream, &p) }
 }
 
 /// # Safety

@@ -42,8 +42,10 @@ pub struct EvaluateResult {
     /// Mean over the tokens predicted, nats.
     pub loss: f64,
     pub perplexity: f64,
-    /// Mean bits for each UTF-8 byte of the trained text; none if only a part of the text was read, and for messages.
+    /// Mean bits for each UTF-8 byte of the text read; none if only a part of it was read, and for conversations.
     pub bits_per_byte: Option<f64>,
+    /// Records left out.
+    pub skipped: usize,
     /// Tokens predicted.
     pub tokens: usize,
     pub seconds: f64,
@@ -83,7 +85,7 @@ fn run(config: &EvaluateConfig, hooks: &mut (dyn Hooks + Send)) -> Result<Evalua
     }
     let tokenizer = tokenizer(&config.model, &model_config)?;
     let model = Llama::load(&config.model, model_config, &plan)?;
-    let (packed, bytes) = prepare_whole(
+    let whole = prepare_whole(
         &DataConfig {
             data: config.data.clone(),
             heldout: 0.0,
@@ -106,7 +108,10 @@ fn run(config: &EvaluateConfig, hooks: &mut (dyn Hooks + Send)) -> Result<Evalua
         },
         &tokenizer,
     )?;
-    let source = Sequential::new(&packed, config.batch_size)?;
+    if let Some(message) = whole.warning {
+        hooks.on_event(&Event::Warning { message })?;
+    }
+    let source = Sequential::new(&whole.packed, config.batch_size)?;
     let begin = Instant::now();
     let limit = config.eval_tokens.unwrap_or(usize::MAX);
     let found = evaluate_source(&model, &source, limit, || {
@@ -121,13 +126,14 @@ fn run(config: &EvaluateConfig, hooks: &mut (dyn Hooks + Send)) -> Result<Evalua
         tokens: found.tokens,
         best: false,
     }))?;
-    let whole = found.tokens == packed.targets();
+    let all = found.tokens == whole.packed.targets();
     Ok(EvaluateResult {
         loss: found.loss,
         perplexity: found.loss.exp(),
-        bits_per_byte: bytes.filter(|_| whole).map(|bytes| {
+        bits_per_byte: whole.bytes.filter(|_| all).map(|bytes| {
             found.loss * found.tokens as f64 / bytes.max(1) as f64 / std::f64::consts::LN_2
         }),
+        skipped: whole.skipped,
         tokens: found.tokens,
         seconds,
         tokens_per_second: found.tokens as f64 / seconds,

@@ -31,6 +31,8 @@ pub struct GenerateResult {
     /// Loading left out.
     pub seconds: f64,
     pub tokens_per_second: f64,
+    /// What the user may not have meant about the adapter.
+    pub warnings: Vec<String>,
 }
 
 /// # Errors
@@ -54,7 +56,7 @@ fn run(
         config.double_quant,
     )?;
     let positions = model_config.max_position_embeddings;
-    let (plan, _) = plan(&model_config, config.adapter.as_deref(), how, positions)?;
+    let (plan, warnings) = plan(&model_config, config.adapter.as_deref(), how, positions)?;
     let tokenizer = tokenizer(&config.model, &model_config)?;
     let eos = model_config.eos_token_ids.clone();
     let model = Llama::load(&config.model, model_config, &plan)?;
@@ -73,5 +75,6 @@ fn run(
         tokens: made.tokens,
         seconds,
         tokens_per_second: made.tokens as f64 / seconds,
+        warnings,
     })
 }

@@ -25,6 +25,8 @@ pub struct MergeResult {
     pub output: PathBuf,
     pub files: Vec<String>,
     pub merged_modules: usize,
+    /// What the user may not have meant about the adapter.
+    pub warnings: Vec<String>,
 }
 
 /// # Errors
@@ -43,7 +45,7 @@ pub fn merge(config: &MergeConfig) -> Result<MergeResult> {
         )));
     }
     let model_config = LlamaConfig::read(&config.model)?;
-    let (plan, _) = plan(&model_config, Some(&config.adapter), None, 1)?;
+    let (plan, warnings) = plan(&model_config, Some(&config.adapter), None, 1)?;
     let model = Llama::load(&config.model, model_config, &plan)?;
     let merged_modules = model.write_merged(&config.output, dtype)?;
     let mut files: Vec<String> = std::fs::read_dir(&config.output)
@@ -56,5 +58,6 @@ pub fn merge(config: &MergeConfig) -> Result<MergeResult> {
         output: config.output.clone(),
         files,
         merged_modules,
+        warnings,
     })
 }

@@ -25,7 +25,7 @@ use crate::error::{Error, Result};
 /// Rayon threads for everything that runs in `work`; all of the machine's if `threads` is none.
 ///
 /// # Errors
-/// `Argument` for zero threads; whatever `work` returns.
+/// `Argument` for zero threads and for more than any machine has; whatever `work` returns.
 pub fn with_threads<R: Send>(
     threads: Option<usize>,
     work: impl FnOnce() -> Result<R> + Send,
@@ -33,9 +33,7 @@ pub fn with_threads<R: Send>(
     let Some(threads) = threads else {
         return work();
     };
-    if threads == 0 {
-        return Err(Error::argument("threads must be at least 1, not 0"));
-    }
+    super::validate::threads(threads)?;
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
         .build()

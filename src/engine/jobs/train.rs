@@ -144,6 +144,7 @@ fn data_event(report: &DataReport) -> DataEvent {
             })
             .collect(),
         skipped_total: report.skipped_total,
+        files: report.files.clone(),
     }
 }
 
