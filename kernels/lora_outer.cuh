@@ -13,7 +13,7 @@ struct LoraOuter {
     uint64_t m;
     uint64_t w;
     uint32_t g_stride;
-    uint32_t g_plane;  // elements from a high part to its low part
+    uint32_t g_plane;  // elements from one part of a value to the next
     uint32_t planes;
     uint32_t stages;          // 2 to 6
     uint32_t rows_per_range;  // a multiple of 64

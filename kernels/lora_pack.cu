@@ -3,8 +3,6 @@
 
 namespace ferrotune {
 
-enum ElementType : uint32_t { F32, F16, BF16 };
-
 // One matrix to some columns of a panel, or (`bias_of` set in place of a panel) two vectors to one.
 struct PackJob {
     const void* from;      // element (row, column) at row * row_stride + column * column_stride

@@ -13,7 +13,7 @@ struct ReduceJob {
     uint32_t from_columns;   // a multiple of 16
     uint32_t from_column;    // a multiple of 16
     uint32_t columns;        // that are written: r, or padded for G
-    uint32_t type;           // of `to`: 0 f32, 1 f16, 2 bf16
+    uint32_t type;           // of `to`
     uint32_t planes;         // parts that a value is written in, row_stride / planes apart
     uint32_t rows_first;     // 1: threads lie along the rows, where those are next to each other in `to`
     float scale;
@@ -28,8 +28,8 @@ struct LoraReduce {
 
 __device__ __forceinline__ void store(void* to, uint32_t type, uint64_t at, float value) {
     switch (type) {
-        case 0: static_cast<float*>(to)[at] = value; break;
-        case 1: static_cast<f16*>(to)[at] = from_float<f16>(value); break;
+        case F32: static_cast<float*>(to)[at] = value; break;
+        case F16: static_cast<f16*>(to)[at] = from_float<f16>(value); break;
         default: static_cast<bf16*>(to)[at] = from_float<bf16>(value); break;
     }
 }
@@ -62,7 +62,7 @@ __device__ __forceinline__ void lora_reduce(const LoraReduce& p) {
             float value = values[i];
             store(job.to, job.type, at, value);
             for (uint32_t part = 1; part < job.planes; ++part) {
-                value = job.type == 1 ? low_part<f16>(value) : low_part<bf16>(value);
+                value = job.type == F16 ? low_part<f16>(value) : low_part<bf16>(value);
                 at += job.row_stride / job.planes;
                 store(job.to, job.type, at, value);
             }

@@ -24,7 +24,7 @@ struct LoraUp {
     uint64_t w;
     uint32_t h_stride;
     uint32_t panel_stride;
-    uint32_t h_plane;  // elements from a high part to its low part
+    uint32_t h_plane;  // elements from one part of a value to the next
     uint32_t panel_plane;
     uint32_t planes;
     uint32_t parts;            // segments

@@ -16,6 +16,9 @@ constexpr int MAX_SEGMENTS = 4;  // 64 columns: what one pass takes
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
 
+// How element types are numbered in what Rust passes.
+enum ElementType : uint32_t { F32, F16, BF16 };
+
 // Sixteen columns of a panel.
 struct Segment {
     uint64_t stream;     // of the projection's dropout mask
@@ -73,7 +76,7 @@ struct Ring {
 };
 
 // Rows of a panel, H or G: `planes` times R columns of each, to rows of padded(planes * R). `from` is aligned to 16
-// bytes, `stride` and `plane` (elements from a high part to its low part) are multiples of 8.
+// bytes, `stride` and `plane` (elements from one part of a value to the next) are multiples of 8.
 template <typename T, int R, int ROWS>
 __device__ __forceinline__ void load_panel(T* tile, const T* from, uint64_t row0, uint64_t rows, uint32_t stride,
                                            uint32_t plane, int planes) {

@@ -142,7 +142,8 @@ impl Device {
     }
 }
 
-/// Restores the thread's current context when dropped, so that PyTorch's current device stays what it was.
+/// Restores the thread's current context when dropped, so that PyTorch's current device stays what it was: a thread
+/// without one keeps device 0's, which is its device already, and is left without one by the others.
 #[derive(Debug)]
 pub(super) struct ContextGuard {
     pushed: bool,

@@ -87,14 +87,21 @@ impl GroupProjection {
     }
 }
 
-fn layout_of(
+/// A call's arguments, and where the parts of its workspace lie.
+fn group(
     device: &Device,
-    input: &Input,
-    projections: &[Projection],
+    input: &GroupInput,
+    projections: &[GroupProjection],
     backward: bool,
-) -> Result<Layout> {
+) -> Result<(Input, Vec<Projection>, Layout)> {
+    let input = input.get()?;
+    let projections = projections
+        .iter()
+        .map(GroupProjection::get)
+        .collect::<Result<Vec<_>>>()?;
     let sizes: Vec<_> = projections.iter().map(|one| (one.n, one.r)).collect();
-    Layout::new(device, input.m, input.k, input.planes, &sizes, backward)
+    let layout = Layout::new(device, input.m, input.k, input.planes, &sizes, backward)?;
+    Ok((input, projections, layout))
 }
 
 /// The largest sum of ranks, each padded to 16, that a group may have on this device.
@@ -127,12 +134,7 @@ pub fn cuda_lora_forward(
     workspace: Address,
 ) -> Result<()> {
     let device = Device::get(device)?;
-    let input = input.get()?;
-    let projections = projections
-        .iter()
-        .map(GroupProjection::get)
-        .collect::<Result<Vec<_>>>()?;
-    let layout = layout_of(device, &input, &projections, false)?;
+    let (input, projections, layout) = group(device, &input, &projections, false)?;
     // SAFETY: `ferrotune.ops.cuda_lora` allocated what is written and checked what is read.
     unsafe { lora::forward(device, stream, &input, &projections, &layout, workspace) }?;
     Ok(())
@@ -149,12 +151,7 @@ pub fn cuda_lora_backward(
     grad_x: Address,
 ) -> Result<()> {
     let device = Device::get(device)?;
-    let input = input.get()?;
-    let projections = projections
-        .iter()
-        .map(GroupProjection::get)
-        .collect::<Result<Vec<_>>>()?;
-    let layout = layout_of(device, &input, &projections, true)?;
+    let (input, projections, layout) = group(device, &input, &projections, true)?;
     // SAFETY: as above.
     unsafe {
         lora::backward(

@@ -4,7 +4,7 @@ Errors are relative, in the Frobenius norm, of the same rounded inputs. Where bo
 errors are two samples of N roundings (of H's or G's m·r elements, or of the result's if fewer):
 beyond 2 %, one case may exceed PEFT's by 6/√N, all cases of a test together by 3/√N of their sum.
 What is below four epsilons of float32, or 4/N units of the type's last place (where PEFT may have
-been lucky), counts as exact.
+been lucky; 32/N for results of fewer than eight elements, which may cancel), counts as exact.
 """
 
 from __future__ import annotations

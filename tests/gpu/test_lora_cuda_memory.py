@@ -39,7 +39,8 @@ def test_more_than_2_to_the_31_outputs(quant_type: str | None) -> None:
         part = replace(case, x=x[rows].detach(), grad=grad[rows])
         want, true = run(part, ours), truth(part)
         for name, found in (("y", y[rows].detach()), ("x", x.grad[rows])):
-            # cuBLAS may round once more where it divides a short sum among blocks.
+            # dX of all rows was seen 1.25 times as far off as that of these rows alone: cuBLAS
+            # takes another product for another size.
             assert error(found, true[name]) < 1.5 * error(want[name], true[name]) + 1e-4, name
     sums: dict[str, Tensor] = {}
     for start in range(0, m, 4096):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "NAMES",
+    "address",
     "dequantize_4bit",
     "dropout_mask",
     "prepare",
@@ -27,7 +29,8 @@ __all__ = [
     "usable",
 ]
 
-_NAMES = {
+# The element types that kernels take, as the native calls name them.
+NAMES = {
     torch.float32: "float32",
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
@@ -165,7 +168,7 @@ def dequantize_4bit(quant: Quant4bit, dtype: torch.dtype, transpose: bool = Fals
 
     The parts must fit together: ``Quant4bit.check``.
     """
-    if dtype not in _NAMES:
+    if dtype not in NAMES:
         found = reference.dequantize_4bit(quant, dtype)
         return found.t().contiguous() if transpose else found
     from .. import _native
@@ -191,15 +194,15 @@ def dequantize_4bit(quant: Quant4bit, dtype: torch.dtype, transpose: bool = Fals
         (
             quant.packed.data_ptr(),
             quant.absmax.data_ptr(),
-            _address(quant.nested_absmax),
-            _address(quant.nested_code),
-            _address(offset),
+            address(quant.nested_absmax),
+            address(quant.nested_code),
+            address(offset),
             quant.quant_type,
             quant.blocksize,
             quant.nested_blocksize,
         ),
         out.data_ptr(),
-        _NAMES[dtype],
+        NAMES[dtype],
         n,
         k,
         transpose,
@@ -207,12 +210,13 @@ def dequantize_4bit(quant: Quant4bit, dtype: torch.dtype, transpose: bool = Fals
     return out
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
+    """Of its first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def _name(dtype: torch.dtype) -> str:
-    name = _NAMES.get(dtype)
+    name = NAMES.get(dtype)
     if name is None:
         raise TypeError(f"values must be float32, float16 or bfloat16, not {dtype}")
     return name

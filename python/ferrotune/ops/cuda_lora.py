@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from . import cuda, reference
-from .cuda import dequantize_4bit, quantize_4bit
+from .cuda import NAMES, address, dequantize_4bit, quantize_4bit
 from .types import Grads, Need, Projection
 
 if TYPE_CHECKING:
@@ -25,11 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["backward", "dequantize_4bit", "forward", "quantize_4bit", "saved"]
 
-_NAMES = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
 _HALVES = (torch.float16, torch.bfloat16)
 _SEGMENT = 16  # ranks are padded to multiples of it
 
@@ -66,9 +61,9 @@ def _planes(x: Tensor, projection: Projection) -> int:
     if lora_A is None or lora_B is None or x.dtype not in _HALVES:
         return 0
     kind = lora_A.dtype
-    if kind not in _NAMES or lora_B.dtype != kind or lora_A.shape[0] == 0:
+    if kind not in NAMES or lora_B.dtype != kind or lora_A.shape[0] == 0:
         return 0
-    if lora_bias is not None and lora_bias.dtype not in _NAMES:
+    if lora_bias is not None and lora_bias.dtype not in NAMES:
         return 0
     if projection.shape[0] == 0 or projection.shape[1] == 0:
         return 0
@@ -165,7 +160,7 @@ def _run_forward(
         given.append(
             (
                 *_adapter(projection, start, alive),
-                (y.data_ptr(), _address(bias), _address(lora_bias), _NAMES[kind]),
+                (y.data_ptr(), address(bias), address(lora_bias), NAMES[kind]),
                 (0, 0),
             )
         )
@@ -189,7 +184,7 @@ def _adapter(
     alive += (lora_A, lora_B)
     r, n = lora_A.shape[0], lora_B.shape[0]
     return (
-        (lora_A.data_ptr(), lora_B.data_ptr(), _NAMES[lora_A.dtype], n, r),
+        (lora_A.data_ptr(), lora_B.data_ptr(), NAMES[lora_A.dtype], n, r),
         (projection.scaling, projection.dropout_p, projection.stream, start),
     )
 
@@ -206,9 +201,9 @@ def _input(
     dropped = any(projections[i].dropout_p for i in one.members)
     if dropped and (seed is None or seed.device != x.device):
         raise ValueError("dropout needs a seed on x's device: ops.dropout_seed(x)")
-    address = seed.data_ptr() if dropped and seed is not None else 0
     return (
-        x.data_ptr(), m, k, _NAMES[x.dtype], one.planes, address, h.data_ptr(), h_columns, one.onto
+        x.data_ptr(), m, k, NAMES[x.dtype], one.planes, address(seed if dropped else None),
+        h.data_ptr(), h_columns, one.onto,
     )  # fmt: skip
 
 
@@ -219,10 +214,6 @@ def _workspace(
     sizes = tuple((projections[i].shape[0], projections[i].rank) for i in one.members)
     needed = _workspace_bytes(x.device.index, m, k, one.planes, sizes, backward)
     return x.new_empty(needed, dtype=torch.uint8)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def backward(
@@ -245,12 +236,10 @@ def backward(
     for i, (grad, projection) in enumerate(zip(grads, projections, strict=True)):
         if grad is None:
             continue
-        if i in done:
-            _bias_grads(found, grad, projection, need, i)
-        elif projection.rank:
+        if i in done or projection.lora_A is None:
+            reference.bias_grads(found, grad, projection, need, i)
+        else:
             dx = _add(dx, _by_pytorch(grad, x, hs[i], projection, seed, need, i, found))
-        elif need.bias[i] and projection.bias is not None:
-            found.bias[i] = reference.columns(grad).to(projection.bias.dtype)
         if need.x:
             dx = _base_grad(grad, projection, x.dtype, dx)
     if need.x and dx is None:
@@ -267,7 +256,7 @@ def _add(dx: Tensor | None, more: Tensor | None) -> Tensor | None:
 def _base_grad(
     grad: Tensor, projection: Projection, dtype: torch.dtype, dx: Tensor | None
 ) -> Tensor | None:
-    """``dx + grad·W``; a 4-bit W is laid out ``[k, n]``, which the product reads faster."""
+    """``dx + grad·W``; a 4-bit W is dequantised to ``[k, n]``."""
     quant = projection.quant
     if quant is not None:
         transposed = dequantize_4bit(quant, quant.dtype, transpose=True).to(dtype)
@@ -277,14 +266,6 @@ def _base_grad(
     else:
         return dx
     return grad @ weight if dx is None else dx.addmm_(grad, weight)
-
-
-def _bias_grads(found: Grads, grad: Tensor, projection: Projection, need: Need, i: int) -> None:
-    if need.bias[i] and projection.bias is not None:
-        found.bias[i] = reference.columns(grad).to(projection.bias.dtype)
-    if need.lora_bias[i] and projection.lora_bias is not None:
-        sums = reference.columns(grad) * projection.scaling
-        found.lora_bias[i] = sums.to(projection.lora_bias.dtype)
 
 
 def _by_pytorch(
@@ -349,7 +330,7 @@ def _run_backward(
             (
                 *_adapter(projection, start, alive),
                 (grad.data_ptr(), 0, 0, "float32"),
-                (_address(found.lora_A[i]), _address(found.lora_B[i])),
+                (address(found.lora_A[i]), address(found.lora_B[i])),
             )
         )
     if empty:
@@ -363,6 +344,6 @@ def _run_backward(
         _input(x, projections, seed, live, h, one.columns),
         given,
         workspace.data_ptr(),
-        _address(part),
+        address(part),
     )
     return _add(dx, part)

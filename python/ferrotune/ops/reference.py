@@ -68,7 +68,7 @@ def backward(
     nothing: list[Tensor | None] = [None] * len(projections)
     found = Grads(None, nothing[:], nothing[:], nothing[:], nothing[:])
     for i, (grad, h, projection) in enumerate(zip(grads, hs, projections, strict=True)):
-        lora_A, lora_B, bias = projection.lora_A, projection.lora_B, projection.bias
+        lora_A, lora_B = projection.lora_A, projection.lora_B
         if grad is None:
             continue
         if need.x:
@@ -76,13 +76,9 @@ def backward(
             if weight is not None:
                 dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
             del weight
-        if need.bias[i] and bias is not None:
-            found.bias[i] = columns(grad).to(bias.dtype)
+        bias_grads(found, grad, projection, need, i)
         if lora_A is None or lora_B is None or h is None:
             continue
-        if need.lora_bias[i] and projection.lora_bias is not None:
-            sums = columns(grad) * projection.scaling
-            found.lora_bias[i] = sums.to(projection.lora_bias.dtype)
         kind = h.dtype
         wide = grad.to(kind)
         if need.lora_B[i]:
@@ -169,7 +165,16 @@ def _add_product(onto: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) 
     return (a @ b).add_(onto).to(dtype)
 
 
-def columns(grad: Tensor) -> Tensor:
+def bias_grads(found: Grads, grad: Tensor, projection: Projection, need: Need, i: int) -> None:
+    """Fills in the gradients of projection i's biases."""
+    if need.bias[i] and projection.bias is not None:
+        found.bias[i] = _columns(grad).to(projection.bias.dtype)
+    lora_bias = projection.lora_bias
+    if need.lora_bias[i] and lora_bias is not None and projection.lora_A is not None:
+        found.lora_bias[i] = (_columns(grad) * projection.scaling).to(lora_bias.dtype)
+
+
+def _columns(grad: Tensor) -> Tensor:
     """Sums over the tokens, in at least f32."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     return grad.sum(0, dtype=wide)
