@@ -204,6 +204,22 @@ fn hostile_templates() {
         ),
         ("{{ 'x' * 999999999999 }}", "too large"),
         ("{{ range(999999999) | list }}", "range"),
+        (
+            "{{ 'a' | indent(999999999999) }}",
+            "an indentation of 999999999999",
+        ),
+        (
+            "{{ [1] | tojson(indent=999999999999) }}",
+            "an indentation of 999999999999",
+        ),
+        (
+            "{{ ('a' * 9000) | replace('a', 'b' * 9000) }}",
+            "a text of more than 64 MiB",
+        ),
+        (
+            "{{ range(9000) | join('b' * 9000) }}",
+            "a text of more than 64 MiB",
+        ),
         ("{% include '/etc/passwd' %}", "template"),
         ("{% import 'os' as os %}{{ os.system('true') }}", "template"),
         (
@@ -228,6 +244,22 @@ fn hostile_templates() {
         assert!(error.starts_with("the chat template fails: "), "{error}");
         assert!(error.contains(expected), "{source}: {error}");
         assert!(begin.elapsed() < Duration::from_secs(20), "{source}");
+    }
+    // Values inside one another, deeper than a usual stack could print, compare or drop them.
+    let nested = "{% set ns = namespace(x=[], y=[]) %}{% for a in range(300) %}{% for b in range(300) %}{% set ns.x = [ns.x] %}{% set ns.y = {'k': ns.y} %}{% endfor %}{% endfor %}";
+    for use_ in [
+        "{{ ns.x }}",
+        "{{ ns.y }}",
+        "{{ ns.x ~ '' }}",
+        "{{ ns.y ~ '' }}",
+        "{{ ns.x | tojson }}",
+        "{{ ns.x == [ns.x] }}",
+        "{{ ns.y | tojson(indent=1) | length }}",
+        "{{ {ns.x: 1} }}",
+        "{% for a in range(90000) %}{% for b in range(90000) %}{% set ns.x = [ns.x] %}{% endfor %}{% endfor %}",
+    ] {
+        // A text or an error, and the process lives on.
+        let _ = template(&format!("{nested}{use_}")).render(&conversation, false);
     }
     let nested = format!("{{{{ {}1{} }}}}", "(".repeat(10_001), ")".repeat(10_001));
     for source in [nested.as_str(), "{% for %}", "{{ 'a", "{% if x %}"] {

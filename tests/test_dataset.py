@@ -150,6 +150,25 @@ def test_epochs_differ_and_come_again(files: Path) -> None:
     assert [row["input_ids"].tolist() for row in other] != orders[0]
 
 
+def test_workers_that_stay_see_the_epochs(files: Path) -> None:
+    data = _load(files, batch_size=3)
+    loader = _loader(data, 2, persistent_workers=True)
+    for epoch in (0, 1, 2):
+        data.set_epoch(epoch)
+        found = _batches(loader)
+        again = _load(files, batch_size=3)
+        again.set_epoch(epoch)
+        assert found == _batches(_loader(again))
+
+
+def test_a_look_at_the_first_row_costs_no_row(files: Path) -> None:
+    data = _load(files)
+    first = next(iter(data))["input_ids"].tolist()
+    rows = [row["input_ids"].tolist() for row in data]
+    assert rows[0] == first
+    assert sorted(rows) == sorted(_rows(data))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_reading_goes_on_in_the_middle_of_an_epoch(files: Path, workers: int) -> None:
     data = _load(files, batch_size=2)
@@ -220,6 +239,10 @@ def test_bad_arguments(files: Path) -> None:
         _load(files, rank=2, world_size=2)
     with pytest.raises(ValueError, match="sequence_length must be at least 2 tokens"):
         _load(files, sequence_length=1)
+    with pytest.raises(ferrotune.SettingError, match="sequence_length wants a whole number"):
+        _load(files, sequence_length=-1)
+    with pytest.raises(ferrotune.SettingError, match="group wants text"):
+        _load(files, group=3)
     with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
         load_data(files.parent, files)
     with pytest.raises(FileNotFoundError):

@@ -65,10 +65,17 @@ class PackedDataset(IterableDataset[Row]):
         self.sort_by_length = sort_by_length
         self.rank = rank
         self.world_size = world_size
-        self._epoch = 0
-        # Rows of this rank that were read before: where reading began, and where it goes on.
+        # Shared, so that persistent workers see `set_epoch`.
+        self._shared_epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        # Rows of this rank that were read before: where reading began, and where it stands.
         self._start = 0
         self._position = 0
+        # Whether the next iteration goes on from there.
+        self._resumed = False
+
+    @property
+    def _epoch(self) -> int:
+        return int(self._shared_epoch)
 
     @property
     def rows(self) -> int:
@@ -106,9 +113,10 @@ class PackedDataset(IterableDataset[Row]):
         return datasets.Dataset(pa.table(columns))
 
     def set_epoch(self, epoch: int) -> None:
-        """The next iteration is epoch `epoch` from its beginning; the epoch under way goes on."""
+        """The next iteration is of epoch `epoch`: all of it, unless a state of it was loaded."""
         if epoch != self._epoch:
-            self._epoch, self._start, self._position = epoch, 0, 0
+            self._shared_epoch.fill_(epoch)
+            self._start, self._position, self._resumed = 0, 0, False
 
     def state_dict(self) -> dict[str, int]:
         """Where reading stands, for `load_state_dict`; torchdata's StatefulDataLoader keeps it.
@@ -120,8 +128,10 @@ class PackedDataset(IterableDataset[Row]):
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """The next iteration goes on behind row `position` of epoch `epoch`."""
-        self._epoch, self._position = state["epoch"], state["position"]
+        self._shared_epoch.fill_(state["epoch"])
+        self._position = state["position"]
         self._start = state.get("start", self._position)
+        self._resumed = True
 
     def order(self) -> npt.NDArray[np.int64]:
         """The rows of this rank in the order of the present epoch."""
@@ -142,6 +152,9 @@ class PackedDataset(IterableDataset[Row]):
         order = self.order()
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        if not self._resumed:
+            self._start = self._position = 0
+        self._resumed = False
         start = self._start
         for at in range(self._position, len(order)):
             # A DataLoader takes a batch from each worker in turn.
@@ -267,9 +280,9 @@ def load_data(
     from .commands.train import train as settings_of_train
 
     tables: dict[str, Any] = {}
-    sources = {"data": named(data, tables), "heldout_data": named(heldout_data, tables)}
-    settings: dict[str, Any] = {
-        **check(settings_of_train, sources),
+    given: dict[str, Any] = {
+        "data": named(data, tables),
+        "heldout_data": named(heldout_data, tables),
         "sequence_length": sequence_length,
         "packing": packing,
         "heldout": heldout,
@@ -284,9 +297,10 @@ def load_data(
         "seed": seed,
         "threads": threads,
     }
-    found = _prepare(tokenizer, settings, tables)
+    settings = check(settings_of_train, given)
     order: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "rank": rank}
     order |= {"world_size": world_size}
+    found = _prepare(tokenizer, settings, tables)
     train = PackedDataset(found[0], sort_by_length=sort_by_length, **order)
     held = PackedDataset(found[1], shuffle=False, **order) if found[1] is not None else None
     return LoadedData(train, held, json.loads(found[2]))

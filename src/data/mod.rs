@@ -9,6 +9,7 @@ mod chat;
 mod columns;
 mod example;
 mod formats;
+mod guard;
 mod json;
 pub mod near;
 mod order;

@@ -7,8 +7,11 @@ use serde::Deserialize;
 
 use super::example::Example;
 use super::record::{Content, Reason, Record};
-use super::template::{ChatTemplate, Conversation};
+use super::template::{ChatTemplate, Conversation, deep};
 use crate::error::{Error, Result};
+
+/// Records that are tokenised as one piece of work.
+const CHUNK_RECORDS: usize = 32;
 
 /// A tokenizer with the special tokens a document begins and ends with.
 ///
@@ -236,10 +239,20 @@ impl Tokenizer {
     /// Tokenises records on rayon's threads, in order. Every thread works on records of its own: the tokenizers crate's
     /// inner parallelism (`TOKENIZERS_PARALLELISM`) is not used.
     pub fn examples(&self, records: &[&Record]) -> Vec<std::result::Result<Example, Reason>> {
-        records
-            .par_iter()
-            .map(|record| self.example(&record.content))
-            .collect()
+        let chunks = records.par_chunks(CHUNK_RECORDS).map(|chunk| {
+            let work = || -> Vec<_> {
+                let examples = chunk.iter().map(|record| self.example(&record.content));
+                examples.collect()
+            };
+            let is_chat = |record: &&Record| matches!(record.content, Content::Messages { .. });
+            if chunk.iter().any(is_chat) {
+                // One stack for all of them; without it each says what is wrong.
+                deep(work).unwrap_or_else(|_| work())
+            } else {
+                work()
+            }
+        });
+        chunks.flatten_iter().collect()
     }
 
     fn ids(&self, text: &str) -> std::result::Result<Vec<u32>, Reason> {

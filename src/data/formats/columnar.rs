@@ -10,9 +10,11 @@ use arrow::error::ArrowError;
 use arrow::json::EncoderOptions;
 use arrow::json::writer::{NullableEncoder, make_encoder};
 
+use super::guarded;
 use crate::data::columns::{Cell, Columns, Role, Selection};
 use crate::data::reader::MAX_RECORD_BYTES;
 use crate::data::record::Item;
+use crate::data::stream::Block;
 use crate::error::{Error, Result};
 
 /// The columns of a schema that are read.
@@ -165,12 +167,10 @@ fn is_nested(kind: &DataType) -> bool {
 }
 
 /// A batch to be parsed, with what it takes.
-pub fn block(
-    path: &Path,
-    projection: &Arc<Projection>,
-    batch: RecordBatch,
-    first: usize,
-) -> crate::data::stream::Block {
+pub fn block(path: &Path, projection: &Arc<Projection>, batch: RecordBatch, first: usize) -> Block {
     let (path, projection) = (path.to_owned(), Arc::clone(projection));
-    crate::data::stream::Block::Parse(Box::new(move || projection.items(&path, &batch, first)))
+    Block::Parse(Box::new(move || {
+        guarded(&path, || projection.items(&path, &batch, first))
+            .unwrap_or_else(|error| vec![Err(error)])
+    }))
 }

@@ -1,6 +1,5 @@
 //! One reader a file format.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use crate::error::{Error, Result};
@@ -25,17 +24,11 @@ pub(super) use self::jsonl::JsonLines;
 pub(super) use self::parquet::Parquet;
 pub(super) use self::text::Text;
 
-/// Calls a library on content that may be made to break it: its panic is the file's error.
+/// Calls a library on a file's content: its panic is the file's error.
 fn guarded<R>(path: &Path, call: impl FnOnce() -> R) -> Result<R> {
-    // What the call leaves half-done is not used again: nothing is read after an error.
-    catch_unwind(AssertUnwindSafe(call)).map_err(|panic| {
-        let text = panic
-            .downcast_ref::<String>()
-            .map(String::as_str)
-            .or_else(|| panic.downcast_ref::<&str>().copied())
-            .unwrap_or("its content is not consistent");
-        Error::format(path, format!("the file is damaged: {text}"))
-    })
+    // Nothing is read after an error.
+    crate::data::guard::guarded(call)
+        .map_err(|problem| Error::format(path, format!("the file is damaged: {problem}")))
 }
 
 /// Says how to turn a file of another encoding into one that can be read.

@@ -13,11 +13,13 @@ use regex::Regex;
 use super::python;
 
 /// Steps (minijinja's instructions) a template may take for one conversation.
-const MAX_STEPS: u64 = 20_000_000;
+pub const MAX_STEPS: u64 = 2_000_000;
 /// Calls of macros and includes inside one another.
 const MAX_DEPTH: usize = 100;
 /// Longest text a template may write.
 pub const MAX_TEXT_BYTES: usize = 64 << 20;
+/// Widest indentation, in spaces.
+const MAX_INDENT: usize = 1000;
 
 /// Variables that hold the characters to put around the assistant's text; absent or none for no marks.
 const GENERATION_START: &str = "ferrotune_generation_start";
@@ -63,9 +65,8 @@ pub fn new() -> Environment<'static> {
     environment.add_filter("trim", trim);
     environment.add_filter("upper", |value: &Value| python::str(value).to_uppercase());
     environment.add_filter("lower", |value: &Value| python::str(value).to_lowercase());
-    environment.add_filter("replace", |value: &Value, from: &Value, to: &Value| {
-        python::str(value).replace(&python::str(from), &python::str(to))
-    });
+    environment.add_filter("replace", replace);
+    environment.add_filter("indent", indent);
     environment.add_filter("join", join);
     environment.add_filter("ferrotune_generation", generation);
     environment.add_function("raise_exception", raise_exception);
@@ -106,6 +107,81 @@ fn trim(value: &Value, characters: Option<String>) -> String {
     trimmed.to_owned()
 }
 
+fn replace(value: &Value, from: &Value, to: &Value) -> Result<String, Error> {
+    let (text, from, to) = (python::str(value), python::str(from), python::str(to));
+    let longer = to.len().saturating_sub(from.len());
+    // An empty pattern is found before every character and at the end.
+    bounded(text.len() + longer.saturating_mul(text.matches(&from).count()))?;
+    Ok(text.replace(&from, &to))
+}
+
+/// Jinja's `indent(width=4, first=False, blank=False)`; the width is in spaces, or what is put there.
+fn indent(
+    value: &Value,
+    width: Option<Value>,
+    first: Option<bool>,
+    blank: Option<bool>,
+    options: Kwargs,
+) -> Result<String, Error> {
+    let width = match width {
+        Some(width) => Some(width),
+        None => options.get::<Option<Value>>("width")?,
+    };
+    let first = match first {
+        Some(first) => first,
+        None => options.get::<Option<bool>>("first")?.unwrap_or(false),
+    };
+    let blank = match blank {
+        Some(blank) => blank,
+        None => options.get::<Option<bool>>("blank")?.unwrap_or(false),
+    };
+    options.assert_all_used()?;
+    let indentation = match &width {
+        None => " ".repeat(4),
+        Some(width) => match width.as_str() {
+            Some(text) => text.to_owned(),
+            None => " ".repeat(check_indent(usize::try_from(width.clone())?)?),
+        },
+    };
+    let text = python::str(value) + "\n";
+    let lines = text.lines().count();
+    bounded(
+        indentation
+            .len()
+            .saturating_mul(lines)
+            .saturating_add(text.len()),
+    )?;
+    let mut indented = String::with_capacity(text.len() + indentation.len() * lines);
+    for (index, line) in text.lines().enumerate() {
+        if index > 0 {
+            indented.push('\n');
+        }
+        if (index == 0 && first) || (index > 0 && (blank || !line.is_empty())) {
+            indented.push_str(&indentation);
+        }
+        indented.push_str(line);
+    }
+    Ok(indented)
+}
+
+fn check_indent(width: usize) -> Result<usize, Error> {
+    if width > MAX_INDENT {
+        let message = format!("an indentation of {width} is more than {MAX_INDENT} spaces");
+        return Err(Error::new(ErrorKind::InvalidOperation, message));
+    }
+    Ok(width)
+}
+
+/// # Errors
+/// For a text that is longer than any may become.
+pub fn bounded(bytes: usize) -> Result<(), Error> {
+    if bytes > MAX_TEXT_BYTES {
+        let message = format!("a text of more than {} MiB", MAX_TEXT_BYTES >> 20);
+        return Err(Error::new(ErrorKind::InvalidOperation, message));
+    }
+    Ok(())
+}
+
 fn raise_exception(message: String) -> Result<Value, Error> {
     Err(Error::new(ErrorKind::InvalidOperation, message))
 }
@@ -140,6 +216,7 @@ fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
     let separators: Option<Vec<String>> = options.get("separators")?;
     let sort_keys: Option<bool> = options.get("sort_keys")?;
     options.assert_all_used()?;
+    check_indent(indent.unwrap_or(0))?;
     let mut dump = python::Dump::new(
         indent,
         ensure_ascii.unwrap_or(false),
@@ -160,6 +237,14 @@ fn join(values: &Value, separator: Option<String>) -> Result<String, Error> {
             .map(|value| python::str(&value))
             .collect(),
     };
+    let separators = separator.len().saturating_mul(values.len());
+    bounded(
+        values
+            .iter()
+            .map(String::len)
+            .sum::<usize>()
+            .saturating_add(separators),
+    )?;
     Ok(values.join(&separator))
 }
 

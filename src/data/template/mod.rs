@@ -6,16 +6,19 @@
 mod environment;
 mod folder;
 mod python;
+mod stack;
 
 use std::ops::Range;
 
 use minijinja::{Environment, Value as JinjaValue, context};
 use serde_json::{Map, Value};
 
+use super::guard::guarded;
 use super::json::Json;
 use super::record::Reason;
 use crate::error::{Error, Result};
 use environment::MAX_TEXT_BYTES;
+pub(super) use stack::deep;
 
 /// Names under which a message's reasoning is found, the first being what templates read.
 const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
@@ -252,6 +255,23 @@ impl ChatTemplate {
     }
 
     fn render_part(
+        &self,
+        conversation: &Conversation,
+        count: usize,
+        add_generation_prompt: bool,
+        marks: Option<(char, char)>,
+    ) -> std::result::Result<String, Reason> {
+        let render = || {
+            guarded(|| self.render_here(conversation, count, add_generation_prompt, marks))
+                .unwrap_or_else(|problem| Err(Reason::Template(problem)))
+        };
+        deep(render).unwrap_or_else(|error| {
+            let problem = format!("no thread can be started for it: {error}");
+            Err(Reason::Template(problem))
+        })
+    }
+
+    fn render_here(
         &self,
         conversation: &Conversation,
         count: usize,

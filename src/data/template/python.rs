@@ -5,6 +5,8 @@ use std::fmt::{self, Write};
 use minijinja::value::{Value, ValueKind};
 use minijinja::{Error, ErrorKind};
 
+use super::environment::bounded;
+
 /// `str(value)`.
 pub fn str(value: &Value) -> String {
     let mut text = String::new();
@@ -145,6 +147,7 @@ impl Dump {
     }
 
     fn write(&self, text: &mut String, value: &Value, depth: usize) -> Result<(), Error> {
+        bounded(text.len())?;
         match value.kind() {
             ValueKind::None => text.push_str("null"),
             ValueKind::Bool => text.push_str(if value.is_true() { "true" } else { "false" }),
