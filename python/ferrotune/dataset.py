@@ -66,7 +66,8 @@ class PackedDataset(IterableDataset[Row]):
         self.rank = rank
         self.world_size = world_size
         # Shared, so that persistent workers see `set_epoch`.
-        self._shared_epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        epoch = torch.zeros((), dtype=torch.int64)
+        self._shared_epoch: torch.Tensor = epoch.share_memory_()  # type: ignore[no-untyped-call]
         # Rows of this rank that were read before: where reading began, and where it stands.
         self._start = 0
         self._position = 0

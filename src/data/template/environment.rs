@@ -116,6 +116,10 @@ fn replace(value: &Value, from: &Value, to: &Value) -> Result<String, Error> {
 }
 
 /// Jinja's `indent(width=4, first=False, blank=False)`; the width is in spaces, or what is put there.
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "minijinja hands arguments over by value"
+)]
 fn indent(
     value: &Value,
     width: Option<Value>,
