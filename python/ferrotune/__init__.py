@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import ops as ops
     from ._native import CudaError, FormatError
+    from .auditing import AuditResult
+    from .commands.audit import audit
     from .commands.demo import demo
     from .commands.doctor import DoctorResult, doctor
     from .commands.evaluate import eval as eval  # a star import would hide the builtin
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "AuditResult",
     "CudaError",
     "DemoResult",
     "DoctorResult",
@@ -52,6 +55,7 @@ __all__ = [
     "SplitResult",
     "TrainInterrupted",
     "TrainResult",
+    "audit",
     "demo",
     "dequantize_4bit",
     "doctor",
@@ -66,6 +70,7 @@ __all__ = [
 # Public name -> (module, name there). Nothing is imported before its first use, so that
 # `import ferrotune` stays a matter of milliseconds.
 _EXPORTS = {
+    "AuditResult": ("auditing", "AuditResult"),
     "Certificate": ("patching", "Certificate"),
     "CudaError": ("_native", "CudaError"),
     "DataCollator": ("dataset", "DataCollator"),
@@ -85,6 +90,7 @@ _EXPORTS = {
     "TrainResult": ("results", "TrainResult"),
     "TrainerCallback": ("patching.callback", "TrainerCallback"),
     "__version__": ("version", "version"),
+    "audit": ("commands.audit", "audit"),
     "demo": ("commands.demo", "demo"),
     "dequantize_4bit": ("quant", "dequantize_4bit"),
     "doctor": ("commands.doctor", "doctor"),

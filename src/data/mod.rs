@@ -3,6 +3,7 @@
 //! [`prepare`] is the whole way: files become [`Record`]s ([`Files`], one [`Reader`] a format), two sides that share no
 //! text ([`split`]), [`Example`]s of tokens ([`Tokenizer`]) and [`Packed`] rows, which give [`Batch`]es.
 
+pub mod audit;
 mod batch;
 mod batches;
 mod chat;

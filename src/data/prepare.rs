@@ -1,25 +1,27 @@
 //! From files to rows that can be trained on, with a report of what became of every record.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use super::audit::{AuditMode, Finding, Side, audit_of_run};
 use super::columns::Columns;
 use super::formats::Frames;
-use super::near;
+use super::near::NearTexts;
 use super::pack::{Layout, Packed, Packing};
 use super::reader::Files;
 use super::record::{Digest, Item, Reason, Record};
-use super::split::{Split, SplitPlan, divide};
+use super::split::{Split, SplitPlan, divide_by};
 use super::tokenizer::Tokenizer;
-use super::union::Union;
 use crate::error::{Error, Result};
 
 /// Skipped records that a report names; the others are only counted.
 const REPORTED_SKIPS: usize = 20;
+/// Different reasons that are counted.
+const COUNTED_REASONS: usize = 100;
 
 /// The settings of a run that concern its data; other settings beside them are passed over.
 #[derive(Debug, Clone, Deserialize)]
@@ -47,6 +49,9 @@ pub struct DataConfig {
     pub seed: u64,
     #[serde(skip, default = "inputs")]
     pub layout: Layout,
+    /// What becomes of a run whose data [`super::audit`] finds fault with.
+    #[serde(skip)]
+    pub audit: AuditMode,
 }
 
 fn inputs() -> Layout {
@@ -69,7 +74,7 @@ impl DataConfig {
         }
     }
 
-    fn near_similarity(&self) -> Option<f64> {
+    pub(super) fn near_similarity(&self) -> Option<f64> {
         (self.near_duplicates != 0.0).then_some(self.near_duplicates)
     }
 }
@@ -98,6 +103,8 @@ pub struct DataReport {
     pub skipped_total: usize,
     /// Every file that was read, folders expanded; the held-out ones last.
     pub files: Vec<PathBuf>,
+    /// What an audit found fault with; empty where none was made.
+    pub audit: Vec<Finding>,
     /// SHA-256 of every record read, in order, as hexadecimal digits: equal fingerprints are equal data.
     pub fingerprint: String,
 }
@@ -130,12 +137,18 @@ pub fn prepare(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
     train.hash(&mut fingerprint);
     let mut files = train.paths.clone();
     let heldout = if config.heldout_data.is_empty() {
-        train.split(config)?
+        None
     } else {
         let heldout = Source::read(&config.heldout_data, config, &mut skips)?;
         heldout.hash(&mut fingerprint);
         files.extend_from_slice(&heldout.paths);
-        train.remove(&heldout, config, &mut skips)?;
+        Some(heldout)
+    };
+    let near = Source::near(&train, heldout.as_ref(), config)?;
+    let held = heldout.as_ref().map(Source::side);
+    let audit = audit_of_run(config, train.side(), held, near.as_ref(), &skips)?;
+    let heldout = if let Some(heldout) = heldout {
+        train.remove(&heldout, near.as_ref(), &mut skips);
         if train.records.is_empty() {
             return Err(Error::argument(format!(
                 "every record of {} is in the held-out data as well{}",
@@ -144,7 +157,10 @@ pub fn prepare(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
             )));
         }
         heldout
+    } else {
+        train.split(config, near.as_ref())?
     };
+    drop(near);
 
     let mut truncated = 0;
     let mut split = 0;
@@ -177,6 +193,7 @@ pub fn prepare(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
         skipped: skips.first,
         skipped_total: skips.total,
         files,
+        audit,
         fingerprint: format!("{:x}", fingerprint.finalize()),
     };
     Ok(Prepared {
@@ -219,9 +236,18 @@ impl Source {
         })
     }
 
+    pub(super) fn side(&self) -> Side<'_> {
+        Side {
+            paths: &self.paths,
+            records: &self.records,
+            digests: &self.digests,
+        }
+    }
+
     /// Takes the held-out records out.
-    fn split(&mut self, config: &DataConfig) -> Result<Self> {
-        let sides = divide(&self.records, &self.digests, &config.split_plan(0.0))?;
+    fn split(&mut self, config: &DataConfig, near: Option<&NearTexts>) -> Result<Self> {
+        let plan = config.split_plan(0.0);
+        let sides = divide_by(&self.records, &self.digests, &plan, near)?;
         let mut held = vec![false; self.records.len()];
         for &index in &sides.heldout {
             held[index] = true;
@@ -247,14 +273,11 @@ impl Source {
     }
 
     /// Drops what would leak into `heldout`: its texts, what nearly is one of them, and its groups.
-    ///
-    /// # Errors
-    /// A similarity that cannot be.
-    fn remove(&mut self, heldout: &Self, config: &DataConfig, skips: &mut Skips) -> Result<()> {
+    fn remove(&mut self, heldout: &Self, near: Option<&NearTexts>, skips: &mut Skips) {
         let texts: HashSet<&Digest> = heldout.digests.iter().collect();
         let held = heldout.records.iter();
         let groups: HashSet<&str> = held.filter_map(|record| record.group.as_deref()).collect();
-        let near = self.near(heldout, config)?;
+        let near = near.map_or_else(HashMap::new, |near| self.leaking(heldout, near));
         let mut leaks = vec![false; self.records.len()];
         for (index, record) in self.records.iter().enumerate() {
             let group = record
@@ -274,45 +297,52 @@ impl Source {
             skips.add(&self.paths[record.file], record.number, &reason);
         }
         self.extract(&leaks);
-        Ok(())
     }
 
-    /// The texts here that are near duplicates of one in `heldout`, or hang together with one, with the similarity that
-    /// joins them to it.
-    fn near(&self, heldout: &Self, config: &DataConfig) -> Result<HashMap<Digest, f64>> {
+    /// The near duplicates among the texts of both sides, where they matter; `heldout`'s records count on behind.
+    fn near(
+        train: &Self,
+        heldout: Option<&Self>,
+        config: &DataConfig,
+    ) -> Result<Option<NearTexts>> {
         let Some(similarity) = config.near_similarity() else {
-            return Ok(HashMap::new());
+            return Ok(None);
         };
-        let both = self.digests.iter().chain(&heldout.digests);
-        let records = self.records.iter().chain(&heldout.records);
-        let mut texts: Vec<(Digest, &Record)> = both.copied().zip(records).collect();
-        texts.sort_by_key(|(digest, _)| *digest);
-        texts.dedup_by_key(|(digest, _)| *digest);
-        let contents: Vec<_> = texts
-            .par_iter()
-            .map(|(_, record)| record.content.text())
+        let records = train.records.iter();
+        let records: Vec<&Record> = records
+            .chain(heldout.into_iter().flat_map(|side| &side.records))
             .collect();
-        let pairs = near::pairs(&contents, similarity)?;
-        let mut union = Union::new(texts.len());
-        for pair in &pairs {
-            union.join(pair.first, pair.second);
-        }
+        let digests = train.digests.iter();
+        let digests: Vec<&Digest> = digests
+            .chain(heldout.into_iter().flat_map(|side| &side.digests))
+            .collect();
+        NearTexts::of_records(&records, &digests, similarity).map(Some)
+    }
+
+    /// The texts that are near duplicates of one in `heldout`, or hang together with one, with the similarity that joins
+    /// them to it.
+    fn leaking(&self, heldout: &Self, near: &NearTexts) -> HashMap<Digest, f64> {
+        let digest = |place: usize| match near.records[place].checked_sub(self.digests.len()) {
+            Some(held) => heldout.digests[held],
+            None => self.digests[near.records[place]],
+        };
         let held: HashSet<&Digest> = heldout.digests.iter().collect();
+        let mut union = near.union();
         let mut held_roots = HashSet::new();
-        for (index, (digest, _)) in texts.iter().enumerate() {
-            if held.contains(digest) {
-                held_roots.insert(union.root(index));
+        for place in 0..near.records.len() {
+            if held.contains(&digest(place)) {
+                held_roots.insert(union.root(place));
             }
         }
         let mut found = HashMap::new();
-        for pair in pairs {
+        for pair in &near.pairs {
             if held_roots.contains(&union.root(pair.first)) {
-                for index in [pair.first, pair.second] {
-                    found.entry(texts[index].0).or_insert(pair.similarity);
+                for place in [pair.first, pair.second] {
+                    found.entry(digest(place)).or_insert(pair.similarity);
                 }
             }
         }
-        Ok(found)
+        found
     }
 
     /// Feeds every record, in order and after their number, to a fingerprint.
@@ -373,16 +403,24 @@ impl Source {
 pub(super) struct Skips {
     pub(super) first: Vec<Skipped>,
     pub(super) total: usize,
+    /// How many for each of the first reasons that were met.
+    pub(super) reasons: BTreeMap<String, usize>,
 }
 
 impl Skips {
     fn add(&mut self, file: &std::path::Path, record: usize, reason: &Reason) {
         self.total += 1;
+        let reason = reason.to_string();
+        if let Some(count) = self.reasons.get_mut(&reason) {
+            *count += 1;
+        } else if self.reasons.len() < COUNTED_REASONS {
+            self.reasons.insert(reason.clone(), 1);
+        }
         if self.first.len() < REPORTED_SKIPS {
             self.first.push(Skipped {
                 file: file.to_owned(),
                 record,
-                reason: reason.to_string(),
+                reason,
             });
         }
     }

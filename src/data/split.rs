@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, HashMap};
 use rayon::prelude::*;
 use sha2::{Digest as _, Sha256};
 
-use super::near;
+use super::near::NearTexts;
 use super::record::{Digest, Record};
 use super::union::Union;
 use crate::error::{Error, Result};
@@ -35,7 +35,7 @@ pub struct SplitPlan {
     pub test: f64,
     /// Whether each side gets its part of every [`Record::label`].
     pub stratify: bool,
-    /// Similarity from which texts stay on one side (see [`near`]); `None` for exact duplicates alone.
+    /// Similarity from which texts stay on one side (see [`super::near`]); `None` for exact duplicates alone.
     pub near_duplicates: Option<f64>,
     pub seed: u64,
 }
@@ -81,7 +81,26 @@ pub fn split(
 /// As [`split`]'s; [`Error::Argument`] for fractions that leave nothing to train on, and for fewer units than sides.
 pub fn divide(records: &[Record], digests: &[Digest], plan: &SplitPlan) -> Result<Sides> {
     check(plan)?;
-    let unit = units(records, digests, plan)?;
+    let near = plan.near_duplicates.map(|similarity| {
+        let (records, digests): (Vec<_>, Vec<_>) =
+            (records.iter().collect(), digests.iter().collect());
+        NearTexts::of_records(&records, &digests, similarity)
+    });
+    divide_by(records, digests, plan, near.transpose()?.as_ref())
+}
+
+/// As [`divide`], with the near duplicates that were found among the records.
+///
+/// # Errors
+/// As [`divide`]'s.
+pub(super) fn divide_by(
+    records: &[Record],
+    digests: &[Digest],
+    plan: &SplitPlan,
+    near: Option<&NearTexts>,
+) -> Result<Sides> {
+    check(plan)?;
+    let unit = units(records, digests, plan, near)?;
     let count = unit.iter().max().map_or(0, |last| last + 1);
     let sides = if plan.test > 0.0 { 3 } else { 2 };
     if count < sides {
@@ -152,22 +171,21 @@ fn check(plan: &SplitPlan) -> Result<()> {
 }
 
 /// The unit of each record, numbered in order of appearance.
-fn units(records: &[Record], digests: &[Digest], plan: &SplitPlan) -> Result<Vec<usize>> {
+fn units(
+    records: &[Record],
+    digests: &[Digest],
+    plan: &SplitPlan,
+    near: Option<&NearTexts>,
+) -> Result<Vec<usize>> {
     let text = numbered(digests.iter());
     let count = text.iter().max().map_or(0, |last| last + 1);
     let mut union = Union::new(count);
-    if let Some(similarity) = plan.near_duplicates {
-        let mut first = vec![usize::MAX; count];
-        for (record, &text) in text.iter().enumerate().rev() {
-            first[text] = record;
-        }
-        first.sort_unstable_by_key(|&record| digests[record]);
-        let texts: Vec<_> = first
-            .par_iter()
-            .map(|&record| records[record].content.text())
-            .collect();
-        for pair in near::pairs(&texts, similarity)? {
-            union.join(text[first[pair.first]], text[first[pair.second]]);
+    if let Some(near) = near {
+        for pair in &near.pairs {
+            union.join(
+                text[near.records[pair.first]],
+                text[near.records[pair.second]],
+            );
         }
     }
     if plan.how == Split::Group {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::data::Frames;
+use crate::data::audit::AuditMode;
 use crate::dtype::QuantType;
 use crate::error::{Error, Result};
 
@@ -117,6 +118,8 @@ pub struct TrainConfig {
     pub messages_column: Option<String>,
     #[serde(deserialize_with = "present")]
     pub label_column: Option<String>,
+    /// What becomes of the run where its data is found fault with.
+    pub audit: AuditMode,
     /// Tables in memory, by the names that stand for them in `data` and `heldout_data`.
     #[serde(skip)]
     pub frames: Frames,

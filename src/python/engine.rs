@@ -72,6 +72,15 @@ pub fn split(py: Python<'_>, config: &str, frames: Option<Tables<'_>>) -> PyResu
 }
 
 #[pyfunction]
+#[pyo3(signature = (config, frames=None))]
+pub fn audit(py: Python<'_>, config: &str, frames: Option<Tables<'_>>) -> PyResult<String> {
+    let mut job: jobs::AuditJob = from_json(config)?;
+    job.audit.data.frames = frames::import(frames)?;
+    let report = caller::run(py, None, |_| jobs::audit(&job))?;
+    Ok(to_json(&report)?)
+}
+
+#[pyfunction]
 #[pyo3(signature = (config, on_text))]
 pub fn generate(py: Python<'_>, config: &str, on_text: Option<Py<PyAny>>) -> PyResult<String> {
     let config: jobs::GenerateConfig = from_json(config)?;

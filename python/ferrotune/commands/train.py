@@ -120,6 +120,14 @@ def train(
         bool,
         Option("rows of about one length in a batch: less padding without packing", group=DATA),
     ] = False,
+    audit: Annotated[
+        Literal["stop", "warn", "off"],
+        Option(
+            "look at the data first: end the run where training would be meaningless, go on "
+            "with a warning, or do not look",
+            group=DATA,
+        ),
+    ] = "stop",
     batch_size: BatchSize = 16,
     gradient_accumulation: Annotated[
         int, Option("batches whose gradients make one step", unit="batches", group=TRAINING)
@@ -199,7 +207,9 @@ def train(
     their units) and a key of its TOML config. The data is split by record, or by `group`, with near
     duplicates on one side and each label in its proportion; the model is evaluated on the held-out
     part before the first step, every `eval_every` steps and at the end, and the weights with the
-    lowest held-out loss are kept.
+    lowest held-out loss are kept. Before that the data is audited (`ferrotune.audit`): what is
+    found is shown as warnings and kept in the result's `data["audit"]`, and `audit` says whether
+    the run ends where training would be meaningless.
 
     The run's folder holds `config.toml` (every setting, ready to run again), `metrics.jsonl`,
     `adapter/` in PEFT's format (`model/`, a Hugging Face folder, for method "full"),

@@ -9,12 +9,14 @@
 
 mod minhash;
 mod shingles;
+mod texts;
 
 use rayon::prelude::*;
 
 pub use minhash::Bands;
 use minhash::keys;
 pub use shingles::{jaccard, shingles};
+pub use texts::NearTexts;
 
 use super::union::Union;
 use crate::error::{Error, Result};

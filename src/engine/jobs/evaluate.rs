@@ -6,6 +6,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use super::{plan, quantize, tokenizer, with_threads};
+use crate::data::audit::AuditMode;
 use crate::data::{Columns, DataConfig, Frames, Layout, Sequential, prepare_whole};
 use crate::engine::models::llama::{Llama, LlamaConfig};
 use crate::engine::{Control, EvalEvent, Event, Hooks, evaluate as evaluate_source};
@@ -105,6 +106,7 @@ fn run(config: &EvaluateConfig, hooks: &mut (dyn Hooks + Send)) -> Result<Evalua
             packing: config.packing,
             seed: 0,
             layout: Layout::Inputs,
+            audit: AuditMode::Off,
         },
         &tokenizer,
     )?;

@@ -5,6 +5,7 @@ use serde_json::{Map, json};
 
 use super::{Names, select, tokenizer, with_threads};
 use crate::adapter::{AdapterConfig, Selector};
+use crate::data::audit::Severity;
 use crate::data::{DataConfig, DataReport, Sequential, Shuffled, prepare};
 use crate::engine::models::llama::{
     ARCHITECTURE, Init, Llama, LlamaConfig, LoadPlan, Quantize, Trained,
@@ -57,6 +58,11 @@ fn run(config: &TrainConfig, hooks: &mut (dyn Hooks + Send)) -> Result<TrainOutc
     let model_event = model_event(config, &model);
     hooks.on_event(&Event::Data(data_event(&prepared.report)))?;
     hooks.on_event(&Event::Model(model_event.clone()))?;
+    let faults = prepared.report.audit.iter();
+    let faults = faults
+        .filter(|finding| finding.severity >= Severity::Warning)
+        .map(|finding| format!("data: {}", finding.message));
+    let warnings = faults.chain(warnings);
     for message in warnings {
         hooks.on_event(&Event::Warning { message })?;
     }
@@ -123,6 +129,7 @@ fn data_config(config: &TrainConfig) -> DataConfig {
         packing: config.packing,
         seed: config.seed,
         layout: crate::data::Layout::Inputs,
+        audit: config.audit,
     }
 }
 
