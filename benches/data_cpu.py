@@ -54,13 +54,14 @@ def main() -> int:
     options = parser.parse_args()
 
     import datasets
-    from transformers import AutoTokenizer
+    import transformers
     from trl.data_utils import pack_dataset
 
     from ferrotune import load_data
 
     datasets.disable_progress_bars()
-    tokenizer = AutoTokenizer.from_pretrained(DATA / "demo-model")
+    transformers.logging.set_verbosity_error()  # texts longer than the model reads are no matter
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DATA / "demo-model")
     data = datasets.Dataset.from_dict({"text": texts(options.megabytes)})
     size = sum(len(text.encode()) for text in data["text"])
     turns = itertools.count()

@@ -41,8 +41,8 @@ pub use tokens::Tokens;
 const LISTED: usize = 100;
 /// Examples of a finding at the start of a run.
 const SHOWN_IN_RUN: usize = 3;
-/// Records up to which a run holds labels against predictions.
-const PREDICTED_IN_RUN: usize = 20_000;
+/// Records times labels up to which a run holds labels against predictions: some seconds.
+const PREDICTED_IN_RUN: usize = 400_000;
 
 /// Settings of an audit; every one of them must be named.
 #[derive(Debug, Clone, Deserialize)]
@@ -205,7 +205,7 @@ pub enum AuditMode {
 }
 
 /// The audit at the start of a run: what it finds fault with. Records without a trained token are counted where the run
-/// tokenises them; labels are predicted up to 20,000 records.
+/// tokenises them; labels are predicted where records times labels are at most 400,000.
 ///
 /// # Errors
 /// [`Error::Argument`] where training would be meaningless and the mode is [`AuditMode::Stop`].
@@ -223,7 +223,7 @@ pub(super) fn audit_of_run(
     let extras = Extras {
         near,
         tokenizer: None,
-        predict_labels: corpus.len() <= PREDICTED_IN_RUN,
+        predict_labels: corpus.len() * corpus.labels().len() <= PREDICTED_IN_RUN,
     };
     let report = inspect(&corpus, skips, config, &extras, Timer::new());
     let mut findings = report.findings;

@@ -63,9 +63,10 @@ pub fn check(corpus: &Corpus, near: &NearTexts) -> Finding {
                 near.similarity * 100.0
             ),
             _ => format!(
-                "{} of the different texts share {:.0} % or more of their character 5-grams with another: variants of one template or copies with small changes. They are kept on one side of the split.",
+                "{} of the different texts share {:.0} % or more of their character 5-grams with another: variants of one template or copies with small changes. They are kept on one side of the split. (Of pairs at this similarity {:.1} % are found.)",
                 share(copies, texts),
-                near.similarity * 100.0
+                near.similarity * 100.0,
+                recall * 100.0
             ),
         })
         .detail("similarity", near.similarity)
