@@ -45,6 +45,11 @@ impl Error {
         Self::Argument(message.into())
     }
 
+    /// For `map_err`: anything that says what is wrong with an argument.
+    pub fn argument_of(problem: impl std::fmt::Display) -> Self {
+        Self::Argument(problem.to_string())
+    }
+
     pub fn unsupported(message: impl Into<String>) -> Self {
         Self::Unsupported(message.into())
     }

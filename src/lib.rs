@@ -45,7 +45,7 @@ mod native {
     };
     #[cfg(feature = "engine")]
     #[pymodule_export]
-    use crate::python::engine::{compute, evaluate, generate, merge, train};
+    use crate::python::engine::{audit, compute, evaluate, generate, merge, split, train};
     #[pymodule_export]
     use crate::python::memory::{dequantize_4bit_at, dropout_at};
     #[pymodule_export]
@@ -53,6 +53,12 @@ mod native {
         dequantize_4bit, dynamic_map, quant_state_from_tensors, quant_state_to_tensors,
         quantize_4bit,
     };
+    #[cfg(feature = "engine")]
+    #[pymodule_export]
+    use crate::python::rows::{epoch_order, prepare_rows};
+    #[cfg(feature = "engine")]
+    #[pymodule_export]
+    use crate::python::template::{ChatTemplate, ChatTokenizer};
     #[pymodule_export]
     use crate::python::threads::use_openmp;
 

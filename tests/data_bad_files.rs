@@ -31,7 +31,7 @@ fn missing_and_unknown_files() {
     let message = error(&path, &auto());
     assert!(
         message
-            .ends_with("a.docx: unknown kind of data file; known are .txt, .jsonl, .csv, .parquet"),
+            .ends_with("a.docx: unknown kind of data file; known are .txt, .jsonl, .csv, .tsv, .parquet, .arrow, also with .gz or .zst behind"),
         "{message}"
     );
     assert!(open(&path, &auto()).is_err());
@@ -124,7 +124,7 @@ fn a_column_that_is_not_there_names_those_that_are() {
     ];
     for path in &paths {
         let message = error(path, &auto());
-        let expected = "no column `text` or `prompt` or `completion`; the columns are: `body`, `title`; name yours with text_column, or with prompt_column and completion_column";
+        let expected = "no column `text` or `messages` or `prompt` or `completion`; the columns are: `body`, `title`; name yours with text_column, with messages_column, or with prompt_column and completion_column";
         assert!(message.contains(expected), "{message}");
         let message = error(path, &columns(Some("txt"), None, None));
         assert!(

@@ -22,6 +22,7 @@ fn divide(records: &[Record], how: Split, fraction: f64, seed: u64) -> Result<Si
 
 fn grouped(content: u32, group: u32) -> Record {
     Record {
+        label: None,
         group: Some(format!("group {group}")),
         ..text(&format!("text {content}"))
     }

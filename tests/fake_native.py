@@ -41,7 +41,9 @@ def _fail(config: dict[str, Any]) -> None:
         raise make()
 
 
-def train(config: str, on_event: Callable[[str], bool]) -> str:
+def train(
+    config: str, on_event: Callable[[str], bool], frames: dict[str, Any] | None = None
+) -> str:
     settings = json.loads(config)
     calls.append(("train", settings))
     _fail(settings)
@@ -120,7 +122,9 @@ def train(config: str, on_event: Callable[[str], bool]) -> str:
     return json.dumps(result)
 
 
-def evaluate(config: str, on_event: Callable[[str], bool]) -> str:
+def evaluate(
+    config: str, on_event: Callable[[str], bool], frames: dict[str, Any] | None = None
+) -> str:
     settings = json.loads(config)
     calls.append(("evaluate", settings))
     _fail(settings)

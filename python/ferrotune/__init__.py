@@ -5,13 +5,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import ops as ops
     from ._native import CudaError, FormatError
+    from .auditing import AuditResult
+    from .commands.audit import audit
     from .commands.demo import demo
     from .commands.doctor import DoctorResult, doctor
     from .commands.evaluate import eval as eval  # a star import would hide the builtin
     from .commands.evaluate import evaluate
     from .commands.generate import generate
     from .commands.merge import merge
+    from .commands.split import split
     from .commands.train import train
+    from .dataset import DataCollator as DataCollator
+    from .dataset import PackedDataset as PackedDataset
+    from .dataset import load_data as load_data
     from .options import SettingError
 
     # Below what needs PyTorch: no part of a star import, which works without.
@@ -28,6 +34,7 @@ if TYPE_CHECKING:
         EvaluateResult,
         GenerateResult,
         MergeResult,
+        SplitResult,
         TrainInterrupted,
         TrainResult,
     )
@@ -35,6 +42,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "AuditResult",
     "CudaError",
     "DemoResult",
     "DoctorResult",
@@ -44,8 +52,10 @@ __all__ = [
     "MergeResult",
     "Quantized4bit",
     "SettingError",
+    "SplitResult",
     "TrainInterrupted",
     "TrainResult",
+    "audit",
     "demo",
     "dequantize_4bit",
     "doctor",
@@ -53,37 +63,45 @@ __all__ = [
     "generate",
     "merge",
     "quantize_4bit",
+    "split",
     "train",
 ]
 
 # Public name -> (module, name there). Nothing is imported before its first use, so that
 # `import ferrotune` stays a matter of milliseconds.
 _EXPORTS = {
+    "AuditResult": ("auditing", "AuditResult"),
     "Certificate": ("patching", "Certificate"),
     "CudaError": ("_native", "CudaError"),
+    "DataCollator": ("dataset", "DataCollator"),
     "DemoResult": ("results", "DemoResult"),
     "DoctorResult": ("commands.doctor", "DoctorResult"),
     "EvaluateResult": ("results", "EvaluateResult"),
     "FormatError": ("_native", "FormatError"),
     "GenerateResult": ("results", "GenerateResult"),
     "MergeResult": ("results", "MergeResult"),
+    "PackedDataset": ("dataset", "PackedDataset"),
     "PatchError": ("patching", "PatchError"),
     "PatchReport": ("patching", "PatchReport"),
     "Quantized4bit": ("quant", "Quantized4bit"),
     "SettingError": ("options", "SettingError"),
+    "SplitResult": ("results", "SplitResult"),
     "TrainInterrupted": ("results", "TrainInterrupted"),
     "TrainResult": ("results", "TrainResult"),
     "TrainerCallback": ("patching.callback", "TrainerCallback"),
     "__version__": ("version", "version"),
+    "audit": ("commands.audit", "audit"),
     "demo": ("commands.demo", "demo"),
     "dequantize_4bit": ("quant", "dequantize_4bit"),
     "doctor": ("commands.doctor", "doctor"),
     "eval": ("commands.evaluate", "eval"),
     "evaluate": ("commands.evaluate", "evaluate"),
     "generate": ("commands.generate", "generate"),
+    "load_data": ("dataset", "load_data"),
     "merge": ("commands.merge", "merge"),
     "patch": ("patching", "patch"),
     "quantize_4bit": ("quant", "quantize_4bit"),
+    "split": ("commands.split", "split"),
     "train": ("commands.train", "train"),
     "unpatch": ("patching", "unpatch"),
     "verify": ("patching", "verify"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from os import PathLike
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,10 @@ from ferrotune.quant import Quantized4bit
 __all__ = [
     "CudaError",
     "FormatError",
+    "_ChatTemplate",
+    "_ChatTokenizer",
     "__version__",
+    "audit",
     "compute",
     "cuda_dequantize_4bit",
     "cuda_devices",
@@ -32,15 +35,18 @@ __all__ = [
     "dequantize_4bit_at",
     "dropout_at",
     "dynamic_map",
+    "epoch_order",
     "evaluate",
     "generate",
     "has_cuda",
     "match_targets",
     "merge",
+    "prepare_rows",
     "quant_state_from_tensors",
     "quant_state_to_tensors",
     "quantize_4bit",
     "read_adapter",
+    "split",
     "train",
     "use_openmp",
     "write_adapter",
@@ -62,10 +68,56 @@ class CudaError(RuntimeError):
 # which writes a checkpoint as Ctrl-C does. An exception it raises ends the job and is raised here.
 # KeyboardInterrupt is raised after the checkpoint is written.
 
-def train(config: str, on_event: Callable[[str], bool]) -> str: ...
-def evaluate(config: str, on_event: Callable[[str], bool]) -> str: ...
+# `frames` are tables with `__arrow_c_stream__`, by the names that stand for them in the settings.
+def train(
+    config: str, on_event: Callable[[str], bool], frames: dict[str, Any] | None = None
+) -> str: ...
+def evaluate(
+    config: str, on_event: Callable[[str], bool], frames: dict[str, Any] | None = None
+) -> str: ...
+def audit(config: str, frames: dict[str, Any] | None = None) -> str: ...
+def split(config: str, frames: dict[str, Any] | None = None) -> str: ...
 def generate(config: str, on_text: Callable[[str], bool] | None) -> str: ...
 def merge(config: str) -> str: ...
+
+# ---- rows for PyTorch
+# Arrays of one side: ids uint32, labels int32 (-100: not trained), positions uint32 (0 begins a
+# document), of all rows one behind another; offsets uint64, row i being offsets[i]:offsets[i + 1].
+# The second side is None where nothing is held out; the report is a JSON object.
+def prepare_rows(
+    config: str, frames: dict[str, Any] | None = None
+) -> tuple[dict[str, npt.NDArray[Any]], dict[str, npt.NDArray[Any]] | None, str]: ...
+def epoch_order(
+    lengths: npt.NDArray[np.uint32], batch_size: int, seed: int, epoch: int, by_length: bool
+) -> npt.NDArray[np.uint32]: ...
+
+# ---- chat templates
+# Messages, tools, special tokens and further variables of the template are JSON.
+
+@final
+class _ChatTemplate:
+    def __new__(
+        cls, source: str, special_tokens: str, tool_use: str | None = None
+    ) -> _ChatTemplate: ...
+    def render(
+        self,
+        messages: str,
+        tools: str | None = None,
+        add_generation_prompt: bool = False,
+        variables: str | None = None,
+    ) -> str: ...
+    # The text, and the assistant's parts of it as pairs of character indices.
+    def spans(
+        self, messages: str, tools: str | None = None, variables: str | None = None
+    ) -> tuple[str, list[tuple[int, int]]]: ...
+
+@final
+class _ChatTokenizer:
+    def __new__(cls, folder: str | PathLike[str]) -> _ChatTokenizer: ...
+    # Token ids, and the trained ones as pairs of indices.
+    def encode(
+        self, messages: str, tools: str | None = None, variables: str | None = None
+    ) -> tuple[list[int], list[tuple[int, int]]]: ...
 
 # One batch `[rows, columns]`: flat logits, the loss summed over the targets in nats, and that sum's
 # gradients by the trained tensor's name, flat. Targets are shifted already, -100 is ignored.

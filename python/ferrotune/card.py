@@ -209,6 +209,8 @@ def _data(result: TrainResult, files: Sequence[tuple[str, int, str]]) -> str:
         if found.get(key) is not None
     ]
     counts = ", ".join(f"{tables.count(value)} {label}" for label, value in facts)
+    if not files:
+        return f"{counts}, from tables in memory."
     rows = (f"| `{Path(path).name}` | {size:,} | `{digest}` |" for path, size, digest in files)
     table = "\n".join(["| file | bytes | SHA-256 |", "| --- | ---: | --- |", *rows])
     return f"{counts}.\n\n{table}" if counts else table

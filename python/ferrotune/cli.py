@@ -25,7 +25,7 @@ _BAD_INPUT = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code.
 
-    0: done. 2: bad input. 1: a run that failed. 130: interrupted.
+    0: done. 2: bad input. 1: a run that failed, data that an audit stops. 130: interrupted.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     for stream in (sys.stdout, sys.stderr):
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         try:
-            _run(words)
+            return _run(words)
         finally:  # --help leaves by SystemExit
             sys.stdout.flush()
     except KeyboardInterrupt as stop:
@@ -46,7 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         _complain(f"error: {describe(error)}", words)
         return exit_code(error)
-    return 0
 
 
 def exit_code(error: BaseException) -> int:
@@ -73,7 +72,7 @@ def _complain(line: str, words: Sequence[str]) -> None:
     print(line, file=sys.stderr)
 
 
-def _run(words: list[str]) -> None:
+def _run(words: list[str]) -> int:
     from .parser import build_parser
 
     known = commands()
@@ -85,16 +84,17 @@ def _run(words: list[str]) -> None:
         from .version import version
 
         print(f"ferrotune {version()}")
-        return
+        return 0
     name = values.pop("command", None)
     if name is None:
         parser.print_help()
-        return
+        return 0
     values.pop("debug", None)
     as_json = values.pop("json", False)
     result = known[name].run(_gather(known[name], values, as_json))
     if result is not None:
         _show(result, as_json)
+    return getattr(result, "exit_code", 0)
 
 
 def _gather(command: Command, values: dict[str, Any], as_json: bool) -> Invocation:

@@ -10,8 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .frames import ArrowTable
+
 StrPath = str | os.PathLike[str]
 StrPaths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+# Files, folders, and tables in memory (of which only the names ever become settings).
+DataSources = StrPath | ArrowTable | Sequence[StrPath | ArrowTable]
 NO_TABLE: Mapping[str, Any] = types.MappingProxyType({})
 
 # The engine counts without a sign, and TOML's numbers have 64 bits with one.
@@ -51,7 +55,7 @@ def kind_of(members: Sequence[Any]) -> Kind:
         return Kind("TEXT", _text)
     if origins == {str, os.PathLike}:
         return Kind("PATH", _path)
-    if origins == {str, os.PathLike, Sequence}:
+    if origins - {ArrowTable} == {str, os.PathLike, Sequence}:
         return Kind("PATH", _paths, join=list)
     if origins == {Sequence}:
         return Kind("TEXT", _list, join=list)

@@ -25,13 +25,15 @@ class SettingError(ValueError):
 class Option:
     """What a signature cannot say about a setting.
 
-    `unset` says what the default None means; `group` is the heading in --help.
+    `unset` says what the default None means; `group` is the heading in --help. On a command line
+    a `positional` setting needs no flag before its words.
     """
 
     help: str
     unit: str = ""
     group: str = "settings"
     unset: str = "none"
+    positional: bool = False
 
 
 @dataclass(frozen=True, slots=True)

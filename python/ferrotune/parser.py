@@ -62,7 +62,9 @@ def build_parser(known: Mapping[str, Command]) -> Parser:
 
 def _usage(command: Command) -> str:
     required = (
-        f"{setting.flag} {setting.kind.metavar}"
+        f"{setting.kind.metavar}…"
+        if setting.option.positional
+        else f"{setting.flag} {setting.kind.metavar}"
         for setting in settings_of(command.function).values()
         if setting.required
     )
@@ -117,6 +119,10 @@ def _add(group: argparse._ArgumentGroup, setting: Setting) -> None:
     options |= {"type": _typed(setting), "metavar": kind.metavar}
     if kind.join is not None:
         options |= {"nargs": "+", "action": "extend"}
+    if setting.option.positional:  # the flag is for those who write it as other commands have it
+        dest = options.pop("dest")
+        group.add_argument(dest, **{**options, "nargs": "*"})
+        options |= {"dest": dest, "help": "the same"}
     group.add_argument(setting.flag, **options)
 
 

@@ -242,6 +242,42 @@ def _warning_rows(warnings: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class SplitFile:
+    """One side of a division: its file, records, different texts, and records of each label."""
+
+    side: str
+    path: Path
+    records: int
+    texts: int
+    labels: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class SplitResult(Result):
+    """The files of a division, and how many records could not be used."""
+
+    files: tuple[SplitFile, ...]
+    skipped: int
+
+    def table(self) -> Table:
+        total = sum(one.records for one in self.files)
+        rows = [
+            (
+                one.side,
+                f"{tables.count(one.records)} records ({one.records / total:.1%}), "
+                f"{tables.count(one.texts)} different, {len(one.labels)} labels → {one.path}"
+                if one.labels
+                else f"{tables.count(one.records)} records ({one.records / total:.1%}), "
+                f"{tables.count(one.texts)} different → {one.path}",
+            )
+            for one in self.files
+        ]
+        if self.skipped:
+            rows.append(("skipped", f"{tables.count(self.skipped)} records"))
+        return Table("split", tuple(rows))
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """What one prompt continues to, before and after training."""
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from .kinds import StrPath, StrPaths
+from .kinds import DataSources, StrPath
 from .options import Option
 
 DATA = "data"
@@ -19,9 +19,10 @@ Model = Annotated[
     ),
 ]
 Data = Annotated[
-    StrPaths,
+    DataSources,
     Option(
-        "text: .txt, .jsonl, .csv or .parquet files, or folders of them",
+        "files or folders: .txt, .jsonl, .csv, .tsv, .parquet, .arrow, also .gz and .zst; in "
+        "Python also a Dataset, a pandas or polars frame",
         unit="one or more",
         group=DATA,
     ),
@@ -45,7 +46,11 @@ SequenceLength = Annotated[
 ]
 TextColumn = Annotated[
     str | None,
-    Option("column that holds the text", group=DATA, unset="text, or prompt and completion"),
+    Option(
+        "column that holds the text",
+        group=DATA,
+        unset="text, or messages, or prompt and completion",
+    ),
 ]
 PromptColumn = Annotated[
     str | None,
@@ -53,6 +58,35 @@ PromptColumn = Annotated[
 ]
 CompletionColumn = Annotated[
     str | None, Option("column of the completions", group=DATA, unset="completion")
+]
+MessagesColumn = Annotated[
+    str | None,
+    Option(
+        "column of conversations, of which the assistant's turns carry loss; the model folder's "
+        "chat template renders them",
+        group=DATA,
+        unset="messages",
+    ),
+]
+LabelColumn = Annotated[
+    str | None,
+    Option("column of the class of each text", group=DATA, unset="label, where there is one"),
+]
+Group = Annotated[
+    str | None,
+    Option("column whose equal values stay on one side of the split", group=HELDOUT),
+]
+Stratify = Annotated[
+    bool, Option("give each side its part of every label, where there are labels", group=HELDOUT)
+]
+NearDuplicates = Annotated[
+    float,
+    Option(
+        "similarity from which texts stay on one side, by their character 5-grams (Jaccard); 0 "
+        "for exact duplicates alone",
+        unit="0 to 1",
+        group=HELDOUT,
+    ),
 ]
 BatchSize = Annotated[int, Option("rows computed at once", unit="sequences", group=DATA)]
 Threads = Annotated[int | None, Option("CPU threads", group=RUN, unset="all cores")]

@@ -22,17 +22,25 @@ _NOT_OF_THE_RUN = ("progress",)
 _OF_A_STARTED_RUN = ("step", "eval", "checkpoint", "stop")
 
 
-def run(settings: dict[str, Any], default_output: str, on_event: OnEvent | None) -> TrainResult:
-    """Trains with complete, checked settings and leaves the report in the run's folder."""
+def run(
+    settings: dict[str, Any],
+    default_output: str,
+    on_event: OnEvent | None,
+    tables: Mapping[str, Any],
+) -> TrainResult:
+    """Trains with complete, checked settings and leaves the report in the run's folder.
+
+    `tables` are the data in memory, by the names that stand for them in the settings.
+    """
     from . import _native
 
     show = bool(settings["progress"])
     settings = {name: v for name, v in settings.items() if name not in _NOT_OF_THE_RUN}
     output = _output(settings, default_output)
     settings["output"] = str(output)
-    relay = _Relay(settings, open_display(show, _title(settings)), on_event)
+    relay = _Relay(settings, open_display(show, _title(settings)), on_event, tables)
     try:
-        found = json.loads(_native.train(json.dumps(settings), relay))
+        found = json.loads(_native.train(json.dumps(settings), relay, dict(tables)))
     except KeyboardInterrupt:
         raise _interrupted(output) from None
     finally:
@@ -79,7 +87,14 @@ def _interrupted(output: Path) -> TrainInterrupted:
 class _Relay:
     """What the engine calls with each event: display, history, the user's own function."""
 
-    def __init__(self, settings: dict[str, Any], display: Display, on_event: OnEvent | None):
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        display: Display,
+        on_event: OnEvent | None,
+        tables: Mapping[str, Any],
+    ):
+        self._tables = tables
         self.display = display
         self.interrupted = False
         self.fingerprints: list[report.Fingerprint] = []
@@ -109,7 +124,9 @@ class _Relay:
     def _start(self) -> None:
         """Data, model and the checkpoint of a resumed run fit: config.toml may change."""
         self._started = True
-        self.fingerprints = report.fingerprints(self._files)
+        self.fingerprints = report.fingerprints(
+            [path for path in self._files if path not in self._tables]
+        )
         report.write_config(Path(self._settings["output"]), self._settings)
 
     def _show(self, event: dict[str, Any]) -> None:

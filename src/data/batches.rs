@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use super::batch::Batch;
+use super::order::epoch_order;
 use super::pack::Packed;
-use super::random::{Purpose, generator, permutation};
 use crate::error::{Error, Result};
 
 /// Micro-batches without end, the rows in another order each epoch; the last of an epoch may be smaller.
@@ -17,6 +17,7 @@ pub struct Batches<'a> {
     epoch: u64,
     index: usize,
     order: Vec<u32>,
+    by_length: bool,
 }
 
 impl<'a> Batches<'a> {
@@ -31,6 +32,31 @@ impl<'a> Batches<'a> {
         epoch: u64,
         index: usize,
     ) -> Result<Self> {
+        Self::ordered(packed, batch_size, seed, epoch, index, false)
+    }
+
+    /// As [`Batches::new`], with rows of about one length in a batch.
+    ///
+    /// # Errors
+    /// As [`Batches::new`]'s.
+    pub fn by_length(
+        packed: &'a Packed,
+        batch_size: usize,
+        seed: u64,
+        epoch: u64,
+        index: usize,
+    ) -> Result<Self> {
+        Self::ordered(packed, batch_size, seed, epoch, index, true)
+    }
+
+    fn ordered(
+        packed: &'a Packed,
+        batch_size: usize,
+        seed: u64,
+        epoch: u64,
+        index: usize,
+        by_length: bool,
+    ) -> Result<Self> {
         if batch_size == 0 {
             return Err(Error::argument("batch_size must be at least 1 row"));
         }
@@ -44,6 +70,7 @@ impl<'a> Batches<'a> {
             epoch,
             index,
             order: Vec::new(),
+            by_length,
         };
         let count = batches.per_epoch();
         if index >= count {
@@ -80,8 +107,14 @@ impl<'a> Batches<'a> {
     }
 
     fn shuffle(&mut self) {
-        let mut random = generator(self.seed, Purpose::Epoch, self.epoch);
-        self.order = permutation(self.packed.rows(), &mut random);
+        let lengths = self.packed.lengths();
+        self.order = epoch_order(
+            &lengths,
+            self.batch_size,
+            self.seed,
+            self.epoch,
+            self.by_length,
+        );
     }
 }
 

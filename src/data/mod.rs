@@ -3,30 +3,46 @@
 //! [`prepare`] is the whole way: files become [`Record`]s ([`Files`], one [`Reader`] a format), two sides that share no
 //! text ([`split`]), [`Example`]s of tokens ([`Tokenizer`]) and [`Packed`] rows, which give [`Batch`]es.
 
+pub mod audit;
 mod batch;
 mod batches;
+mod chat;
 mod columns;
 mod example;
 mod formats;
+mod guard;
+mod json;
+pub mod near;
+mod order;
 mod pack;
 mod prepare;
 mod random;
 mod reader;
 mod record;
+mod rows;
 mod source;
 mod split;
+mod split_files;
+mod stream;
+mod template;
 mod tokenizer;
+mod union;
 mod whole;
 
 pub use batch::{Batch, IGNORE};
 pub use batches::{Batches, Evaluation};
 pub use columns::Columns;
 pub use example::Example;
-pub use pack::{Packed, Packing};
+pub use formats::{Frame, Frames};
+pub use order::epoch_order;
+pub use pack::{Layout, Packed, Packing};
 pub use prepare::{DataConfig, DataReport, Prepared, Skipped, prepare};
 pub use reader::{EXTENSIONS, Files, MAX_RECORD_BYTES, Reader, expand, open};
 pub use record::{Content, Digest, Item, Reason, Record, Skip};
+pub use rows::{Rows, RowsReport, prepare_rows};
 pub use source::{BatchSource, Sequential, Shuffled};
-pub use split::{Sides, Split, split};
+pub use split::{Sides, Split, SplitPlan, divide, split};
+pub use split_files::{SplitConfig, SplitFile, SplitResult, split_files};
+pub use template::{ChatTemplate, Conversation};
 pub use tokenizer::Tokenizer;
 pub use whole::{Whole, prepare_whole};

@@ -1,7 +1,8 @@
 //! Documents laid into rows of equal length.
 //!
 //! A document of tokens t₀ … tₙ is read as the inputs t₀ … tₙ₋₁ with the targets t₁ … tₙ: its last token (`eos`, where
-//! there is one) is predicted and never read, and neither is anything after its last trained token.
+//! there is one) is predicted and never read, and neither is anything after its last trained token. For models that shift
+//! the targets themselves ([`Layout::Whole`]) that token stands in the row all the same.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -46,6 +47,23 @@ pub struct Packed {
     /// Row `i` is `pieces[rows[i]..rows[i + 1]]`.
     rows: Vec<usize>,
     sequence_length: usize,
+    layout: Layout,
+}
+
+/// Which tokens of a document stand in its row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// Those that are read; the targets are shifted against them ([`Packed::batch`]).
+    Inputs,
+    /// Those that are predicted, too ([`Packed::row_tokens_and_labels`]).
+    Whole,
+}
+
+impl Layout {
+    /// Positions that a piece takes beyond its inputs.
+    fn extra(self) -> usize {
+        usize::from(self == Self::Whole)
+    }
 }
 
 /// Packed rows, and what became of the documents that did not fit.
@@ -77,9 +95,30 @@ impl Packing {
         packing: bool,
         seed: u64,
     ) -> Result<Self> {
-        if sequence_length == 0 {
-            return Err(Error::argument("sequence_length must be at least 1 token"));
+        Self::with_layout(examples, sequence_length, packing, seed, Layout::Inputs)
+    }
+
+    /// As [`Packing::new`]; with [`Layout::Whole`] the token behind the last input stands in the row, too, and no piece
+    /// is longer than `sequence_length` with it.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a `sequence_length` that holds no input.
+    pub fn with_layout(
+        examples: Vec<Example>,
+        row_length: usize,
+        packing: bool,
+        seed: u64,
+        layout: Layout,
+    ) -> Result<Self> {
+        let extra = layout.extra();
+        if row_length <= extra {
+            return Err(Error::argument(format!(
+                "sequence_length must be at least {} token{}",
+                1 + extra,
+                if extra == 0 { "" } else { "s" }
+            )));
         }
+        let sequence_length = row_length - extra;
         let (mut truncated, mut split) = (0, 0);
         let mut untrained = Vec::new();
         let mut pieces = Vec::new();
@@ -105,11 +144,11 @@ impl Packing {
         }
 
         let row_of = if packing {
-            best_fit(&pieces, sequence_length)
+            best_fit(&pieces, row_length, extra)
         } else {
             (0..pieces.len()).collect()
         };
-        let packed = Packed::ordered(examples, &pieces, &row_of, sequence_length, seed);
+        let packed = Packed::ordered(examples, &pieces, &row_of, row_length, seed, layout);
         Ok(Self {
             packed,
             truncated,
@@ -127,6 +166,7 @@ impl Packed {
         row_of: &[usize],
         sequence_length: usize,
         seed: u64,
+        layout: Layout,
     ) -> Self {
         let count = row_of.iter().max().map_or(0, |last| last + 1);
         let place = permutation(count, &mut generator(seed, Purpose::Rows, 0));
@@ -148,6 +188,7 @@ impl Packed {
             pieces: placed.into_iter().map(|(_, piece)| piece).collect(),
             rows,
             sequence_length,
+            layout,
         }
     }
 
@@ -162,7 +203,13 @@ impl Packed {
 
     /// Number of positions that hold a token, padding not counted.
     pub fn tokens(&self) -> usize {
-        self.pieces.iter().map(|piece| piece.length as usize).sum()
+        let pieces = self.pieces.iter();
+        pieces.map(|piece| self.length(*piece)).sum()
+    }
+
+    /// Number of positions that a piece takes.
+    fn length(&self, piece: Piece) -> usize {
+        piece.length as usize + self.layout.extra()
     }
 
     /// Number of trained tokens.
@@ -175,12 +222,34 @@ impl Packed {
         self.pieces.iter().map(count).sum()
     }
 
+    /// Number of positions of every row that hold a token.
+    pub fn lengths(&self) -> Vec<u32> {
+        (0..self.rows())
+            .map(|row| self.row_tokens(row) as u32)
+            .collect()
+    }
+
     /// Number of positions of one row that hold a token.
     pub fn row_tokens(&self, row: usize) -> usize {
-        self.row(row)
-            .iter()
-            .map(|piece| piece.length as usize)
-            .sum()
+        self.row(row).iter().map(|piece| self.length(*piece)).sum()
+    }
+
+    /// The tokens of one row of [`Layout::Whole`], each with its label (the token itself where it is trained, or else
+    /// [`IGNORE`]) and its position; position 0 begins a document, and is never trained.
+    pub fn row_tokens_and_labels(&self, row: usize) -> impl Iterator<Item = (u32, i32, u32)> {
+        self.row(row).iter().flat_map(move |&piece| {
+            let example = &self.examples[piece.example as usize];
+            let start = piece.start as usize;
+            let mut tokens: Vec<(u32, i32, u32)> = example.ids()[start..start + self.length(piece)]
+                .iter()
+                .zip(0..)
+                .map(|(&id, position)| (id, IGNORE, position))
+                .collect();
+            for token in example.trained_in(piece.targets()).flatten() {
+                tokens[token - start].1 = example.ids()[token] as i32;
+            }
+            tokens
+        })
     }
 
     fn row(&self, row: usize) -> &[Piece] {
@@ -256,7 +325,7 @@ fn cut(
 }
 
 /// The row of each piece: longest pieces first, each into the fullest row that has room (best-fit decreasing).
-fn best_fit(pieces: &[Piece], length: usize) -> Vec<usize> {
+fn best_fit(pieces: &[Piece], length: usize, extra: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..pieces.len()).collect();
     order.sort_by_key(|&piece| std::cmp::Reverse(pieces[piece].length));
     let mut row_of = vec![0; pieces.len()];
@@ -264,7 +333,7 @@ fn best_fit(pieces: &[Piece], length: usize) -> Vec<usize> {
     let mut rooms: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
     let mut rows = 0;
     for piece in order {
-        let size = pieces[piece].length as usize;
+        let size = pieces[piece].length as usize + extra;
         let fit = rooms.range(size..).next().map(|(room, _)| *room);
         let (row, room) = match fit {
             Some(room) => (take(&mut rooms, room), room),

@@ -1,22 +1,27 @@
 //! From files to rows that can be trained on, with a report of what became of every record.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
+use super::audit::{AuditMode, Finding, Side, audit_of_run};
 use super::columns::Columns;
-use super::pack::{Packed, Packing};
+use super::formats::Frames;
+use super::near::NearTexts;
+use super::pack::{Layout, Packed, Packing};
 use super::reader::Files;
 use super::record::{Digest, Item, Reason, Record};
-use super::split::{Split, split};
+use super::split::{Split, SplitPlan, divide_by};
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 
 /// Skipped records that a report names; the others are only counted.
 const REPORTED_SKIPS: usize = 20;
+/// Different reasons that are counted.
+const COUNTED_REASONS: usize = 100;
 
 /// The settings of a run that concern its data; other settings beside them are passed over.
 #[derive(Debug, Clone, Deserialize)]
@@ -27,12 +32,51 @@ pub struct DataConfig {
     pub heldout: f64,
     #[serde(default)]
     pub heldout_data: Vec<PathBuf>,
+    /// Whether each side gets its part of every label.
+    #[serde(default)]
+    pub stratify: bool,
+    /// Similarity from which texts stay on one side (see [`super::near`]); 0 for exact duplicates alone.
+    #[serde(default)]
+    pub near_duplicates: f64,
     #[serde(flatten)]
     pub columns: Columns,
+    /// Tables in memory, by the names that stand for them in `data` and `heldout_data`.
+    #[serde(skip)]
+    pub frames: Frames,
     /// Tokens in a row.
     pub sequence_length: usize,
     pub packing: bool,
     pub seed: u64,
+    #[serde(skip, default = "inputs")]
+    pub layout: Layout,
+    /// What becomes of a run whose data [`super::audit`] finds fault with.
+    #[serde(skip)]
+    pub audit: AuditMode,
+}
+
+fn inputs() -> Layout {
+    Layout::Inputs
+}
+
+impl DataConfig {
+    /// How these settings divide records, with a test side of `test`.
+    pub(super) fn split_plan(&self, test: f64) -> SplitPlan {
+        SplitPlan {
+            how: match self.columns.group_column {
+                Some(_) => Split::Group,
+                None => Split::Random,
+            },
+            heldout: self.heldout,
+            test,
+            stratify: self.stratify,
+            near_duplicates: self.near_similarity(),
+            seed: self.seed,
+        }
+    }
+
+    pub(super) fn near_similarity(&self) -> Option<f64> {
+        (self.near_duplicates != 0.0).then_some(self.near_duplicates)
+    }
 }
 
 /// What became of the records.
@@ -59,6 +103,8 @@ pub struct DataReport {
     pub skipped_total: usize,
     /// Every file that was read, folders expanded; the held-out ones last.
     pub files: Vec<PathBuf>,
+    /// What an audit found fault with; empty where none was made.
+    pub audit: Vec<Finding>,
     /// SHA-256 of every record read, in order, as hexadecimal digits: equal fingerprints are equal data.
     pub fingerprint: String,
 }
@@ -87,16 +133,22 @@ pub struct Prepared {
 pub fn prepare(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
     let mut skips = Skips::default();
     let mut fingerprint = Sha256::new();
-    let mut train = Source::read(&config.data, &config.columns, &mut skips)?;
+    let mut train = Source::read(&config.data, config, &mut skips)?;
     train.hash(&mut fingerprint);
     let mut files = train.paths.clone();
     let heldout = if config.heldout_data.is_empty() {
-        train.split(config)?
+        None
     } else {
-        let heldout = Source::read(&config.heldout_data, &config.columns, &mut skips)?;
+        let heldout = Source::read(&config.heldout_data, config, &mut skips)?;
         heldout.hash(&mut fingerprint);
         files.extend_from_slice(&heldout.paths);
-        train.remove(&heldout, &mut skips);
+        Some(heldout)
+    };
+    let near = Source::near(&train, heldout.as_ref(), config)?;
+    let held = heldout.as_ref().map(Source::side);
+    let audit = audit_of_run(config, train.side(), held, near.as_ref(), &skips)?;
+    let heldout = if let Some(heldout) = heldout {
+        train.remove(&heldout, near.as_ref(), &mut skips);
         if train.records.is_empty() {
             return Err(Error::argument(format!(
                 "every record of {} is in the held-out data as well{}",
@@ -105,7 +157,10 @@ pub fn prepare(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
             )));
         }
         heldout
+    } else {
+        train.split(config, near.as_ref())?
     };
+    drop(near);
 
     let mut truncated = 0;
     let mut split = 0;
@@ -138,6 +193,7 @@ pub fn prepare(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
         skipped: skips.first,
         skipped_total: skips.total,
         files,
+        audit,
         fingerprint: format!("{:x}", fingerprint.finalize()),
     };
     Ok(Prepared {
@@ -152,12 +208,12 @@ pub(super) struct Source {
     paths: Vec<PathBuf>,
     pub(super) records: Vec<Record>,
     /// Of each record.
-    digests: Vec<Digest>,
+    pub(super) digests: Vec<Digest>,
 }
 
 impl Source {
-    pub(super) fn read(paths: &[PathBuf], columns: &Columns, skips: &mut Skips) -> Result<Self> {
-        let mut files = Files::open(paths, columns)?;
+    pub(super) fn read(paths: &[PathBuf], config: &DataConfig, skips: &mut Skips) -> Result<Self> {
+        let mut files = Files::with_frames(paths, &config.columns, &config.frames)?;
         let mut records = Vec::new();
         while let Some(item) = files.next().transpose()? {
             match item {
@@ -180,19 +236,18 @@ impl Source {
         })
     }
 
+    pub(super) fn side(&self) -> Side<'_> {
+        Side {
+            paths: &self.paths,
+            records: &self.records,
+            digests: &self.digests,
+        }
+    }
+
     /// Takes the held-out records out.
-    fn split(&mut self, config: &DataConfig) -> Result<Self> {
-        let how = match config.columns.group_column {
-            Some(_) => Split::Group,
-            None => Split::Random,
-        };
-        let sides = split(
-            &self.records,
-            &self.digests,
-            how,
-            config.heldout,
-            config.seed,
-        )?;
+    fn split(&mut self, config: &DataConfig, near: Option<&NearTexts>) -> Result<Self> {
+        let plan = config.split_plan(0.0);
+        let sides = divide_by(&self.records, &self.digests, &plan, near)?;
         let mut held = vec![false; self.records.len()];
         for &index in &sides.heldout {
             held[index] = true;
@@ -217,11 +272,12 @@ impl Source {
         other
     }
 
-    /// Drops what would leak into `heldout`: its texts, and its groups.
-    fn remove(&mut self, heldout: &Self, skips: &mut Skips) {
+    /// Drops what would leak into `heldout`: its texts, what nearly is one of them, and its groups.
+    fn remove(&mut self, heldout: &Self, near: Option<&NearTexts>, skips: &mut Skips) {
         let texts: HashSet<&Digest> = heldout.digests.iter().collect();
         let held = heldout.records.iter();
         let groups: HashSet<&str> = held.filter_map(|record| record.group.as_deref()).collect();
+        let near = near.map_or_else(HashMap::new, |near| self.leaking(heldout, near));
         let mut leaks = vec![false; self.records.len()];
         for (index, record) in self.records.iter().enumerate() {
             let group = record
@@ -230,6 +286,8 @@ impl Source {
                 .filter(|group| groups.contains(group));
             let reason = if texts.contains(&self.digests[index]) {
                 Reason::HeldOutText
+            } else if let Some(similarity) = near.get(&self.digests[index]) {
+                Reason::HeldOutNear(format!("{:.0} %", similarity * 100.0))
             } else if let Some(group) = group {
                 Reason::HeldOutGroup(group.to_owned())
             } else {
@@ -241,14 +299,62 @@ impl Source {
         self.extract(&leaks);
     }
 
+    /// The near duplicates among the texts of both sides, where they matter; `heldout`'s records count on behind.
+    fn near(
+        train: &Self,
+        heldout: Option<&Self>,
+        config: &DataConfig,
+    ) -> Result<Option<NearTexts>> {
+        let Some(similarity) = config.near_similarity() else {
+            return Ok(None);
+        };
+        let records = train.records.iter();
+        let records: Vec<&Record> = records
+            .chain(heldout.into_iter().flat_map(|side| &side.records))
+            .collect();
+        let digests = train.digests.iter();
+        let digests: Vec<&Digest> = digests
+            .chain(heldout.into_iter().flat_map(|side| &side.digests))
+            .collect();
+        NearTexts::of_records(&records, &digests, similarity).map(Some)
+    }
+
+    /// The texts that are near duplicates of one in `heldout`, or hang together with one, with the similarity that joins
+    /// them to it.
+    fn leaking(&self, heldout: &Self, near: &NearTexts) -> HashMap<Digest, f64> {
+        let digest = |place: usize| match near.records[place].checked_sub(self.digests.len()) {
+            Some(held) => heldout.digests[held],
+            None => self.digests[near.records[place]],
+        };
+        let held: HashSet<&Digest> = heldout.digests.iter().collect();
+        let mut union = near.union();
+        let mut held_roots = HashSet::new();
+        for place in 0..near.records.len() {
+            if held.contains(&digest(place)) {
+                held_roots.insert(union.root(place));
+            }
+        }
+        let mut found = HashMap::new();
+        for pair in &near.pairs {
+            if held_roots.contains(&union.root(pair.first)) {
+                for place in [pair.first, pair.second] {
+                    found.entry(digest(place)).or_insert(pair.similarity);
+                }
+            }
+        }
+        found
+    }
+
     /// Feeds every record, in order and after their number, to a fingerprint.
     fn hash(&self, hash: &mut Sha256) {
         hash.update((self.records.len() as u64).to_le_bytes());
         for (record, digest) in self.records.iter().zip(&self.digests) {
             hash.update(digest);
             let group = record.group.as_deref().unwrap_or_default();
-            hash.update((group.len() as u64).to_le_bytes());
-            hash.update(group);
+            for part in std::iter::once(group).chain(record.label.as_deref()) {
+                hash.update((part.len() as u64).to_le_bytes());
+                hash.update(part);
+            }
         }
     }
 
@@ -274,11 +380,12 @@ impl Source {
                 Err(reason) => skip(record, &reason),
             }
         }
-        let packing = Packing::new(
+        let packing = Packing::with_layout(
             examples,
             config.sequence_length,
             config.packing,
             config.seed,
+            config.layout,
         )?;
         for &index in &packing.untrained {
             skip(kept[index], &Reason::Untrained(config.sequence_length));
@@ -294,18 +401,26 @@ impl Source {
 /// Records left out: the first ones and the number of all.
 #[derive(Default)]
 pub(super) struct Skips {
-    first: Vec<Skipped>,
+    pub(super) first: Vec<Skipped>,
     pub(super) total: usize,
+    /// How many for each of the first reasons that were met.
+    pub(super) reasons: BTreeMap<String, usize>,
 }
 
 impl Skips {
     fn add(&mut self, file: &std::path::Path, record: usize, reason: &Reason) {
         self.total += 1;
+        let reason = reason.to_string();
+        if let Some(count) = self.reasons.get_mut(&reason) {
+            *count += 1;
+        } else if self.reasons.len() < COUNTED_REASONS {
+            self.reasons.insert(reason.clone(), 1);
+        }
         if self.first.len() < REPORTED_SKIPS {
             self.first.push(Skipped {
                 file: file.to_owned(),
                 record,
-                reason: reason.to_string(),
+                reason,
             });
         }
     }

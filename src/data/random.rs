@@ -12,6 +12,10 @@ pub enum Purpose {
     Rows = 1,
     /// Order of the rows in an epoch.
     Epoch = 2,
+    /// Order of the batches in an epoch whose rows are sorted by length.
+    Batches = 3,
+    /// Order of the records from which labels are predicted.
+    Folds = 4,
 }
 
 pub fn generator(seed: u64, purpose: Purpose, number: u64) -> ChaCha8Rng {

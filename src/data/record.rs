@@ -1,5 +1,7 @@
 //! One record of training text, and why a record was left out.
 
+use std::borrow::Cow;
+
 use sha2::{Digest as _, Sha256};
 
 /// What a record trains on.
@@ -9,17 +11,39 @@ pub enum Content {
     Text(String),
     /// The prompt is read, the completion is trained.
     Completion { prompt: String, completion: String },
+    /// A conversation: the assistant's turns are trained. Both as JSON text: a list of objects with a `role`, and the
+    /// tools' schemas.
+    Messages {
+        messages: String,
+        tools: Option<String>,
+    },
+}
+
+impl Content {
+    /// All that is said in it, as one text.
+    pub fn text(&self) -> Cow<'_, str> {
+        match self {
+            Self::Text(text) => Cow::Borrowed(text),
+            Self::Completion { prompt, completion } => {
+                Cow::Owned(format!("{prompt}\n{completion}"))
+            }
+            Self::Messages { messages, .. } => Cow::Owned(super::chat::text(messages)),
+        }
+    }
 }
 
 /// One record as it was read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Record {
     pub content: Content,
+    /// Class of a `text`: what a split is balanced by.
+    pub label: Option<String>,
     /// Value of the group column: a split keeps all records of one group on one side.
     pub group: Option<String>,
     /// Index of its file among those being read.
     pub file: usize,
-    /// Its number in that file, from 1: paragraph (.txt), line (.jsonl), row below the header (.csv), row (.parquet).
+    /// Its number in that file, from 1: paragraph (.txt), line (.jsonl), row below the header (.csv, .tsv), row
+    /// (.parquet, .arrow, frames).
     pub number: usize,
 }
 
@@ -27,7 +51,7 @@ pub struct Record {
 pub type Digest = [u8; 16];
 
 impl Record {
-    /// Identifies the content, surrounding white space aside; the group, file and number play no part.
+    /// Identifies the content, surrounding white space aside; the label, group, file and number play no part.
     pub fn digest(&self) -> Digest {
         let mut hash = Sha256::new();
         let mut part = |tag: u8, text: &str| {
@@ -41,6 +65,10 @@ impl Record {
             Content::Completion { prompt, completion } => {
                 part(1, prompt);
                 part(2, completion);
+            }
+            Content::Messages { messages, tools } => {
+                part(3, messages);
+                part(4, tools.as_deref().unwrap_or_default());
             }
         }
         let mut digest = Digest::default();
@@ -79,10 +107,22 @@ pub enum Reason {
     Empty(String),
     #[error("`{0}` contains a NUL byte, which no text has")]
     Nul(String),
+    #[error("`{column}` {problem}")]
+    Malformed { column: String, problem: String },
     #[error("the same text is in the held-out data")]
     HeldOutText,
+    #[error("a near duplicate ({0} alike) is in the held-out data")]
+    HeldOutNear(String),
     #[error("its group `{0}` is in the held-out data")]
     HeldOutGroup(String),
+    #[error(
+        "the tokenizer has no chat template to turn messages into text with; give a model folder whose tokenizer_config.json or chat_template.jinja holds one"
+    )]
+    NoTemplate,
+    #[error("the chat template fails: {0}")]
+    Template(String),
+    #[error("no turn of an assistant, which is what is trained")]
+    NoAssistant,
     #[error("the tokenizer cannot encode it: {0}")]
     Tokenizer(String),
     #[error("the tokenizer gives no tokens for it")]

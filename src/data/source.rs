@@ -27,6 +27,7 @@ pub struct Shuffled<'a> {
     packed: &'a Packed,
     batch_size: usize,
     seed: u64,
+    by_length: bool,
 }
 
 impl<'a> Shuffled<'a> {
@@ -38,7 +39,13 @@ impl<'a> Shuffled<'a> {
             packed,
             batch_size,
             seed,
+            by_length: false,
         })
+    }
+
+    /// The same with rows of about one length in a batch, which need less padding.
+    pub fn by_length(self, by_length: bool) -> Self {
+        Self { by_length, ..self }
     }
 }
 
@@ -48,17 +55,22 @@ impl BatchSource for Shuffled<'_> {
     }
 
     fn batch(&self, epoch: usize, index: usize) -> Result<Batch> {
-        let mut batches =
-            Batches::new(self.packed, self.batch_size, self.seed, epoch as u64, index)?;
+        let new = if self.by_length {
+            Batches::by_length
+        } else {
+            Batches::new
+        };
+        let mut batches = new(self.packed, self.batch_size, self.seed, epoch as u64, index)?;
         Ok(batches.next_batch())
     }
 
     fn fingerprint(&self) -> String {
         format!(
-            "{} by {} from {}",
+            "{} by {} from {}{}",
             digest(self.packed),
             self.batch_size,
-            self.seed
+            self.seed,
+            if self.by_length { " by length" } else { "" }
         )
     }
 }

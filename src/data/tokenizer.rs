@@ -1,4 +1,4 @@
-//! A model folder's tokenizer.json, and how a record becomes tokens.
+//! A model folder's tokenizer.json and chat template, and how a record becomes tokens.
 
 use std::path::Path;
 
@@ -7,7 +7,11 @@ use serde::Deserialize;
 
 use super::example::Example;
 use super::record::{Content, Reason, Record};
+use super::template::{ChatTemplate, Conversation, deep};
 use crate::error::{Error, Result};
+
+/// Records that are tokenised as one piece of work.
+const CHUNK_RECORDS: usize = 32;
 
 /// A tokenizer with the special tokens a document begins and ends with.
 ///
@@ -20,6 +24,8 @@ pub struct Tokenizer {
     unknown: Option<u32>,
     /// Ids the model has embeddings for: `0..vocab_size`.
     vocab_size: usize,
+    /// The folder's chat template, or what is wrong with it.
+    template: std::result::Result<Option<ChatTemplate>, String>,
 }
 
 /// The part of tokenizer.json that names the token for what the vocabulary lacks.
@@ -89,7 +95,61 @@ impl Tokenizer {
             eos,
             unknown,
             vocab_size,
+            template: ChatTemplate::from_folder(folder).map_err(|error| error.to_string()),
         })
+    }
+
+    /// The folder's chat template.
+    ///
+    /// # Errors
+    /// [`Reason::NoTemplate`] where it has none, [`Reason::Template`] for one that cannot be used.
+    pub fn template(&self) -> std::result::Result<&ChatTemplate, Reason> {
+        match &self.template {
+            Ok(Some(template)) => Ok(template),
+            Ok(None) => Err(Reason::NoTemplate),
+            Err(message) => Err(Reason::Template(message.clone())),
+        }
+    }
+
+    /// The tokens of a conversation as the chat template renders it, of which the assistant's are trained. The template
+    /// writes its own special tokens: none is added.
+    ///
+    /// With markers the mask is transformers' own: from the first token of the text's first character to the first token
+    /// of its last. Without them it is every token of the text, as in TRL's completion masks.
+    ///
+    /// # Errors
+    /// The reason to skip the record.
+    pub fn chat(&self, conversation: &Conversation) -> std::result::Result<Example, Reason> {
+        let template = self.template()?;
+        let (text, spans) = template.spans(conversation)?;
+        let exact = !template.is_marked(conversation);
+        let encoding = self
+            .inner
+            .encode_char_offsets(text, false)
+            .map_err(|error| Reason::Tokenizer(error.to_string()))?;
+        let ids = encoding.get_ids().to_vec();
+        self.check(&ids)?;
+        let mut trained: Vec<std::ops::Range<usize>> = Vec::new();
+        for span in spans {
+            let Some(start) = encoding.char_to_token(span.start, 0) else {
+                continue;
+            };
+            let end = if exact {
+                // Every token that begins before the end, white space without characters too.
+                let offsets = encoding.get_offsets();
+                let after = offsets.iter().position(|(begin, _)| *begin >= span.end);
+                after.unwrap_or(ids.len())
+            } else {
+                let last = span.end.checked_sub(1);
+                let last = last.and_then(|last| encoding.char_to_token(last, 0));
+                last.map_or(ids.len(), |last| last + 1)
+            };
+            let start = trained.last().map_or(start, |before| start.max(before.end));
+            if start < end {
+                trained.push(start..end);
+            }
+        }
+        Ok(Example::new(ids, trained))
     }
 
     pub fn bos(&self) -> Option<u32> {
@@ -160,6 +220,9 @@ impl Tokenizer {
                 }
                 start
             }
+            Content::Messages { messages, tools } => {
+                return self.chat(&Conversation::parse(messages, tools.as_deref())?);
+            }
         };
         if ids.len() == start {
             return Err(Reason::NoTokens);
@@ -176,10 +239,20 @@ impl Tokenizer {
     /// Tokenises records on rayon's threads, in order. Every thread works on records of its own: the tokenizers crate's
     /// inner parallelism (`TOKENIZERS_PARALLELISM`) is not used.
     pub fn examples(&self, records: &[&Record]) -> Vec<std::result::Result<Example, Reason>> {
-        records
-            .par_iter()
-            .map(|record| self.example(&record.content))
-            .collect()
+        let chunks = records.par_chunks(CHUNK_RECORDS).map(|chunk| {
+            let work = || -> Vec<_> {
+                let examples = chunk.iter().map(|record| self.example(&record.content));
+                examples.collect()
+            };
+            let is_chat = |record: &&Record| matches!(record.content, Content::Messages { .. });
+            if chunk.iter().any(is_chat) {
+                // One stack for all of them; without it each says what is wrong.
+                deep(work).unwrap_or_else(|_| work())
+            } else {
+                work()
+            }
+        });
+        chunks.flatten_iter().collect()
     }
 
     fn ids(&self, text: &str) -> std::result::Result<Vec<u32>, Reason> {

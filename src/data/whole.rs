@@ -10,7 +10,8 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone)]
 pub struct Whole {
     pub packed: Packed,
-    /// UTF-8 bytes of what is predicted, a text or a completion; none where a part of one was cut off.
+    /// UTF-8 bytes of what is predicted, a text or a completion; none where a part of one was cut off, and for
+    /// conversations, of which the template decides what is predicted.
     pub bytes: Option<usize>,
     /// Records that were left out.
     pub skipped: usize,
@@ -24,7 +25,7 @@ pub struct Whole {
 /// As [`super::prepare`]'s.
 pub fn prepare_whole(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Whole> {
     let mut skips = Skips::default();
-    let source = Source::read(&config.data, &config.columns, &mut skips)?;
+    let source = Source::read(&config.data, config, &mut skips)?;
     let (packing, records) = source.pack(config, tokenizer, &mut skips)?;
     if packing.packed.targets() == 0 {
         return Err(Error::argument(format!(
@@ -35,15 +36,16 @@ pub fn prepare_whole(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Whole
     let bytes = records
         .iter()
         .map(|record| match &record.content {
-            Content::Text(text) => text.len(),
-            Content::Completion { completion, .. } => completion.len(),
+            Content::Text(text) => Some(text.len()),
+            Content::Completion { completion, .. } => Some(completion.len()),
+            Content::Messages { .. } => None,
         })
-        .sum();
+        .sum::<Option<usize>>();
     let truncated = packing.truncated;
     let told = truncated > 0 || skips.total > 0;
     Ok(Whole {
         packed: packing.packed,
-        bytes: (truncated == 0).then_some(bytes),
+        bytes: bytes.filter(|_| truncated == 0),
         skipped: skips.total,
         warning: told.then(|| {
             let cut = if truncated > 0 {

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::data::Frames;
+use crate::data::audit::AuditMode;
 use crate::dtype::QuantType;
 use crate::error::{Error, Result};
 
@@ -80,6 +82,8 @@ pub struct TrainConfig {
     /// Tokens of a row.
     pub sequence_length: usize,
     pub packing: bool,
+    /// Batches of rows of about one length.
+    pub sort_by_length: bool,
 
     pub learning_rate: f64,
     pub warmup_steps: usize,
@@ -97,6 +101,10 @@ pub struct TrainConfig {
     /// Part of the records that is held out, where `heldout_data` is empty.
     pub heldout: f64,
     pub heldout_data: Vec<PathBuf>,
+    /// Whether the held-out part has its share of every label.
+    pub stratify: bool,
+    /// Jaccard similarity of character 5-grams from which texts stay on one side; 0 for exact duplicates alone.
+    pub near_duplicates: f64,
     /// Column whose equal values stay on one side of the split.
     #[serde(deserialize_with = "present")]
     pub group: Option<String>,
@@ -106,6 +114,15 @@ pub struct TrainConfig {
     pub prompt_column: Option<String>,
     #[serde(deserialize_with = "present")]
     pub completion_column: Option<String>,
+    #[serde(deserialize_with = "present")]
+    pub messages_column: Option<String>,
+    #[serde(deserialize_with = "present")]
+    pub label_column: Option<String>,
+    /// What becomes of the run where its data is found fault with.
+    pub audit: AuditMode,
+    /// Tables in memory, by the names that stand for them in `data` and `heldout_data`.
+    #[serde(skip)]
+    pub frames: Frames,
 
     /// Steps between evaluations.
     pub eval_every: usize,

@@ -108,6 +108,13 @@ impl TrainConfig {
                 "above 0 and below 1 (a part of the records)",
             )?;
         }
+        let similarity = self.near_duplicates;
+        within(
+            "near_duplicates",
+            similarity,
+            (0.0..=1.0).contains(&similarity),
+            "from 0 to 1",
+        )?;
         at_least_one("eval_every", self.eval_every)?;
         at_least_one("eval_tokens", self.eval_tokens)?;
         at_least_one("checkpoint_every", self.checkpoint_every)?;

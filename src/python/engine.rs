@@ -8,6 +8,7 @@ use pyo3::prelude::*;
 use serde::Serialize;
 
 use super::caller;
+use super::frames::{self, Tables};
 use crate::data::Batch;
 use crate::engine::TrainConfig;
 use crate::engine::jobs;
@@ -26,8 +27,15 @@ fn from_json<'a, T: serde::Deserialize<'a>>(text: &'a str) -> Result<T> {
 }
 
 #[pyfunction]
-pub fn train(py: Python<'_>, config: &str, on_event: Py<PyAny>) -> PyResult<String> {
-    let config = TrainConfig::from_json(config)?;
+#[pyo3(signature = (config, on_event, frames=None))]
+pub fn train(
+    py: Python<'_>,
+    config: &str,
+    on_event: Py<PyAny>,
+    frames: Option<Tables<'_>>,
+) -> PyResult<String> {
+    let mut config = TrainConfig::from_json(config)?;
+    config.frames = frames::import(frames)?;
     let outcome = caller::run(py, Some(&on_event), |mut hooks| {
         jobs::train(&config, &mut hooks)
     })?;
@@ -39,12 +47,37 @@ pub fn train(py: Python<'_>, config: &str, on_event: Py<PyAny>) -> PyResult<Stri
 }
 
 #[pyfunction]
-pub fn evaluate(py: Python<'_>, config: &str, on_event: Py<PyAny>) -> PyResult<String> {
-    let config: jobs::EvaluateConfig = from_json(config)?;
+#[pyo3(signature = (config, on_event, frames=None))]
+pub fn evaluate(
+    py: Python<'_>,
+    config: &str,
+    on_event: Py<PyAny>,
+    frames: Option<Tables<'_>>,
+) -> PyResult<String> {
+    let mut config: jobs::EvaluateConfig = from_json(config)?;
+    config.frames = frames::import(frames)?;
     let result = caller::run(py, Some(&on_event), |mut hooks| {
         jobs::evaluate(&config, &mut hooks)
     })?;
     Ok(to_json(&result)?)
+}
+
+#[pyfunction]
+#[pyo3(signature = (config, frames=None))]
+pub fn split(py: Python<'_>, config: &str, frames: Option<Tables<'_>>) -> PyResult<String> {
+    let mut config: crate::data::SplitConfig = from_json(config)?;
+    config.data.frames = frames::import(frames)?;
+    let result = py.detach(move || crate::data::split_files(&config))?;
+    Ok(to_json(&result)?)
+}
+
+#[pyfunction]
+#[pyo3(signature = (config, frames=None))]
+pub fn audit(py: Python<'_>, config: &str, frames: Option<Tables<'_>>) -> PyResult<String> {
+    let mut job: jobs::AuditJob = from_json(config)?;
+    job.audit.data.frames = frames::import(frames)?;
+    let report = caller::run(py, None, |_| jobs::audit(&job))?;
+    Ok(to_json(&report)?)
 }
 
 #[pyfunction]

@@ -14,6 +14,12 @@ pub mod cuda;
 pub mod cuda_lora;
 #[cfg(feature = "engine")]
 pub mod engine;
+#[cfg(feature = "engine")]
+mod frames;
 pub mod memory;
 pub mod quant;
+#[cfg(feature = "engine")]
+pub mod rows;
+#[cfg(feature = "engine")]
+pub mod template;
 pub mod threads;

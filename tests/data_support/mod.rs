@@ -54,7 +54,7 @@ pub fn texts(path: &Path, columns: &Columns) -> Vec<String> {
     assert_eq!(skips, []);
     let text = |record: Record| match record.content {
         Content::Text(text) => text,
-        content @ Content::Completion { .. } => panic!("not a text: {content:?}"),
+        content => panic!("not a text: {content:?}"),
     };
     records.into_iter().map(text).collect()
 }
@@ -69,6 +69,8 @@ pub fn columns(text: Option<&str>, pair: Option<(&str, &str)>, group: Option<&st
         text_column: text.map(str::to_owned),
         prompt_column: pair.map(|(prompt, _)| prompt.to_owned()),
         completion_column: pair.map(|(_, completion)| completion.to_owned()),
+        messages_column: None,
+        label_column: None,
         group_column: group.map(str::to_owned),
     }
 }
@@ -104,6 +106,7 @@ pub fn bytes(folder: &Path, bos: Option<u32>, eos: Option<u32>) -> Tokenizer {
 pub fn text(content: &str) -> Record {
     Record {
         content: Content::Text(content.to_owned()),
+        label: None,
         group: None,
         file: 0,
         number: 1,

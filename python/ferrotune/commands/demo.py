@@ -21,6 +21,7 @@ _TRAINING: dict[str, Any] = {
     "method": "qlora",
     "text_column": "text",
     "group": "book",
+    "near_duplicates": 0.0,  # the Gospels and the Chronicles would bind the books together
     "learning_rate": 5e-3,
     "eval_tokens": 16_384,
 }

@@ -1,7 +1,7 @@
 """`ferrotune eval`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from ..options import Option, collect
 from ..registry import command
@@ -15,6 +15,7 @@ from ..shared import (
     Data,
     DoubleQuant,
     LoadedQuantType,
+    MessagesColumn,
     Model,
     Progress,
     PromptColumn,
@@ -42,6 +43,7 @@ def evaluate(
     text_column: TextColumn = None,
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
+    messages_column: MessagesColumn = None,
     sequence_length: SequenceLength = 128,
     packing: Annotated[
         bool,
@@ -70,8 +72,11 @@ def evaluate(
     import json
 
     from .. import _native
+    from ..frames import named
     from ..progress import open_display
 
+    tables: dict[str, Any] = {}
+    arguments["data"] = named(data, tables)
     settings = collect(evaluate, arguments)
     title = f"evaluation of {Path(settings['model']).name}"
     display = open_display(settings.pop("progress"), title)
@@ -83,7 +88,7 @@ def evaluate(
         return True
 
     try:
-        found = json.loads(_native.evaluate(json.dumps(settings), relay))
+        found = json.loads(_native.evaluate(json.dumps(settings), relay, tables))
     finally:
         display.close()
     names = ("loss", "perplexity", "bits_per_byte", "tokens", "seconds", "tokens_per_second")

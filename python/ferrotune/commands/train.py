@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from ..kinds import NO_TABLE, StrPath, StrPaths
+from ..kinds import NO_TABLE, DataSources, StrPath
 from ..options import Option, collect
 from ..registry import Invocation, command
 from ..results import TrainResult
@@ -19,10 +19,15 @@ from ..shared import (
     CompletionColumn,
     Data,
     DoubleQuant,
+    Group,
+    LabelColumn,
+    MessagesColumn,
     Model,
+    NearDuplicates,
     Progress,
     PromptColumn,
     SequenceLength,
+    Stratify,
     TextColumn,
     Threads,
 )
@@ -104,11 +109,25 @@ def train(
     text_column: TextColumn = None,
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
+    messages_column: MessagesColumn = None,
+    label_column: LabelColumn = None,
     sequence_length: SequenceLength = 128,
     packing: Annotated[
         bool,
         Option("several records in one row; attention never crosses between them", group=DATA),
     ] = True,
+    sort_by_length: Annotated[
+        bool,
+        Option("rows of about one length in a batch: less padding without packing", group=DATA),
+    ] = False,
+    audit: Annotated[
+        Literal["stop", "warn", "off"],
+        Option(
+            "look at the data first: end the run where training would be meaningless, go on "
+            "with a warning, or do not look",
+            group=DATA,
+        ),
+    ] = "stop",
     batch_size: BatchSize = 16,
     gradient_accumulation: Annotated[
         int, Option("batches whose gradients make one step", unit="batches", group=TRAINING)
@@ -152,12 +171,11 @@ def train(
         float, Option("part of the records kept out of training", unit="share", group=HELDOUT)
     ] = 0.05,
     heldout_data: Annotated[
-        StrPaths, Option("files to evaluate on instead of a part of the data", group=HELDOUT)
+        DataSources, Option("files to evaluate on instead of a part of the data", group=HELDOUT)
     ] = (),
-    group: Annotated[
-        str | None,
-        Option("column whose equal values stay on one side of the split", group=HELDOUT),
-    ] = None,
+    group: Group = None,
+    stratify: Stratify = True,
+    near_duplicates: NearDuplicates = 0.8,
     eval_every: Annotated[
         int, Option("steps between evaluations", unit="steps", group=HELDOUT)
     ] = 50,
@@ -183,18 +201,24 @@ def train(
     progress: Progress = True,
     on_event: Callable[[dict[str, Any]], bool | None] | None = None,
 ) -> TrainResult:
-    """Fine-tune a Llama-architecture model on text files, on the CPU.
+    """Fine-tune a Llama-architecture model on texts or conversations, on the CPU.
 
     Every setting is also an option of `ferrotune train` (`ferrotune train --help` lists them with
-    their units) and a key of its TOML config. The data is split by record, or by `group`; the
-    model is evaluated on the held-out part before the first step, every `eval_every` steps and at
-    the end, and the weights with the lowest held-out loss are kept.
+    their units) and a key of its TOML config. The data is split by record, or by `group`, with near
+    duplicates on one side and each label in its proportion; the model is evaluated on the held-out
+    part before the first step, every `eval_every` steps and at the end, and the weights with the
+    lowest held-out loss are kept. Before that the data is audited (`ferrotune.audit`): what is
+    found is shown as warnings and kept in the result's `data["audit"]`, and `audit` says whether
+    the run ends where training would be meaningless.
 
     The run's folder holds `config.toml` (every setting, ready to run again), `metrics.jsonl`,
     `adapter/` in PEFT's format (`model/`, a Hugging Face folder, for method "full"),
     `checkpoint/`, `curves.png`, `results.json` and a model card, `README.md`.
 
     Args:
+        data: files and folders, or tables in memory: a Hugging Face `Dataset`, a pandas or polars
+            frame, an Arrow table. A table is read without a copy; `config.toml` has a name in its
+            place, and only Python can run it again.
         learning_rate: None is 2e-4 for lora and qlora (QLoRA's value) and 2e-5 for full; small
             models take more, 1e-3 and above.
         on_event: called with each event of the trainer (a dict told apart by its key "event":
@@ -213,9 +237,13 @@ def train(
         TrainInterrupted: Ctrl-C, after a checkpoint was written (a KeyboardInterrupt).
     """
     arguments = locals()
+    from ..frames import named
     from ..training import run
 
+    tables: dict[str, Any] = {}
+    for name in ("data", "heldout_data"):
+        arguments[name] = named(arguments[name], tables)
     settings = collect(train, arguments)
     if settings["learning_rate"] is None:
         settings["learning_rate"] = _LEARNING_RATES[method]
-    return run(settings, DEFAULT_OUTPUT, on_event)
+    return run(settings, DEFAULT_OUTPUT, on_event, tables)

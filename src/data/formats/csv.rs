@@ -1,6 +1,5 @@
-//! `.csv`: comma-separated, with a header, quoted as RFC 4180 does.
+//! `.csv` and `.tsv`: values between commas or tabs, with a header, quoted as RFC 4180 does.
 
-use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,9 +8,11 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use ::csv::{ByteRecord, ErrorKind, ReaderBuilder};
 
 use super::CONVERT;
+use super::input::{Input, Packing, unreadable};
 use crate::data::columns::{Cell, Columns, Selection};
-use crate::data::reader::{MAX_RECORD_BYTES, Reader};
+use crate::data::reader::MAX_RECORD_BYTES;
 use crate::data::record::Item;
+use crate::data::stream::{BLOCK_BYTES, Block, Blocks};
 use crate::error::{Error, Result};
 
 const BUFFER_BYTES: usize = 1 << 16;
@@ -22,19 +23,20 @@ pub struct Csv {
     /// Bytes that `reader` may still take in before it must have finished a row.
     budget: Arc<AtomicUsize>,
     /// `None` for a file of white space only.
-    selection: Option<Selection>,
-    row: ByteRecord,
+    selection: Option<Arc<Selection>>,
     number: usize,
+    failed: bool,
 }
 
 impl Csv {
-    pub fn open(path: &Path, columns: &Columns) -> Result<Self> {
+    pub fn open(path: &Path, delimiter: u8, columns: &Columns) -> Result<Self> {
         let budget = Arc::new(AtomicUsize::new(MAX_RECORD_BYTES + BUFFER_BYTES));
         let bounded = Bounded {
-            file: File::open(path).map_err(Error::io(path))?,
+            input: Input::open(path)?,
             budget: Arc::clone(&budget),
         };
         let mut reader = ReaderBuilder::new()
+            .delimiter(delimiter)
             .buffer_capacity(BUFFER_BYTES)
             .from_reader(bounded);
         let header = reader.byte_headers().map_err(|error| fail(path, &error))?;
@@ -46,52 +48,77 @@ impl Csv {
         let selection = if names.iter().all(|name| name.is_empty()) {
             None
         } else {
-            Some(columns.select(&names).map_err(|message| {
+            let found = columns.select(&names).map_err(|message| {
                 Error::format(path, format!("{message} (line 1 is the header)"))
-            })?)
+            })?;
+            Some(Arc::new(found))
         };
         Ok(Self {
             path: path.to_owned(),
             reader,
             budget,
             selection,
-            row: ByteRecord::new(),
             number: 0,
+            failed: false,
         })
     }
+}
 
-    fn item(&mut self) -> Result<Option<Item>> {
-        let Some(selection) = &self.selection else {
+impl Blocks for Csv {
+    fn next_block(&mut self) -> Result<Option<Block>> {
+        let Some(selection) = self.selection.clone().filter(|_| !self.failed) else {
             return Ok(None);
         };
-        self.budget.store(MAX_RECORD_BYTES + BUFFER_BYTES, Relaxed);
-        let more = self
-            .reader
-            .read_byte_record(&mut self.row)
-            .map_err(|error| fail(&self.path, &error))?;
-        if !more {
+        let first = self.number + 1;
+        let mut rows = Vec::new();
+        let mut bytes = 0;
+        let mut failed = None;
+        while bytes < BLOCK_BYTES {
+            self.budget.store(MAX_RECORD_BYTES + BUFFER_BYTES, Relaxed);
+            let mut row = ByteRecord::new();
+            match self.reader.read_byte_record(&mut row) {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(error) => {
+                    failed = Some(fail(&self.path, &error));
+                    self.failed = true;
+                    break;
+                }
+            }
+            bytes += row.as_slice().len() + row.len() * size_of::<usize>();
+            rows.push(row);
+        }
+        self.number += rows.len();
+        if rows.is_empty() && failed.is_none() {
             return Ok(None);
         }
-        self.number += 1;
-        for column in selection.columns() {
-            if let Err(error) = std::str::from_utf8(&self.row[column.index]) {
-                let line = self.row.position().map_or(0, ::csv::Position::line);
-                let start = self.row.position().map_or(0, ::csv::Position::byte);
-                return Err(Error::format(
-                    &self.path,
-                    format!(
-                        "invalid UTF-8 in column `{}` of the row at line {line} (from byte {start}), {} bytes into the value; {CONVERT}",
-                        column.name,
-                        error.valid_up_to()
-                    ),
-                ));
-            }
-        }
-        let row = &self.row;
-        Ok(Some(selection.item(self.number, |column| {
-            Cell::Text(String::from_utf8_lossy(&row[column.index]).into_owned())
-        })))
+        let path = self.path.clone();
+        Ok(Some(Block::Parse(Box::new(move || {
+            let rows = rows.iter().zip(first..);
+            let items = rows.map(|(row, number)| item(&path, &selection, row, number));
+            items.chain(failed.map(Err)).collect()
+        }))))
     }
+}
+
+fn item(path: &Path, selection: &Selection, row: &ByteRecord, number: usize) -> Result<Item> {
+    for (_, column) in selection.columns() {
+        if let Err(error) = std::str::from_utf8(&row[column.index]) {
+            let line = row.position().map_or(0, ::csv::Position::line);
+            let start = row.position().map_or(0, ::csv::Position::byte);
+            return Err(Error::format(
+                path,
+                format!(
+                    "invalid UTF-8 in column `{}` of the row at line {line} (from byte {start}), {} bytes into the value; {CONVERT}",
+                    column.name,
+                    error.valid_up_to()
+                ),
+            ));
+        }
+    }
+    Ok(selection.item(number, |column| {
+        Cell::Text(String::from_utf8_lossy(&row[column.index]).into_owned())
+    }))
 }
 
 fn fail(path: &Path, error: &::csv::Error) -> Error {
@@ -101,43 +128,30 @@ fn fail(path: &Path, error: &::csv::Error) -> Error {
             expected_len,
             len,
         } => format!(
-            "line {}: {len} fields where the header has {expected_len}; a field with a comma, a quote or a line break in it must be quoted",
+            "line {}: {len} fields where the header has {expected_len}; a field with a delimiter, a quote or a line break in it must be quoted",
             pos.as_ref().map_or(0, ::csv::Position::line)
         ),
         ErrorKind::Io(source) if source.kind() != std::io::ErrorKind::FileTooLarge => {
-            return Error::Io {
-                path: path.to_owned(),
-                source: std::io::Error::new(source.kind(), source.to_string()),
+            let copy = match source.raw_os_error() {
+                Some(code) => std::io::Error::from_raw_os_error(code),
+                None => std::io::Error::new(source.kind(), source.to_string()),
             };
+            return unreadable(path, Packing::of(path).0, copy);
         }
         _ => error.to_string(),
     };
     Error::format(path, message)
 }
 
-impl Iterator for Csv {
-    type Item = Result<Item>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        self.item().transpose()
-    }
-}
-
-impl Reader for Csv {
-    fn path(&self) -> &Path {
-        &self.path
-    }
-}
-
 /// Stops a row that never ends (an unclosed quote takes in the rest of the file).
 struct Bounded {
-    file: File,
+    input: Input,
     budget: Arc<AtomicUsize>,
 }
 
 impl Read for Bounded {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let read = self.file.read(buffer)?;
+        let read = self.input.read(buffer)?;
         let left = self.budget.load(Relaxed);
         if read > left {
             return Err(std::io::Error::new(

@@ -1,74 +1,133 @@
 //! `.jsonl`: one JSON object a line. Only the wanted keys are kept; the rest is parsed and dropped as it streams by.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::de::DeserializeSeed;
 
-use super::lines::Lines;
+use super::lines::{Chunk, Chunks, decode};
 use super::object::{Object, Value};
-use crate::data::columns::{Cell, Columns, Selection};
-use crate::data::reader::Reader;
+use crate::data::columns::{Cell, Columns, Role, Selection};
 use crate::data::record::{Item, Reason, Skip};
+use crate::data::stream::{Block, Blocks};
 use crate::error::{Error, Result};
 
 pub struct JsonLines {
-    lines: Lines,
+    chunks: Chunks,
+    shared: Arc<Shared>,
+    first: bool,
+    over: bool,
+}
+
+/// What the blocks of one file have in common.
+struct Shared {
+    path: PathBuf,
     columns: Columns,
     /// Names of the keys to keep, in the order of the cells.
     wanted: Vec<String>,
-    /// Keys met so far, until one line has had the columns.
-    keys: Option<BTreeSet<String>>,
+    /// Of each wanted key: whether it may hold a list or an object.
+    nested: Vec<bool>,
+    /// Whether any line had the columns.
+    found: AtomicBool,
+    /// Keys of the file's first block, for the error about columns that no line has.
+    keys: Mutex<BTreeSet<String>>,
 }
 
 impl JsonLines {
     pub fn open(path: &Path, columns: &Columns) -> Result<Self> {
+        let candidates = columns.candidates();
         Ok(Self {
-            lines: Lines::open(path)?,
-            wanted: columns
-                .candidates()
-                .into_iter()
-                .map(str::to_owned)
-                .collect(),
-            columns: columns.clone(),
-            keys: Some(BTreeSet::new()),
+            chunks: Chunks::open(path)?,
+            shared: Arc::new(Shared {
+                path: path.to_owned(),
+                columns: columns.clone(),
+                wanted: candidates
+                    .iter()
+                    .map(|(name, _)| (*name).to_owned())
+                    .collect(),
+                nested: candidates.iter().map(|(_, nested)| *nested).collect(),
+                found: AtomicBool::new(false),
+                keys: Mutex::default(),
+            }),
+            first: true,
+            over: false,
         })
     }
+}
 
+impl Blocks for JsonLines {
     /// A line may lack the columns (writers drop nulls) and is then skipped; a file none of whose lines has them is an error.
-    fn item(&mut self) -> Result<Option<Item>> {
-        loop {
-            let Some(line) = self.lines.next_line()? else {
-                return self.end();
-            };
-            if line.trim().is_empty() {
-                continue;
-            }
-            let object = Object {
-                wanted: &self.wanted,
-                keys: self.keys.as_mut(),
-            };
-            let mut parser = serde_json::Deserializer::from_str(line);
-            let parsed = object
-                .deserialize(&mut parser)
-                .and_then(|cells| parser.end().map(|()| cells));
-            let values = match parsed {
-                Ok(values) => values,
-                Err(error) => {
-                    let message = describe(&error, line);
-                    let number = self.lines.number();
-                    return Err(Error::format(
-                        self.lines.path(),
-                        format!("line {number}, {message}"),
-                    ));
-                }
-            };
-            return self.assemble(&values).map(Some);
+    fn next_block(&mut self) -> Result<Option<Block>> {
+        let shared = Arc::clone(&self.shared);
+        if let Some(chunk) = self.chunks.next_chunk()? {
+            let first = std::mem::take(&mut self.first);
+            return Ok(Some(Block::Parse(Box::new(move || {
+                shared.items(&chunk, first)
+            }))));
         }
+        if std::mem::replace(&mut self.over, true) {
+            return Ok(None);
+        }
+        Ok(Some(Block::End(Box::new(move || shared.missing()))))
+    }
+}
+
+impl Shared {
+    /// Up to the first line that is not as it must be.
+    fn items(&self, chunk: &Chunk, first: bool) -> Vec<Result<Item>> {
+        let mut keys = first.then(BTreeSet::new);
+        let mut items = Vec::new();
+        let mut any = false;
+        for (number, offset, line) in chunk.lines() {
+            match self.item(number, offset, line, keys.as_mut(), &mut any) {
+                Ok(None) => {}
+                Ok(Some(item)) => items.push(Ok(item)),
+                Err(error) => {
+                    items.push(Err(error));
+                    break;
+                }
+            }
+        }
+        if any {
+            self.found.store(true, Relaxed);
+        }
+        if let Some(keys) = keys {
+            *self.keys.lock().unwrap_or_else(PoisonError::into_inner) = keys;
+        }
+        items
     }
 
-    fn assemble(&mut self, values: &[Value]) -> Result<Item> {
-        let number = self.lines.number();
+    fn item(
+        &self,
+        number: usize,
+        offset: u64,
+        line: &[u8],
+        keys: Option<&mut BTreeSet<String>>,
+        any: &mut bool,
+    ) -> Result<Option<Item>> {
+        let line = decode(&self.path, line, number, offset)?;
+        if line.trim().is_empty() {
+            return Ok(None);
+        }
+        let object = Object {
+            wanted: &self.wanted,
+            nested: &self.nested,
+            keys: keys.filter(|_| !*any),
+        };
+        let mut parser = serde_json::Deserializer::from_str(line);
+        let parsed = object
+            .deserialize(&mut parser)
+            .and_then(|cells| parser.end().map(|()| cells));
+        let values = parsed.map_err(|error| {
+            let message = describe(&error, line);
+            Error::format(&self.path, format!("line {number}, {message}"))
+        })?;
+        self.assemble(number, &values, any).map(Some)
+    }
+
+    fn assemble(&self, number: usize, values: &[Value], any: &mut bool) -> Result<Item> {
         let Some(selection) = self.selection(values) else {
             let absent = self
                 .wanted
@@ -82,26 +141,23 @@ impl JsonLines {
                 reason: Reason::Missing(absent),
             }));
         };
-        self.keys = None;
-        for column in selection.columns() {
-            let group = selection
-                .group
-                .as_ref()
-                .is_some_and(|group| group.index == column.index);
+        *any = true;
+        for (role, column) in selection.columns() {
             let kind = match &values[column.index] {
-                Value::Other(kind) => *kind,
-                Value::Scalar(kind, _) if !group => *kind,
+                Value::Other(kind) if role != Role::Label => *kind,
+                Value::Scalar(kind, _) if matches!(role, Role::Text | Role::Nested) => *kind,
                 _ => continue,
             };
-            let name = &column.name;
+            let (name, wants) = (&column.name, role.wants());
             return Err(Error::format(
-                self.lines.path(),
-                format!("line {number}: `{name}` is {kind}, not a string"),
+                &self.path,
+                format!("line {number}: `{name}` is {kind}, not {wants}"),
             ));
         }
         Ok(
             selection.item(number, |column| match &values[column.index] {
                 Value::Text(text) | Value::Scalar(_, text) => Cell::Text(text.clone()),
+                Value::Nested(json) => Cell::Nested(json.clone()),
                 Value::Missing => Cell::Missing,
                 Value::Null | Value::Other(_) => Cell::Null,
             }),
@@ -115,31 +171,13 @@ impl JsonLines {
         })
     }
 
-    fn end(&mut self) -> Result<Option<Item>> {
-        match self.keys.take() {
-            Some(keys) if self.lines.number() > 0 && !keys.is_empty() => {
-                let names: Vec<&str> = keys.iter().map(String::as_str).collect();
-                Err(Error::format(
-                    self.lines.path(),
-                    self.columns.missing(&names),
-                ))
-            }
-            _ => Ok(None),
+    fn missing(&self) -> Option<Error> {
+        let keys = self.keys.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.found.load(Relaxed) || keys.is_empty() {
+            return None;
         }
-    }
-}
-
-impl Iterator for JsonLines {
-    type Item = Result<Item>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        self.item().transpose()
-    }
-}
-
-impl Reader for JsonLines {
-    fn path(&self) -> &Path {
-        self.lines.path()
+        let names: Vec<&str> = keys.iter().map(String::as_str).collect();
+        Some(Error::format(&self.path, self.columns.missing(&names)))
     }
 }
 

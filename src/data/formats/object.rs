@@ -6,6 +6,8 @@ use std::fmt;
 
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
+use crate::data::json::Json;
+
 /// Keys remembered for the error about a column that no line has.
 const REMEMBERED_KEYS: usize = 1000;
 
@@ -16,12 +18,16 @@ pub enum Value {
     Text(String),
     /// A number or truth value, which a group may be.
     Scalar(&'static str, String),
+    /// A list or an object, as JSON, of a key that may hold one.
+    Nested(String),
     Other(&'static str),
 }
 
 /// Parses an object into the values of the wanted keys.
 pub struct Object<'a> {
     pub wanted: &'a [String],
+    /// Of each wanted key: whether a list or an object is kept.
+    pub nested: &'a [bool],
     /// Takes in every key that is met.
     pub keys: Option<&'a mut BTreeSet<String>>,
 }
@@ -45,7 +51,11 @@ impl<'de> Visitor<'de> for Object<'_> {
         let mut values: Vec<Value> = self.wanted.iter().map(|_| Value::Missing).collect();
         while let Some(Key(key)) = map.next_key()? {
             match self.wanted.iter().position(|name| *name == key) {
-                Some(index) => values[index] = map.next_value_seed(AnyValue)?,
+                Some(index) => {
+                    values[index] = map.next_value_seed(AnyValue {
+                        nested: self.nested[index],
+                    })?;
+                }
                 None => {
                     map.next_value::<IgnoredAny>()?;
                 }
@@ -65,7 +75,9 @@ impl<'de> Visitor<'de> for Object<'_> {
 #[derive(serde::Deserialize)]
 struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
 
-struct AnyValue;
+struct AnyValue {
+    nested: bool,
+}
 
 impl<'de> DeserializeSeed<'de> for AnyValue {
     type Value = Value;
@@ -111,11 +123,21 @@ impl<'de> Visitor<'de> for AnyValue {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Value, A::Error> {
+        if self.nested {
+            return Json::new()
+                .visit_seq(list)
+                .map(|json| Value::Nested(json.to_string()));
+        }
         while list.next_element::<IgnoredAny>()?.is_some() {}
         Ok(Value::Other("a list"))
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
+        if self.nested {
+            return Json::new()
+                .visit_map(map)
+                .map(|json| Value::Nested(json.to_string()));
+        }
         while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
         Ok(Value::Other("an object"))
     }

@@ -4,8 +4,9 @@ use std::path::Path;
 
 use super::lines::Lines;
 use crate::data::columns::{Columns, check};
-use crate::data::reader::{MAX_RECORD_BYTES, Reader};
+use crate::data::reader::MAX_RECORD_BYTES;
 use crate::data::record::{Content, Item, Record, Skip};
+use crate::data::stream::{BLOCK_BYTES, Block, Blocks};
 use crate::error::{Error, Result};
 
 /// What a skipped paragraph's text is called in its reason.
@@ -23,7 +24,7 @@ impl Text {
         if columns.any_named() {
             return Err(Error::format(
                 path,
-                "a .txt file has no columns: text_column, prompt_column, completion_column and group need .jsonl, .csv or .parquet",
+                "a .txt file has no columns: text_column, prompt_column, completion_column, messages_column, label_column and group need .jsonl, .csv, .tsv, .parquet or .arrow",
             ));
         }
         Ok(Self {
@@ -63,25 +64,50 @@ impl Text {
         }
         Ok((!text.is_empty()).then_some(text))
     }
+}
 
-    fn item(&mut self) -> Result<Option<Item>> {
-        let Some(text) = self.paragraph()? else {
+impl Blocks for Text {
+    fn next_block(&mut self) -> Result<Option<Block>> {
+        let first = self.number + 1;
+        let mut texts = Vec::new();
+        let mut bytes = 0;
+        let mut failed = None;
+        while bytes < BLOCK_BYTES {
+            match self.paragraph() {
+                Ok(Some(text)) => {
+                    bytes += text.len() + size_of::<String>();
+                    texts.push(text);
+                }
+                Ok(None) => break,
+                Err(error) => {
+                    failed = Some(error);
+                    break;
+                }
+            }
+        }
+        self.number += texts.len();
+        if texts.is_empty() && failed.is_none() {
             return Ok(None);
-        };
-        self.number += 1;
-        Ok(Some(match check(text, NAME, false) {
-            Ok(text) => Item::Record(Record {
-                content: Content::Text(text),
-                group: None,
-                file: 0,
-                number: self.number,
-            }),
-            Err(reason) => Item::Skip(Skip {
-                file: 0,
-                number: self.number,
-                reason,
-            }),
-        }))
+        }
+        Ok(Some(Block::Parse(Box::new(move || {
+            let items = texts.into_iter().zip(first..).map(|(text, number)| {
+                Ok(match check(text, NAME, false) {
+                    Ok(text) => Item::Record(Record {
+                        content: Content::Text(text),
+                        label: None,
+                        group: None,
+                        file: 0,
+                        number,
+                    }),
+                    Err(reason) => Item::Skip(Skip {
+                        file: 0,
+                        number,
+                        reason,
+                    }),
+                })
+            });
+            items.chain(failed.map(Err)).collect()
+        }))))
     }
 }
 
@@ -98,18 +124,4 @@ fn has_paragraphs(path: &Path) -> Result<bool> {
         gap = text && blank;
     }
     Ok(false)
-}
-
-impl Iterator for Text {
-    type Item = Result<Item>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        self.item().transpose()
-    }
-}
-
-impl Reader for Text {
-    fn path(&self) -> &Path {
-        self.lines.path()
-    }
 }

@@ -6,7 +6,8 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use super::{plan, quantize, tokenizer, with_threads};
-use crate::data::{Columns, DataConfig, Sequential, prepare_whole};
+use crate::data::audit::AuditMode;
+use crate::data::{Columns, DataConfig, Frames, Layout, Sequential, prepare_whole};
 use crate::engine::models::llama::{Llama, LlamaConfig};
 use crate::engine::{Control, EvalEvent, Event, Hooks, evaluate as evaluate_source};
 use crate::error::{Error, Result};
@@ -25,6 +26,10 @@ pub struct EvaluateConfig {
     pub text_column: Option<String>,
     pub prompt_column: Option<String>,
     pub completion_column: Option<String>,
+    pub messages_column: Option<String>,
+    /// Tables in memory, by the names that stand for them in `data`.
+    #[serde(skip)]
+    pub frames: Frames,
     pub sequence_length: usize,
     pub packing: bool,
     pub batch_size: usize,
@@ -38,7 +43,7 @@ pub struct EvaluateResult {
     /// Mean over the tokens predicted, nats.
     pub loss: f64,
     pub perplexity: f64,
-    /// Mean bits for each UTF-8 byte of the text read; none if only a part of it was read.
+    /// Mean bits for each UTF-8 byte of the text read; none if only a part of it was read, and for conversations.
     pub bits_per_byte: Option<f64>,
     /// Records left out.
     pub skipped: usize,
@@ -86,15 +91,22 @@ fn run(config: &EvaluateConfig, hooks: &mut (dyn Hooks + Send)) -> Result<Evalua
             data: config.data.clone(),
             heldout: 0.0,
             heldout_data: Vec::new(),
+            stratify: false,
+            near_duplicates: 0.0,
             columns: Columns {
                 text_column: config.text_column.clone(),
                 prompt_column: config.prompt_column.clone(),
                 completion_column: config.completion_column.clone(),
+                messages_column: config.messages_column.clone(),
+                label_column: None,
                 group_column: None,
             },
+            frames: config.frames.clone(),
             sequence_length: config.sequence_length,
             packing: config.packing,
             seed: 0,
+            layout: Layout::Inputs,
+            audit: AuditMode::Off,
         },
         &tokenizer,
     )?;

@@ -1,5 +1,6 @@
-//! The commands a user gives: train, evaluate, generate, merge, each from its settings alone.
+//! The commands a user gives: train, evaluate, generate, merge, audit, each from its settings alone.
 
+mod audit;
 mod compute;
 mod evaluate;
 mod generate;
@@ -8,6 +9,7 @@ mod train;
 
 use std::path::Path;
 
+pub use audit::{AuditJob, audit};
 pub use compute::compute;
 pub use evaluate::{EvaluateConfig, EvaluateResult, evaluate};
 pub use generate::{GenerateConfig, GenerateResult, generate};

@@ -5,6 +5,7 @@ use serde_json::{Map, json};
 
 use super::{Names, select, tokenizer, with_threads};
 use crate::adapter::{AdapterConfig, Selector};
+use crate::data::audit::Severity;
 use crate::data::{DataConfig, DataReport, Sequential, Shuffled, prepare};
 use crate::engine::models::llama::{
     ARCHITECTURE, Init, Llama, LlamaConfig, LoadPlan, Quantize, Trained,
@@ -57,10 +58,16 @@ fn run(config: &TrainConfig, hooks: &mut (dyn Hooks + Send)) -> Result<TrainOutc
     let model_event = model_event(config, &model);
     hooks.on_event(&Event::Data(data_event(&prepared.report)))?;
     hooks.on_event(&Event::Model(model_event.clone()))?;
+    let faults = prepared.report.audit.iter();
+    let faults = faults
+        .filter(|finding| finding.severity >= Severity::Warning)
+        .map(|finding| format!("data: {}", finding.message));
+    let warnings = faults.chain(warnings);
     for message in warnings {
         hooks.on_event(&Event::Warning { message })?;
     }
-    let train = Shuffled::new(&prepared.train, config.batch_size, config.seed)?;
+    let train = Shuffled::new(&prepared.train, config.batch_size, config.seed)?
+        .by_length(config.sort_by_length);
     let heldout = Sequential::new(&prepared.heldout, config.batch_size)?;
     let result = train_in(&folder, config, &model, &train, &heldout, hooks)?;
     let adapter = (config.method != Method::Full).then(|| config.output.join("adapter"));
@@ -107,15 +114,22 @@ fn data_config(config: &TrainConfig) -> DataConfig {
         data: config.data.clone(),
         heldout: config.heldout,
         heldout_data: config.heldout_data.clone(),
+        stratify: config.stratify,
+        near_duplicates: config.near_duplicates,
         columns: crate::data::Columns {
             text_column: config.text_column.clone(),
             prompt_column: config.prompt_column.clone(),
             completion_column: config.completion_column.clone(),
+            messages_column: config.messages_column.clone(),
+            label_column: config.label_column.clone(),
             group_column: config.group.clone(),
         },
+        frames: config.frames.clone(),
         sequence_length: config.sequence_length,
         packing: config.packing,
         seed: config.seed,
+        layout: crate::data::Layout::Inputs,
+        audit: config.audit,
     }
 }
 
