@@ -53,7 +53,7 @@ def usable(index: int) -> bool:
         warnings.warn(
             f"ferrotune's CUDA kernels are not used on device {index}, PyTorch's own operations "
             f"are: {error}",
-            stacklevel=4,
+            stacklevel=5,
         )
         return False
     return True
