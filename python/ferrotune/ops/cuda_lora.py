@@ -78,13 +78,14 @@ def forward(
     how = plan(x, projections) if how is None else how
     ys: list[Any] = [None] * len(projections)
     hs: list[Tensor | None] = [None] * len(projections)
+    before = x.shape[:-1]
     for one in how.passes:
         hs[one.members[0]] = h = x.new_empty(how.m, one.planes * one.columns)
         for i in one.members:
             if one.terms == "added":
                 ys[i] = _shaped(x, reference.base(_rows(how, x), projections[i]))
             else:
-                ys[i] = x.new_empty(*x.shape[:-1], projections[i].shape[0])
+                ys[i] = x.new_empty(*before, projections[i].shape[0])
         if how.m:
             _run_forward(how, x, projections, seed, one, ys, h)
         if one.terms == "written":
@@ -111,13 +112,13 @@ def _shaped(x: Tensor, y: Tensor | None) -> Tensor | None:
 _NO_WEIGHT = (0, False, None)
 
 
-def _weight(x: Tensor, projection: Projection, alive: list[Tensor]) -> tuple[int, bool, Any]:
+def _weight(x: Tensor, projection: Projection, alive: list[Tensor | None]) -> tuple[int, bool, Any]:
     """As native calls take it: a 4-bit one with memory that it is dequantised to in the call."""
     quant = projection.quant
     if quant is not None and quant.dtype == x.dtype:
         numbers, offset = cuda.parts(quant)
         scratch = x.new_empty(*quant.shape)
-        alive += [scratch] if offset is None else [scratch, offset]
+        alive += (scratch, offset)
         return (scratch.data_ptr(), False, numbers)
     weight = reference.dense(projection, x.dtype)
     assert weight is not None
@@ -139,7 +140,7 @@ def _run_forward(
 ) -> None:
     """One native call; with ``terms`` left another for each 4-bit weight but an only one's."""
     left = one.terms == "left"
-    alive: list[Tensor] = []
+    alive: list[Tensor | None] = []
     given: list[Any] = []
     for i, start in zip(one.members, one.starts, strict=True):
         projection = projections[i]
@@ -153,12 +154,12 @@ def _run_forward(
         if left and (len(one.members) == 1 or projection.quant is None):
             weight = _weight(x, projection, alive)
         outputs = (ys[i].data_ptr(), address(bias), address(lora_bias), NAMES[kind])
-        alive += [part for part in (bias, lora_bias) if part is not None]
+        alive += (bias, lora_bias)
         given.append((*_adapter(projection, start, alive), outputs, (0, 0), weight))
-    workspace = x.new_empty(one.workspace, dtype=torch.uint8)
+    workspace = _workspace(x, one)
     group = _input(how, x, seed, one, h, one.terms)
     stream = cuda.raw_stream(how.device)
-    _native.cuda_lora_forward(how.device, stream, group, given, workspace.data_ptr())
+    _native.cuda_lora_forward(how.device, stream, group, given, address(workspace))
     if not left:
         return
     missing = [place for place, part in enumerate(given) if part[-1] == _NO_WEIGHT]
@@ -166,14 +167,14 @@ def _run_forward(
         return
     nothing = [(*part[:-1], _NO_WEIGHT) for part in given]
     for place in missing:  # one at a time
-        now: list[Tensor] = []
+        now: list[Tensor | None] = []
         weight = _weight(x, projections[one.members[place]], now)
         asked = [*nothing[:place], (*given[place][:-1], weight), *nothing[place + 1 :]]
-        _native.cuda_lora_products(how.device, stream, group, asked, workspace.data_ptr())
+        _native.cuda_lora_products(how.device, stream, group, asked, address(workspace))
 
 
 def _adapter(
-    projection: Projection, start: int, alive: list[Tensor]
+    projection: Projection, start: int, alive: list[Tensor | None]
 ) -> tuple[tuple[int, int, str, int, int], tuple[float, float, int, int]]:
     lora_A, lora_B = projection.lora_A, projection.lora_B
     assert lora_A is not None
@@ -185,6 +186,10 @@ def _adapter(
         (lora_A.data_ptr(), lora_B.data_ptr(), NAMES[lora_A.dtype], n, r),
         (projection.scaling, projection.dropout_p, projection.stream, start),
     )
+
+
+def _workspace(x: Tensor, one: Pass | BackwardPass) -> Tensor | None:
+    return x.new_empty(one.workspace, dtype=torch.uint8) if one.workspace else None
 
 
 def _input(
@@ -313,24 +318,26 @@ def _run_backward(
 ) -> None:
     """Fills in the gradients of a pass's adapters, and ``part``, what it adds to x's."""
     assert h is not None
-    alive: list[Tensor] = []
+    alive: list[Tensor | None] = []
     given: list[Any] = []
     for i, start, for_A, for_B, based in one.live:
         projection, grad = projections[i], grads[i]
         assert grad is not None
         adapter = _adapter(projection, start, alive)
-        lora_A, lora_B = alive[-2:]
+        lora_A, lora_B = alive[-2:]  # contiguous
+        assert lora_A is not None
+        assert lora_B is not None
         found.lora_A[i] = grad_A = torch.empty_like(lora_A) if for_A else None
         found.lora_B[i] = grad_B = torch.empty_like(lora_B) if for_B else None
         weight = _weight(x, projection, alive) if based else _NO_WEIGHT
         outputs = (grad.data_ptr(), 0, 0, "float32")
         given.append((*adapter, outputs, (address(grad_A), address(grad_B)), weight))
-    workspace = x.new_empty(one.workspace, dtype=torch.uint8)
+    workspace = _workspace(x, one)
     _native.cuda_lora_backward(
         how.device,
         cuda.raw_stream(how.device),
         _input(how, x, seed, one, h),
         given,
-        workspace.data_ptr(),
+        address(workspace),
         address(part),
     )
