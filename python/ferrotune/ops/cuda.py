@@ -53,7 +53,7 @@ def usable(index: int) -> bool:
         warnings.warn(
             f"ferrotune's CUDA kernels are not used on device {index}, PyTorch's own operations "
             f"are: {error}",
-            stacklevel=4,
+            stacklevel=5,
         )
         return False
     return True
@@ -175,8 +175,9 @@ def dequantize_4bit(quant: Quant4bit, dtype: torch.dtype, transpose: bool = Fals
     from .. import _native
 
     device = quant.packed.device
-    if any(part is not None and part.device != device for part in quant.tensors):
-        raise ValueError(f"the parts of a 4-bit weight must all be on {device}")
+    for part in quant[1:5]:
+        if part is not None and part.device != device:
+            raise ValueError(f"the parts of a 4-bit weight must all be on {device}")
     shape = quant.shape
     k = shape[-1] if shape else 1
     n = 1

@@ -19,8 +19,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def laid_out(x: Tensor) -> Tensor:
+    """``[m, columns]``, contiguous: as ``forward`` and ``backward`` take x and gradients."""
+    return as_rows(x)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``[m, k]``, contiguous: strides of expanded or transposed tensors end here."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+
+
+def plan(x: Tensor, projections: Sequence[Projection]) -> None:
+    """What can be worked out once for shapes and types: nothing here."""
+
+
 def forward(
-    x: Tensor, projections: Sequence[Projection], seed: Tensor | None
+    x: Tensor, projections: Sequence[Projection], seed: Tensor | None, how: None = None
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Of x ``[m, k]``: ``ys`` ``[m, n]`` in its dtype; ``hs`` ``[m, r]``: scaling·dropout(x)·Aᵀ."""
     ys: list[Tensor] = []
@@ -61,6 +75,7 @@ def backward(
     projections: Sequence[Projection],
     seed: Tensor | None,
     need: Need,
+    how: None = None,
 ) -> Grads:
     """Gradients of ``forward``'s inputs in their dtypes; ``grads`` ``[m, n]`` are contiguous."""
     dx: Tensor | None = None
