@@ -6,7 +6,6 @@ use super::super::device::Device;
 use super::super::error::during;
 use super::super::launch::{Address, Grid, Parameters, Stream};
 use super::Float16;
-use super::kernels::{Masks, Segment};
 use crate::error::Result;
 
 /// Projections whose products one launch adds up.
@@ -51,8 +50,8 @@ struct Gemm {
     h: TensorMap,
     out: TensorMap,
     bias: Address,
-    masks: Masks,
-    masked: Segment,
+    mask: Address,
+    mask_words: u64,
     m: u64,
     w_columns: u64,
     steps: [u32; MAX_PROJECTIONS],
@@ -64,7 +63,7 @@ struct Gemm {
     reserved: u32,
     chunk: [Chunk; MAX_CHUNKS],
 }
-const _: () = assert!(size_of::<Gemm>() == 1984);
+const _: () = assert!(size_of::<Gemm>() == 1920);
 // SAFETY: the kernel's structure, field for field.
 unsafe impl Parameters for Gemm {}
 
@@ -152,8 +151,8 @@ pub struct Carried<'a> {
     /// At most [`MAX_CHUNKS`]: first those of values' lower parts.
     pub chunks: &'a [Chunk],
     pub lower: usize,
-    pub masks: Masks,
-    pub masked: Segment,
+    /// Of the term, a bit an element, or 0.
+    pub mask: Address,
     /// f32 `[w]`, or 0.
     pub bias: Address,
     pub out: Matrix,
@@ -231,8 +230,8 @@ pub unsafe fn launch(
         panel: [TensorMap::default(); MAX_PROJECTIONS],
         out: carried.out.map(dtype, 32, 16, Swizzle::Bytes64)?,
         bias: carried.bias,
-        masks: carried.masks,
-        masked: carried.masked,
+        mask: carried.mask,
+        mask_words: carried.out.columns.div_ceil(32),
         m: carried.out.rows,
         w_columns: carried.out.columns,
         steps: [0; MAX_PROJECTIONS],
