@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -111,6 +113,28 @@ def test_work_goes_to_the_current_stream() -> None:
         assert torch.equal(y, want["y"]), kind
         for name, leaf in leaves.items():
             assert torch.equal(leaf.grad, want[name]), (kind, name)
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_thread_without_a_context() -> None:
+    """As autograd's threads are before their first operation."""
+    case = build("dense", shape=(4, 512, 256), n=512).to(torch.device("cuda"))
+    want, leaves = run(case, ours)["y"], case.inputs()
+    torch.cuda.synchronize()
+    driver = ctypes.CDLL("libcuda.so.1")
+    current = ctypes.c_void_p()
+    found: list[Tensor] = []
+
+    def work() -> None:
+        assert driver.cuCtxGetCurrent(ctypes.byref(current)) == 0
+        with torch.no_grad():
+            found.append(ours(case, **leaves))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not current
+    assert torch.equal(found[0], want)
 
 
 def test_two_streams_at_once() -> None:

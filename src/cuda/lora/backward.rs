@@ -31,6 +31,7 @@ pub unsafe fn backward(
     if input.m == 0 {
         return Ok(());
     }
+    let _context = device.enter()?; // matrices are described to the current one's device
     let planes = input.planes as u32;
     let columns: u64 = projections.iter().map(Projection::columns).sum();
     let g = workspace + layout.g;

@@ -27,6 +27,7 @@ pub unsafe fn forward(
     if input.m == 0 {
         return Ok(());
     }
+    let _context = device.enter()?; // matrices are described to the current one's device
     let mut jobs = jobs_of_b(input, projections, layout, workspace);
     for (projection, place) in projections.iter().zip(&layout.bias) {
         jobs.extend(bias_job(input, projection, workspace + place));
@@ -86,6 +87,7 @@ pub unsafe fn products(
     layout: &Layout,
     workspace: Address,
 ) -> Result<()> {
+    let _context = device.enter()?;
     // SAFETY: the caller's promise.
     unsafe { write_products(device, stream, input, projections, layout, workspace, false) }
 }
