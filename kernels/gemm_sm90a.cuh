@@ -27,8 +27,8 @@ struct Gemm {
     TensorMap h;                    // 16 columns, 128 rows
     TensorMap out;                  // 32 columns, 16 rows
     const float* bias;              // [w], or null
-    const uint32_t* mask;           // [m, mask_words], a bit an element (lora_mask.cu), or null
-    uint64_t mask_words;
+    Masks masks;
+    Segment masked;                 // whose mask; its scale is in H
     uint64_t m;
     uint64_t w_columns;
     uint32_t steps[GEMM_PROJECTIONS];  // ceil(depth / 64)
@@ -40,7 +40,7 @@ struct Gemm {
     uint32_t reserved;
     GemmChunk chunk[GEMM_CHUNKS];
 };
-static_assert(sizeof(Gemm) == 1920, "src/cuda/lora/gemm.rs lays it out alike");
+static_assert(sizeof(Gemm) == 1984, "src/cuda/lora/gemm.rs lays it out alike");
 
 constexpr int GEMM_THREADS = 384;  // a warpgroup that copies, two that multiply
 constexpr int GEMM_ROWS = 128;     // of a block's tile; a cluster's two blocks lie one below the other
@@ -138,11 +138,10 @@ __device__ __forceinline__ void gemm_copy(const Gemm& p, uint32_t shared, uint32
     }
 }
 
-// The three warps that neither copy nor multiply bring the masks of tiles, ahead of their use. (To make them here would
-// cost the products a tenth: the warps share the registers' ports.)
+// The three warps that neither copy nor multiply make the masks of tiles, a bit an element, ahead of their use.
 __device__ __forceinline__ void gemm_mask(const Gemm& p, uint32_t shared, uint32_t rank) {
-    constexpr uint32_t WORDS = GEMM_COLUMNS / 32;
     const uint32_t full = shared + GEMM_MASK_BARRIERS, empty = full + 8 * 2;
+    const uint64_t seed = *p.masks.seed;
     const GemmTiles tiles(p);
     GemmRing<2> ring;
     for (uint32_t tile = blockIdx.x / 2; tile < tiles.count(); tile += gridDim.x / 2, ring.next()) {
@@ -151,10 +150,13 @@ __device__ __forceinline__ void gemm_mask(const Gemm& p, uint32_t shared, uint32
         row += static_cast<int>(rank) * GEMM_ROWS;
         barrier_wait(empty + 8 * ring.at, ring.parity ^ 1);
         const uint32_t mask = shared + GEMM_MASKS + ring.at * GEMM_MASK_BYTES;
-        for (uint32_t word = threadIdx.x - 32; word < GEMM_ROWS * WORDS; word += 96) {
-            const uint64_t at_row = row + word / WORDS, at_word = column / 32 + word % WORDS;
-            const bool inside = at_row < p.m && at_word < p.mask_words;
-            const uint32_t bits = inside ? p.mask[at_row * p.mask_words + at_word] : 0;
+        for (uint32_t word = threadIdx.x - 32; word < GEMM_MASK_BYTES / 4; word += 96) {
+            const uint64_t first = static_cast<uint64_t>(row + word / 8) * p.masks.columns + column + word % 8 * 32;
+            uint32_t bits = 0;
+#pragma unroll 2
+            for (uint32_t byte = 0; byte < 4; ++byte) {
+                bits |= kept_of_call<false>(seed, p.masked, first / 8 + byte) << 8 * byte;
+            }
             asm volatile("st.shared.u32 [%0], %1;" ::"r"(mask + 4 * word), "r"(bits) : "memory");
         }
         __syncwarp();
@@ -264,7 +266,7 @@ __device__ __forceinline__ void gemm_multiply(const Gemm& p, uint32_t shared, ui
             }
             products_commit();
             first += count;
-            const bool masked = first == p.chunks && p.mask != nullptr;
+            const bool masked = first == p.chunks && p.masks.seed != nullptr;
             if (first == p.lower || masked) {
                 products_wait<0>(sums);
                 release(held);
@@ -338,13 +340,13 @@ __device__ __forceinline__ void gemm(const Gemm& p) {
         barriers_visible();
     }
     cluster_sync();
-    // Masks were there before the kernel before this one, but no other may start before that is done.
+    // Masks need nothing of the kernel before this one, but no other may start before that is done.
     if (threadIdx.x / 32 - 1 >= 3) begin();
     if (threadIdx.x < 128) {
         give_registers<56>();
         if (threadIdx.x == 0) {
             gemm_copy<DOWN_ROWS>(p, shared, rank);
-        } else if (threadIdx.x >= 32 && p.mask != nullptr) {
+        } else if (threadIdx.x >= 32 && p.masks.seed != nullptr) {
             gemm_mask(p, shared, rank);
         }
     } else {

@@ -15,8 +15,7 @@ struct LoraOuter90 {
     TensorMap panel;   // DOWN: [w, R], 16 columns, 256 rows
     float* partial;    // [ranges, w, R]
     float* g_partial;  // DOWN: [column blocks, m, R]
-    Masks masks;           // of what is masked without `mask`
-    const uint32_t* mask;  // [m, ceil(w / 32)], a bit an element (lora_mask.cu), or null
+    Masks masks;
     uint64_t m;
     uint64_t w;
     uint32_t g_column;        // the first of G
@@ -103,8 +102,8 @@ __device__ __forceinline__ void lora_outer90(const LoraOuter90& p) {
     }
 
     const uint32_t group = warp / 4, group_warp = warp % 4;
-    const bool masked = !DOWN && (p.masks.seed != nullptr || p.mask != nullptr);
-    const uint64_t seed = masked && p.mask == nullptr ? *p.masks.seed : 0;
+    const bool masked = !DOWN && p.masks.seed != nullptr;
+    const uint64_t seed = masked ? *p.masks.seed : 0;
     float* exchange = reinterpret_cast<float*>(memory + (ring + STAGES * STAGE_BYTES - shared_address(memory)));
     float sums[2][PARTS][8] = {};
     if constexpr (DOWN) barrier_wait(panel_full, 0);
@@ -153,24 +152,13 @@ __device__ __forceinline__ void lora_outer90(const LoraOuter90& p) {
 #pragma unroll
                 for (int part = 0; part < PARTS; ++part) {
                     if (p.segments[part].first) {
-                        const uint64_t at_row = first_row + static_cast<uint64_t>(step) * OUTER90_ROWS + row;
-                        const uint64_t at_column = column0 + 128 * group + 64 * box + 8 * chunk;
-                        if (p.mask != nullptr) {
-                            const uint64_t bytes = (p.w + 31) / 32 * 4;
-                            const uint8_t* byte =
-                                reinterpret_cast<const uint8_t*>(p.mask) + at_row * bytes + at_column / 8;
+                        const uint64_t index =
+                            (first_row + static_cast<uint64_t>(step) * OUTER90_ROWS + row) * p.masks.columns + column0 +
+                            128 * group + 64 * box + 8 * chunk;  // rows are multiples of 8
 #pragma unroll
-                            for (int k = 0; k < 4; ++k) {
-                                const bool inside = at_row + 16 * k < p.m && at_column < p.w;
-                                bits[k] = inside ? byte[16 * k * bytes] : 0;
-                            }
-                        } else {
-                            const uint64_t call = (at_row * p.masks.columns + at_column) / 8;  // rows are multiples of 8
-#pragma unroll
-                            for (int k = 0; k < 4; ++k) {
-                                bits[k] =
-                                    kept_of_call<false>(seed, p.segments[part], call + 2 * k * p.masks.columns);
-                            }
+                        for (int k = 0; k < 4; ++k) {
+                            bits[k] =
+                                kept_of_call<false>(seed, p.segments[part], index / 8 + 2 * k * p.masks.columns);
                         }
                     }
                     // Masks need no data: they are made while it comes.

@@ -273,13 +273,7 @@ _GroupProjection = tuple[
 def cuda_lora_carries(device: int, m: int, w: int, depth: int) -> tuple[bool, bool]: ...
 def cuda_lora_max_columns(device: int, planes: int) -> int: ...
 def cuda_lora_workspace(
-    device: int,
-    m: int,
-    k: int,
-    planes: int,
-    sizes: list[tuple[int, int]],
-    backward: bool,
-    dropped: bool,
+    device: int, m: int, k: int, planes: int, sizes: list[tuple[int, int]], backward: bool
 ) -> int: ...
 def cuda_lora_forward(
     device: int,

@@ -126,10 +126,13 @@ def _plan(x: Tensor, projections: Sequence[Projection], use: str) -> Plan:
         members = [projections[i] for i in one.members]
         carried = all(_carried(x, m, member, use, backward=False) for member in members)
         sizes = tuple((member.shape[0], member.rank) for member in members)
-        dropped = any(member.dropout_p for member in members)
-        needed = _workspace_bytes(index, m, k, one.planes, sizes, False, dropped) if m else 0
-        terms = "left" if carried else "added" if one.onto else "written"
-        taken.append(one._replace(terms=terms, dropped=dropped, workspace=needed))
+        taken.append(
+            one._replace(
+                terms="left" if carried else "added" if one.onto else "written",
+                dropped=any(member.dropout_p for member in members),
+                workspace=_workspace_bytes(index, m, k, one.planes, sizes, False) if m else 0,
+            )
+        )
     done = {i for one in taken for i in one.members}
     rest = [i for i in range(len(projections)) if i not in done]
     return Plan(use, index, m, k, taken, rest, {})
@@ -148,15 +151,9 @@ def _carries(use: str, index: int, m: int, w: int, depth: int) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _workspace_bytes(
-    index: int,
-    m: int,
-    k: int,
-    planes: int,
-    sizes: tuple[tuple[int, int], ...],
-    backward: bool,
-    dropped: bool,
+    index: int, m: int, k: int, planes: int, sizes: tuple[tuple[int, int], ...], backward: bool
 ) -> int:
-    return _native.cuda_lora_workspace(index, m, k, planes, list(sizes), backward, dropped)
+    return _native.cuda_lora_workspace(index, m, k, planes, list(sizes), backward)
 
 
 def _planes(x: Tensor, projection: Projection) -> int:
@@ -261,11 +258,18 @@ def _plan_backward(
             if i in members
         ]
         sizes = tuple((projections[i].shape[0], projections[i].rank) for i in members)
-        dropped = any(projections[i].dropout_p for i in members)
-        needed = 0
-        if plan.m:
-            needed = _workspace_bytes(plan.device, plan.m, plan.k, one.planes, sizes, True, dropped)
-        taken.append(BackwardPass(one.members[0], live, one.columns, one.planes, dropped, needed))
+        taken.append(
+            BackwardPass(
+                one.members[0],
+                live,
+                one.columns,
+                one.planes,
+                any(projections[i].dropout_p for i in members),
+                _workspace_bytes(plan.device, plan.m, plan.k, one.planes, sizes, True)
+                if plan.m
+                else 0,
+            )
+        )
     after = []
     for i, (grad, projection) in enumerate(zip(grads, projections, strict=True)):
         if grad is None:

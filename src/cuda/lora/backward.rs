@@ -4,7 +4,7 @@ use super::super::device::Device;
 use super::super::launch::{Address, Stream};
 use super::gemm::{self, Carried, Matrix, Product};
 use super::kernels::{
-    self, DownOuter, DownOuterPlan, MAX_SEGMENTS, Mask, Outer, ReduceJob, Up, UpSegment,
+    self, DownOuter, DownOuterPlan, MAX_SEGMENTS, Outer, ReduceJob, Up, UpSegment,
 };
 use super::panels::{adapters_do, jobs_of_a, jobs_of_b, panel_b};
 use super::{Input, Layout, Projection, masks, outer90, segments_of, type_number, vectors};
@@ -40,14 +40,8 @@ pub unsafe fn backward(
     if grad_x != 0 && !(given && adapters_do(input, projections)) {
         jobs.extend(jobs_of_a(input, projections, layout, workspace));
     }
-    let mask = given_mask(input, projections, layout, workspace);
     // SAFETY: the caller's promise; panels, G and partial sums lie in the workspace, here and below.
-    unsafe {
-        kernels::pack(device, stream, input.dtype, &jobs)?;
-        if let Some(mask) = mask {
-            kernels::mask(device, stream, mask)?;
-        }
-    }
+    unsafe { kernels::pack(device, stream, input.dtype, &jobs) }?;
 
     let mut sums_of_g = Vec::with_capacity(projections.len());
     let mut sums = Vec::with_capacity(2 * projections.len());
@@ -71,17 +65,7 @@ pub unsafe fn backward(
             vectors: vectors(projection.y, projection.n),
         };
         // SAFETY: as above.
-        let parts = unsafe {
-            pass_over(
-                device,
-                stream,
-                input,
-                projection,
-                plan,
-                down_outer,
-                mask.is_some(),
-            )
-        }?;
+        let parts = unsafe { pass_over(device, stream, input, projection, plan, down_outer) }?;
         let (of_g, of_b) = sums_of(
             input,
             projection,
@@ -128,25 +112,6 @@ pub unsafe fn backward(
     }
 }
 
-/// The mask of an only projection whose weight is given, if it has one.
-fn given_mask(
-    input: &Input,
-    projections: &[Projection],
-    layout: &Layout,
-    workspace: Address,
-) -> Option<Mask> {
-    let [one] = projections else { return None };
-    (one.p > 0.0 && one.weight != 0).then(|| Mask {
-        bits: workspace + layout.mask,
-        seed: input.seed,
-        m: input.m,
-        columns: input.k,
-        words: input.k.div_ceil(32) as u32,
-        reserved: 0,
-        segment: segments_of(projections, |_| 1.0).0[0],
-    })
-}
-
 /// Into how many partial sums dB, and G, were divided.
 struct Parts {
     ranges: u64,
@@ -164,14 +129,13 @@ unsafe fn pass_over(
     projection: &Projection,
     plan: &DownOuterPlan,
     of: DownOuter,
-    early: bool,
 ) -> Result<Parts> {
     let (dtype, segments) = (input.dtype, projection.segments());
     // SAFETY: the caller's promise.
     unsafe {
         if outer90::takes(device, input, projection.y, projection.n) {
             let (h, column) = (input.h, projection.h_column);
-            outer90::down_outer(device, stream, dtype, segments, &of, h, column, early)?;
+            outer90::down_outer(device, stream, dtype, segments, &of, h, column)?;
             Ok(Parts {
                 ranges: outer90::ranges(device, input.m, projection.n).0,
                 column_blocks: outer90::column_blocks(projection.n),
@@ -292,9 +256,7 @@ unsafe fn grad_a(
     // SAFETY: the caller's promise.
     unsafe {
         if hopper {
-            let mask = given_mask(input, projections, layout, workspace);
-            let mask = mask.map_or(0, |mask| mask.bits);
-            outer90::outer(device, stream, input.dtype, count, &outer, mask)?;
+            outer90::outer(device, stream, input.dtype, count, &outer)?;
         } else {
             kernels::outer(device, stream, input.dtype, count, outer)?;
         }
@@ -386,7 +348,7 @@ unsafe fn sum_of_grad_x(
         let (chunks, lower) = gemm::chunks(input.planes, &places, columns, columns);
         (vec![beside(layout.panel_a, input.k)], chunks, lower)
     };
-    let mask = given_mask(input, projections, layout, workspace);
+    let (segments, _) = segments_of(projections, |_| 1.0);
     let carried = Carried {
         products: &products,
         down_rows: given().all(|one| !one.weight_transposed),
@@ -395,7 +357,8 @@ unsafe fn sum_of_grad_x(
         adapters,
         chunks: &chunks,
         lower,
-        mask: mask.map_or(0, |mask| mask.bits),
+        masks: masks(input, projections),
+        masked: segments[0],
         bias: 0,
         out: Matrix::new(grad_x, input.m, input.k),
     };

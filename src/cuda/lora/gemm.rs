@@ -6,6 +6,7 @@ use super::super::device::Device;
 use super::super::error::during;
 use super::super::launch::{Address, Grid, Parameters, Stream};
 use super::Float16;
+use super::kernels::{Masks, Segment};
 use crate::error::Result;
 
 /// Projections whose products one launch adds up.
@@ -50,8 +51,8 @@ struct Gemm {
     h: TensorMap,
     out: TensorMap,
     bias: Address,
-    mask: Address,
-    mask_words: u64,
+    masks: Masks,
+    masked: Segment,
     m: u64,
     w_columns: u64,
     steps: [u32; MAX_PROJECTIONS],
@@ -63,7 +64,7 @@ struct Gemm {
     reserved: u32,
     chunk: [Chunk; MAX_CHUNKS],
 }
-const _: () = assert!(size_of::<Gemm>() == 1920);
+const _: () = assert!(size_of::<Gemm>() == 1984);
 // SAFETY: the kernel's structure, field for field.
 unsafe impl Parameters for Gemm {}
 
@@ -151,8 +152,8 @@ pub struct Carried<'a> {
     /// At most [`MAX_CHUNKS`]: first those of values' lower parts.
     pub chunks: &'a [Chunk],
     pub lower: usize,
-    /// Of the term, a bit an element, or 0.
-    pub mask: Address,
+    pub masks: Masks,
+    pub masked: Segment,
     /// f32 `[w]`, or 0.
     pub bias: Address,
     pub out: Matrix,
@@ -230,8 +231,8 @@ pub unsafe fn launch(
         panel: [TensorMap::default(); MAX_PROJECTIONS],
         out: carried.out.map(dtype, 32, 16, Swizzle::Bytes64)?,
         bias: carried.bias,
-        mask: carried.mask,
-        mask_words: carried.out.columns.div_ceil(32),
+        masks: carried.masks,
+        masked: carried.masked,
         m: carried.out.rows,
         w_columns: carried.out.columns,
         steps: [0; MAX_PROJECTIONS],

@@ -154,22 +154,6 @@ pub struct PackJob {
 }
 const _: () = assert!(size_of::<PackJob>() == 88);
 
-/// A projection's mask, a bit an element.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-pub struct Mask {
-    pub bits: Address,
-    pub seed: Address,
-    pub m: u64,
-    pub columns: u64,
-    pub words: u32,
-    pub reserved: u32,
-    pub segment: Segment,
-}
-const _: () = assert!(size_of::<Mask>() == 64);
-// SAFETY: the kernel's structure, field for field.
-unsafe impl Parameters for Mask {}
-
 const MAX_PACK_JOBS: usize = 12;
 
 #[repr(C)]
@@ -423,18 +407,6 @@ pub unsafe fn down_outer(
     let kernel = variants[dtype as usize][segments - 1];
     // SAFETY: the caller's promise.
     Ok(unsafe { device.launch(kernel, grid, stream, &p) }?)
-}
-
-/// # Safety
-/// As [`down`], for `kernels/lora_mask.cu`.
-pub unsafe fn mask(device: &Device, stream: Stream, p: Mask) -> Result<()> {
-    let grid = Grid {
-        blocks: (device.multiprocessors, 1, 1),
-        threads: 384,
-        shared: 0,
-    };
-    // SAFETY: the caller's promise.
-    Ok(unsafe { device.launch("lora_mask", grid, stream, &p) }?)
 }
 
 /// A thread for each of the largest job's items, but no more than fill the device a few times.

@@ -246,8 +246,6 @@ pub struct Layout {
     g_partial: Vec<u64>,
     b_partial: Vec<u64>,
     a_partial: u64,
-    /// A mask's bits, `[m, ceil(k / 32)]` words, of an only projection with dropout; else 0.
-    mask: u64,
     plans: Vec<DownOuterPlan>,
     pub bytes: u64,
 }
@@ -265,7 +263,6 @@ impl Layout {
         planes: u64,
         sizes: &[Size],
         backward: bool,
-        dropped: bool,
     ) -> Result<Self, Error> {
         let padded = |r: u64| r.next_multiple_of(SEGMENT);
         let columns: u64 = sizes.iter().map(|size| padded(size.1)).sum();
@@ -294,7 +291,6 @@ impl Layout {
             g_partial: Vec::new(),
             b_partial: Vec::new(),
             a_partial: 0,
-            mask: 0,
             plans: Vec::new(),
             bytes: 0,
         };
@@ -313,9 +309,6 @@ impl Layout {
             let (ranges, _) = kernels::outer_ranges(device, m, k);
             let ranges = ranges.max(outer90::ranges(device, m, k).0);
             layout.a_partial = take(4 * ranges * k * columns);
-            if dropped && sizes.len() == 1 {
-                layout.mask = take(4 * m * k.div_ceil(32));
-            }
         } else {
             layout.bias = sizes.iter().map(|&(n, _)| take(4 * n)).collect();
         }

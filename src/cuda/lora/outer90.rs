@@ -23,7 +23,6 @@ struct Outer90 {
     partial: Address,
     g_partial: Address,
     masks: Masks,
-    mask: Address,
     m: u64,
     w: u64,
     g_column: u32,
@@ -88,8 +87,6 @@ macro_rules! variants {
 const OUTER: [[&str; MAX_SEGMENTS]; 2] = variants!("lora_outer90");
 const DOWN_OUTER: [[&str; MAX_SEGMENTS]; 2] = variants!("lora_down_outer90");
 
-/// `mask`: the only projection's, as `kernels/lora_mask.cu` makes it, or 0.
-///
 /// # Safety
 /// [`takes`] said yes; the addresses are `device`'s and hold what `kernels/lora_outer_sm90a.cuh` says.
 ///
@@ -101,7 +98,6 @@ pub unsafe fn outer(
     dtype: Float16,
     segments: usize,
     of: &Outer,
-    mask: Address,
 ) -> Result<()> {
     let (ranges, rows) = ranges(device, of.m, of.w);
     let g = Matrix::new(of.g, of.m, u64::from(of.g_stride));
@@ -112,7 +108,6 @@ pub unsafe fn outer(
         partial: of.partial,
         g_partial: 0,
         masks: of.masks,
-        mask,
         m: of.m,
         w: of.w,
         g_column: 0,
@@ -126,8 +121,7 @@ pub unsafe fn outer(
     Ok(unsafe { device.launch(kernel, grid(of.w, ranges), stream, &p) }?)
 }
 
-/// `h` is H of the whole group, and the projection's starts at `h_column`. `early`: the kernel before this one makes a
-/// mask, which this pass does not use.
+/// `h` is H of the whole group, and the projection's starts at `h_column`.
 ///
 /// # Safety
 /// As [`outer`].
@@ -142,7 +136,6 @@ pub unsafe fn down_outer(
     of: &DownOuter,
     h: Address,
     h_column: u64,
-    early: bool,
 ) -> Result<()> {
     let (ranges, rows) = ranges(device, of.m, of.n);
     let h = Matrix::new(h, of.m, u64::from(of.h_stride));
@@ -155,12 +148,11 @@ pub unsafe fn down_outer(
         partial: of.panel_partial,
         g_partial: of.g_partial,
         masks: Masks::default(),
-        mask: 0,
         m: of.m,
         w: of.n,
         g_column: h_column as u32,
         rows_per_range: rows as u32,
-        early: u32::from(early),
+        early: 0,
         reserved: 0,
         segments: [Segment::default(); MAX_SEGMENTS],
     };
