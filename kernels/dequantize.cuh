@@ -13,8 +13,10 @@ struct Dequantize {
     Quant4bit quant;
     void* out;  // [elements], aligned to 16 bytes
     uint64_t elements;
+    uint32_t early;  // see common/launch.cuh
+    uint32_t reserved;
 };
-static_assert(sizeof(Dequantize) == 72, "src/cuda/quant.rs lays it out alike");
+static_assert(sizeof(Dequantize) == 80, "src/cuda/quant.rs lays it out alike");
 
 // A thread writes `UNROLL` times 16 bytes, a warp 512 bytes in a row each time; the codes and absmax of all are loaded
 // before the first is used. A block of threads covers whole blocks; what is left at the end, or all when the codes are

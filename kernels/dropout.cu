@@ -1,4 +1,5 @@
 // The mask that dropout applies, for tests and for whoever wants to see it.
+#include "common/launch.cuh"
 #include "common/memory.cuh"
 #include "common/philox.cuh"
 #include "common/types.cuh"
@@ -49,12 +50,15 @@ __device__ __forceinline__ void dropout_mask(const DropoutMask& p) {
 
 extern "C" {
 __global__ void __launch_bounds__(256) dropout_mask_f32(const __grid_constant__ ferrotune::DropoutMask p) {
+    ferrotune::begin();
     ferrotune::dropout_mask<float>(p);
 }
 __global__ void __launch_bounds__(256) dropout_mask_f16(const __grid_constant__ ferrotune::DropoutMask p) {
+    ferrotune::begin();
     ferrotune::dropout_mask<ferrotune::f16>(p);
 }
 __global__ void __launch_bounds__(256) dropout_mask_bf16(const __grid_constant__ ferrotune::DropoutMask p) {
+    ferrotune::begin();
     ferrotune::dropout_mask<ferrotune::bf16>(p);
 }
 }

@@ -1,3 +1,4 @@
+#include "common/launch.cuh"
 #include "lora_down.cuh"
 
 // lora_down[_few]_{f16,bf16}_r{16,32,48,64}; `few`: blocks of 16 rows, for few tokens. Wide panels are read by fewer
@@ -5,6 +6,7 @@
 #define DOWN(name, T, r, warps)                                                      \
     extern "C" __global__ void __launch_bounds__(256, 2)                             \
         lora_down_##name##_r##r(const __grid_constant__ ferrotune::LoraDown p) {     \
+        ferrotune::begin();                                                          \
         ferrotune::lora_down<T, r, warps>(p);                                        \
     }
 #define DOWN_RANKS(name, T, narrow, wide) \

@@ -1,9 +1,11 @@
+#include "common/launch.cuh"
 #include "lora_down_outer.cuh"
 
 // lora_down_outer[_small]_{f16,bf16}_r{16,32,48,64}; `small`: tiles for chips with little shared memory.
 #define DOWN_OUTER(name, T, r, columns, rows)                                                     \
     extern "C" __global__ void __launch_bounds__(256, 1)                                          \
         lora_down_outer_##name##_r##r(const __grid_constant__ ferrotune::LoraDownOuter p) {       \
+        ferrotune::begin();                                                                       \
         ferrotune::lora_down_outer<T, r, columns, rows>(p);                                       \
     }
 #define DOWN_OUTER_RANKS(name, T, columns, rows) \

@@ -18,9 +18,11 @@ struct LoraOuter {
     uint32_t stages;          // 2 to 6
     uint32_t rows_per_range;  // a multiple of 64
     uint32_t vectors;         // 1: rows of x are aligned to 16 bytes, and w is a multiple of 8
+    uint32_t early;           // see common/launch.cuh
+    uint32_t reserved;
     Segment segments[MAX_SEGMENTS];
 };
-static_assert(sizeof(LoraOuter) == 176, "src/cuda/lora/kernels.rs lays it out alike");
+static_assert(sizeof(LoraOuter) == 184, "src/cuda/lora/kernels.rs lays it out alike");
 
 constexpr int OUTER_ROWS = 64;
 constexpr int OUTER_COLUMNS = 128;  // sixteen a warp

@@ -1,4 +1,5 @@
 // Adapters to panels, and biases to one f32 vector: what the other LoRA kernels read.
+#include "common/launch.cuh"
 #include "common/lora.cuh"
 
 namespace ferrotune {
@@ -87,9 +88,11 @@ __device__ __forceinline__ void lora_pack(const LoraPack& p) {
 
 extern "C" {
 __global__ void __launch_bounds__(256) lora_pack_f16(const __grid_constant__ ferrotune::LoraPack p) {
+    ferrotune::begin();
     ferrotune::lora_pack<ferrotune::f16>(p);
 }
 __global__ void __launch_bounds__(256) lora_pack_bf16(const __grid_constant__ ferrotune::LoraPack p) {
+    ferrotune::begin();
     ferrotune::lora_pack<ferrotune::bf16>(p);
 }
 }

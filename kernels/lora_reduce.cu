@@ -1,4 +1,5 @@
 // Partial sums to what they are sums of: G as the other LoRA kernels read it, or a gradient in its parameter's type.
+#include "common/launch.cuh"
 #include "common/lora.cuh"
 
 namespace ferrotune {
@@ -73,5 +74,6 @@ __device__ __forceinline__ void lora_reduce(const LoraReduce& p) {
 }  // namespace ferrotune
 
 extern "C" __global__ void __launch_bounds__(256) lora_reduce(const __grid_constant__ ferrotune::LoraReduce p) {
+    ferrotune::begin();
     ferrotune::lora_reduce(p);
 }

@@ -1,8 +1,10 @@
+#include "common/launch.cuh"
 #include "lora_up.cuh"
 
 // lora_up[_onto]_{f16,bf16}; `onto`: added to what is in `out`.
 #define UP(name, T, onto)                                                                                         \
     extern "C" __global__ void __launch_bounds__(256) lora_up_##name(const __grid_constant__ ferrotune::LoraUp p) { \
+        ferrotune::begin();                                                                                       \
         ferrotune::lora_up<T, onto>(p);                                                                           \
     }
 

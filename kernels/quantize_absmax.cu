@@ -1,5 +1,6 @@
 // Double quantisation: the blocks' absmax, less their mean, as bytes of the dynamic 8-bit type, with the codes of
 // bitsandbytes' CUDA code.
+#include "common/launch.cuh"
 #include "common/arithmetic.cuh"
 
 #include <cstdint>
@@ -90,5 +91,6 @@ __device__ __forceinline__ void quantize_absmax(const QuantizeAbsmax& p) {
 }  // namespace ferrotune
 
 extern "C" __global__ void __launch_bounds__(256) quantize_absmax(const __grid_constant__ ferrotune::QuantizeAbsmax p) {
+    ferrotune::begin();
     ferrotune::quantize_absmax(p);
 }

@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 
 from error_table import ErrorTable, Row, mean_square  # noqa: E402
 from ferrotune import ops  # noqa: E402
+from ferrotune.ops import products, scratch  # noqa: E402
 from lora_cases import DTYPES, Case, error, make, ours, peft, run, truth  # noqa: E402
 
 SHAPES = [((7, 33), 17), ((2, 9, 40), 24), ((1, 2, 3, 64), 5), ((11, 64), 8), ((20, 129), 12)]
@@ -100,15 +101,61 @@ def test_4bit_no_less_exact_than_peft(
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_less_exact_at_the_size_of_layers(dtype: torch.dtype, errors: Errors) -> None:
-    for r, quant_type in [(16, None), (16, "nf4"), (256, None)]:
+    for r, quant_type, bias in [(16, None, True), (16, "nf4", False), (256, None, True)]:
         for adapter in {dtype, torch.float32}:
             case = make(
-                (2, 65, 512), 768, r, dtype=dtype, adapter_dtype=adapter,
-                quant_type=quant_type, dropout_p=0.05,
+                (2, 65, 512), 768, r, dtype=dtype, adapter_dtype=adapter, bias=bias,
+                lora_bias=bias, quant_type=quant_type, dropout_p=0.05,
                 scaling=0.5,  # a power of two costs PEFT no rounding
             )  # fmt: skip
             label = f"512x768 r={r} {quant_type or 'dense'}"
             errors.add(case, f"large (Q)LoRA linear {short(dtype, adapter)}", label)
+    errors.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fast", [True, False])
+def test_16_bits_with_and_without_fast_products(
+    dtype: torch.dtype, fast: bool, errors: Errors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On CPUs without 16-bit products the same ones run in float32, and round once."""
+    monkeypatch.setattr(products, "_has_onednn", lambda _: fast)
+    for adapter, quant_type, dropout_p, bias in [
+        (dtype, None, 0.0, True), (dtype, "nf4", 0.3, False),
+        (torch.float32, "fp4", 0.0, False), (torch.float32, None, 0.3, True),
+    ]:  # fmt: skip
+        case = make(
+            (3, 17, 64), 24, 4, dtype=dtype, adapter_dtype=adapter, quant_type=quant_type,
+            dropout_p=dropout_p, bias=bias, lora_bias=bias,
+        )  # fmt: skip
+        label = f"adapter {short(adapter)} {quant_type or 'dense'} p={dropout_p}"
+        kind = "fast" if fast else "float32"
+        errors.add(case, f"LoRA linear {short(dtype)}, {kind} products", label)
+        one = ops.Projection(
+            case.weight, None, None, case.lora_A, case.lora_B, None, 0.7, dropout_p
+        )
+        x = case.x.clone().requires_grad_()
+        ys = ops.lora_linear_group(x, [one, one], seed=case.seed)
+        sum(y.float().sum() for y in ys).backward()
+        assert {y.dtype for y in ys} == {dtype}
+        assert x.grad.dtype == dtype
+    errors.check()
+    wanted = dtype if fast else torch.float32
+    assert products.product_dtype(torch.empty(0, dtype=dtype)) == wanted
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_blocks_of_rows_are_the_whole(
+    dropout_p: float, errors: Errors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """float32 adapters on bfloat16: x, y and their gradients are widened in blocks."""
+    monkeypatch.setattr(scratch, "_BLOCK_BYTES", 20 * 64 * 4)
+    for tokens in (1, 19, 20, 21, 40, 73):
+        case = make(
+            (tokens, 64), 48, 4, dtype=torch.bfloat16, adapter_dtype=torch.float32,
+            quant_type="nf4", dropout_p=dropout_p, bias=True, lora_bias=True, seed=tokens,
+        )  # fmt: skip
+        errors.add(case, "QLoRA linear bfloat16, adapter float32", f"{tokens} p={dropout_p}")
     errors.check()
 
 

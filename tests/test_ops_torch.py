@@ -287,6 +287,22 @@ def test_a_grad_scaler_unscales() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_around_the_backward_changes_nothing(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if compiled:  # the dispatcher's autograd
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    case = make((4, 32), 16, dtype=torch.bfloat16, adapter_dtype=torch.float32, quant_type="nf4")
+    expected = run(case, ours)
+    leaves = case.inputs()
+    y = ours(case, **leaves)
+    with torch.autocast("cpu", torch.float16):
+        y.backward(case.grad)
+    for name, tensor in leaves.items():
+        assert torch.equal(tensor.grad, expected[name]), name
+
+
+@pytest.mark.parametrize("compiled", [False, True])
 def test_second_derivatives_are_refused(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if compiled:  # the dispatcher's autograd
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)

@@ -81,7 +81,8 @@ def test_one_step(
         assert mine is not None
         assert theirs is not None
         of = f"worst {found.kind} {found.dtype}"
-        rows.append(Row(f"model {quant} {dtype}", name, of, mine, theirs, found.tensors))
+        group = f"{'T5' if name == 't5' else 'models but T5'}, {quant} {dtype}"
+        rows.append(Row(group, name, of, mine, theirs, found.tensors))
         if found.kind == "gradient":  # outputs may be few numbers; the certificate bounds them
             times = GRADIENT_ERROR_BF16.get(name) if dtype == "bf16" else None
             assert mine <= (times or GRADIENT_ERROR) * theirs, (of, mine, theirs)

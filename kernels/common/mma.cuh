@@ -37,21 +37,25 @@ struct Fragments {
     uint32_t part[4];
 };
 
-template <bool TRANSPOSED>
-__device__ __forceinline__ Fragments load_matrices(const void* row) {
+template <bool TRANSPOSED = false>
+__device__ __forceinline__ Fragments load_matrices_at(uint32_t row) {
     Fragments f;
     if constexpr (TRANSPOSED) {
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(f.part[0]), "=r"(f.part[1]), "=r"(f.part[2]), "=r"(f.part[3])
-                     : "r"(shared_address(row))
+                     : "r"(row)
                      : "memory");
     } else {
         asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                      : "=r"(f.part[0]), "=r"(f.part[1]), "=r"(f.part[2]), "=r"(f.part[3])
-                     : "r"(shared_address(row))
+                     : "r"(row)
                      : "memory");
     }
     return f;
+}
+template <bool TRANSPOSED>
+__device__ __forceinline__ Fragments load_matrices(const void* row) {
+    return load_matrices_at<TRANSPOSED>(shared_address(row));
 }
 
 // sums += a * b for a 16 x 16 (rows, depth) and b 16 x 8 (depth, columns). A lane holds sums of row lane / 4, columns

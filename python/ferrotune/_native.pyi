@@ -23,8 +23,10 @@ __all__ = [
     "cuda_dropout_mask",
     "cuda_images",
     "cuda_lora_backward",
+    "cuda_lora_carries",
     "cuda_lora_forward",
     "cuda_lora_max_columns",
+    "cuda_lora_products",
     "cuda_lora_workspace",
     "cuda_prepare",
     "cuda_quantize_4bit",
@@ -253,22 +255,34 @@ def cuda_quantize_absmax(
     nested_absmax: int,
 ) -> None: ...
 
-# x [m, k], m, k, dtype, planes, seed (0 without dropout), h, h_columns, whether forward adds to y
-_GroupInput = tuple[int, int, int, str, int, int, int, int, bool]
+# x [m, k], m, k, dtype, planes, seed (0 without dropout), h, h_columns, where Hopper's kernels are
+# used ("auto", "always", "never"), what forward does with LoRA terms whose weight is not given
+# ("written" to y, "added" to it, or "left")
+_GroupInput = tuple[int, int, int, str, int, int, int, int, str, str]
 # (lora_A, lora_B, their dtype, n, r), (scaling, dropout_p, stream, h_column), (y, or its gradient,
-# bias, lora_bias, its dtype), gradients of (lora_A, lora_B); addresses are 0 for what is not there
+# bias, lora_bias, its dtype), gradients of (lora_A, lora_B), (weight, whether it lies as [k, n],
+# the 4-bit one that it receives first); addresses are 0 for what is not there
 _GroupProjection = tuple[
     tuple[int, int, str, int, int],
     tuple[float, float, int, int],
     tuple[int, int, int, str],
     tuple[int, int],
+    tuple[int, bool, _Weight | None],
 ]
 
+def cuda_lora_carries(device: int, m: int, w: int, depth: int) -> tuple[bool, bool]: ...
 def cuda_lora_max_columns(device: int, planes: int) -> int: ...
 def cuda_lora_workspace(
     device: int, m: int, k: int, planes: int, sizes: list[tuple[int, int]], backward: bool
 ) -> int: ...
 def cuda_lora_forward(
+    device: int,
+    stream: int,
+    input: _GroupInput,
+    projections: list[_GroupProjection],
+    workspace: int,
+) -> None: ...
+def cuda_lora_products(
     device: int,
     stream: int,
     input: _GroupInput,

@@ -106,7 +106,7 @@ impl Device {
         // SAFETY: as above. The context is never released: it lives as long as the process.
         let context = unsafe { result::primary_ctx::retain(device) }.map_err(during(&what))?;
         let guard = ContextGuard::enter(context, ordinal)?;
-        let (functions, code) = load_all(shared)?;
+        let (functions, code) = load_all(capability, shared)?;
         drop(guard);
         Ok(Self {
             ordinal,

@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use cudarc::driver::{result, sys};
+use cudarc::driver::sys;
 
 use super::device::Device;
 use super::error::{Result, during};
@@ -41,7 +41,8 @@ impl Grid {
 pub unsafe trait Parameters: Copy {}
 
 impl Device {
-    /// Puts a kernel on `stream` and returns; the device's previous current context is restored.
+    /// Puts a kernel on `stream` and returns; the device's previous current context is restored. The kernel's blocks may
+    /// start before the previous one's end (`kernels/common/launch.cuh`).
     ///
     /// # Safety
     /// `P` is the structure that kernel `name` takes; its addresses are of this device's memory, hold what the kernel
@@ -56,18 +57,36 @@ impl Device {
         let function = self.function(name)?;
         let _context = self.enter()?;
         let mut arguments = [std::ptr::from_ref(parameters).cast_mut().cast::<c_void>()];
-        // SAFETY: the driver copies the structure before it returns and does not write to it; the rest is the
+        let mut early = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid.blocks.0,
+            gridDimY: grid.blocks.1,
+            gridDimZ: grid.blocks.2,
+            blockDimX: grid.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: grid.shared,
+            hStream: stream as sys::CUstream,
+            attrs: &raw mut early,
+            numAttrs: u32::from(self.capability >= (9, 0)),
+        };
+        // SAFETY: the driver copies the structures before it returns and does not write to them; the rest is the
         // caller's promise.
         unsafe {
-            result::launch_kernel(
+            sys::cuLaunchKernelEx(
+                &raw const config,
                 function,
-                grid.blocks,
-                (grid.threads, 1, 1),
-                grid.shared,
-                stream as sys::CUstream,
-                &mut arguments,
+                arguments.as_mut_ptr(),
+                std::ptr::null_mut(),
             )
         }
+        .result()
         .map_err(during(name))
     }
 }

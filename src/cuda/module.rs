@@ -23,12 +23,15 @@ pub struct Code {
     pub source: i32,
 }
 
-/// Loads every image into the current context and every function onto its device. `shared` is the dynamic shared
-/// memory that a block may ask for, in bytes.
-pub(super) fn load_all(shared: i32) -> Result<(Functions, Code)> {
+/// Loads every image that the device has code in, into the current context, and every function onto it. `shared` is the
+/// dynamic shared memory that a block may ask for, in bytes.
+pub(super) fn load_all(capability: (i32, i32), shared: i32) -> Result<(Functions, Code)> {
     let mut functions = Functions::new();
     let mut code = Code::default();
     for (name, image) in IMAGES {
+        if name.ends_with("_sm90a") && capability != (9, 0) {
+            continue;
+        }
         let what = format!("loading the kernels of {name}.cu");
         // SAFETY: the image is a whole fatbin; the module is never unloaded.
         let module = unsafe { result::module::load_data(image.as_ptr().cast::<c_void>()) }

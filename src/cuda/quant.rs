@@ -92,8 +92,10 @@ struct Dequantize {
     quant: Quant4bit,
     out: Address,
     elements: u64,
+    early: u32,
+    reserved: u32,
 }
-const _: () = assert!(size_of::<Dequantize>() == 72);
+const _: () = assert!(size_of::<Dequantize>() == 80);
 // SAFETY: the kernel's structure, field for field.
 unsafe impl Parameters for Dequantize {}
 
@@ -150,7 +152,8 @@ const STRAIGHT_THREADS: u32 = 256;
 /// 16-byte stores a thread of the straight kernel makes.
 const STRAIGHT_STORES: u64 = 4;
 
-/// Writes the `elements` values of `weight` to `out`, each rounded once to `dtype`.
+/// Writes the `elements` values of `weight` to `out`, each rounded once to `dtype`. `early`: the kernel before this one in
+/// the stream, one of ours, uses neither; this one need not wait for it.
 ///
 /// # Safety
 /// The addresses are `device`'s; `weight`'s hold what its blocks need for `elements`, and `out` has room for them and is
@@ -165,6 +168,7 @@ pub unsafe fn dequantize_4bit(
     out: Address,
     dtype: DType,
     elements: u64,
+    early: bool,
 ) -> std::result::Result<(), Error> {
     let quant = Quant4bit::new(weight)?;
     if elements == 0 {
@@ -181,6 +185,8 @@ pub unsafe fn dequantize_4bit(
         quant,
         out,
         elements,
+        early: u32::from(early),
+        reserved: 0,
     };
     // SAFETY: the caller's promise.
     Ok(unsafe { device.launch(kernel, grid, stream, &parameters) }?)

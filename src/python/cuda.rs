@@ -88,7 +88,7 @@ pub struct Weight(
 );
 
 impl Weight {
-    fn get(&self) -> Result<Quantized> {
+    pub(super) fn get(&self) -> Result<Quantized> {
         let nested = Nested {
             absmax: self.2,
             code: self.3,
@@ -125,7 +125,7 @@ pub fn cuda_dequantize_4bit(
         if transpose {
             quant::dequantize_4bit_transposed(device, stream, &weight, out, dtype, n, k)
         } else {
-            quant::dequantize_4bit(device, stream, &weight, out, dtype, n * k)
+            quant::dequantize_4bit(device, stream, &weight, out, dtype, n * k, false)
         }
     }
 }

@@ -2,7 +2,8 @@
 
 use pyo3::prelude::*;
 
-use crate::cuda::lora::{self, Float16, Input, Layout, Projection};
+use super::cuda::Weight;
+use crate::cuda::lora::{self, Float16, Hopper, Input, Layout, Projection, Terms};
 use crate::cuda::{Address, Device};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -18,7 +19,8 @@ pub struct GroupInput(
     u64,    // seed: of an int64; 0 without dropout
     u64,    // h: [m, planes * h_columns]
     u64,    // h_columns
-    bool,   // forward: the outputs hold the base products already
+    String, // Hopper's kernels: "auto", "always" or "never"
+    String, // forward: LoRA terms without a weight are "written", "added" to the outputs, or "left"
 );
 
 impl GroupInput {
@@ -38,7 +40,26 @@ impl GroupInput {
             seed: self.5,
             h: self.6,
             h_columns: self.7,
-            onto: self.8,
+            hopper: match self.8.as_str() {
+                "auto" => Hopper::Auto,
+                "always" => Hopper::Always,
+                "never" => Hopper::Never,
+                other => {
+                    return Err(Error::argument(format!(
+                        "Hopper's kernels are used 'auto', 'always' or 'never', not '{other}'"
+                    )));
+                }
+            },
+            terms: match self.9.as_str() {
+                "written" => Terms::Written,
+                "added" => Terms::Added,
+                "left" => Terms::Left,
+                other => {
+                    return Err(Error::argument(format!(
+                        "LoRA terms must be 'written', 'added' or 'left', not '{other}'"
+                    )));
+                }
+            },
         })
     }
 }
@@ -54,6 +75,8 @@ pub struct GroupProjection(
     (u64, u64, u64, String),
     // gradients of lora_A and lora_B
     (u64, u64),
+    // the frozen weight: 0, or [n, k], or transposed [k, n], contiguous, in x's dtype; the 4-bit one that it receives
+    (u64, bool, Option<Weight>),
 );
 
 impl GroupProjection {
@@ -62,6 +85,7 @@ impl GroupProjection {
         let (scaling, p, stream, h_column) = self.1;
         let (y, bias, lora_bias, ref lora_bias_dtype) = self.2;
         let (grad_a, grad_b) = self.3;
+        let (weight, weight_transposed, ref quantized) = self.4;
         if !(0.0..=1.0).contains(&p) {
             return Err(Error::argument(format!(
                 "dropout_p must be in [0, 1], not {p}"
@@ -83,6 +107,9 @@ impl GroupProjection {
             lora_bias_dtype: DType::from_torch_name(lora_bias_dtype)?,
             grad_a,
             grad_b,
+            weight,
+            weight_transposed,
+            quantized: quantized.as_ref().map(Weight::get).transpose()?,
         })
     }
 }
@@ -110,6 +137,17 @@ pub fn cuda_lora_max_columns(device: usize, planes: u64) -> Result<u64> {
     Ok(lora::max_columns(Device::get(device)?, planes))
 }
 
+/// Whether a base product [m, w] over `depth` of 16-bit types can carry its LoRA term on this device, and whether that
+/// is the faster way.
+#[pyfunction]
+pub fn cuda_lora_carries(device: usize, m: u64, w: u64, depth: u64) -> Result<(bool, bool)> {
+    let device = Device::get(device)?;
+    Ok((
+        lora::takes(device, m, w, depth),
+        lora::pays(device, m, w, depth),
+    ))
+}
+
 /// Bytes of workspace that a group needs; `sizes` are (n, r) of its projections.
 #[pyfunction]
 pub fn cuda_lora_workspace(
@@ -124,7 +162,7 @@ pub fn cuda_lora_workspace(
     Ok(Layout::new(device, m, k, planes, &sizes, backward)?.bytes)
 }
 
-/// Writes H and every projection's LoRA term with its biases.
+/// Writes H and every projection's LoRA term with its biases, and with its weight's product if that is given.
 #[pyfunction]
 pub fn cuda_lora_forward(
     device: usize,
@@ -140,7 +178,25 @@ pub fn cuda_lora_forward(
     Ok(())
 }
 
-/// Writes the adapters' gradients that are asked for, and to `grad_x`, unless 0, the LoRA terms' part of x's gradient.
+/// Writes the outputs of the projections whose weights are given, after `cuda_lora_forward` of the group with the same
+/// workspace.
+#[pyfunction]
+pub fn cuda_lora_products(
+    device: usize,
+    stream: u64,
+    input: GroupInput,
+    projections: Vec<GroupProjection>,
+    workspace: Address,
+) -> Result<()> {
+    let device = Device::get(device)?;
+    let (input, projections, layout) = group(device, &input, &projections, false)?;
+    // SAFETY: as above.
+    unsafe { lora::products(device, stream, &input, &projections, &layout, workspace) }?;
+    Ok(())
+}
+
+/// Writes the adapters' gradients that are asked for, and to `grad_x`, unless 0, the LoRA terms' part of x's gradient
+/// with the products of the weights that are given.
 #[pyfunction]
 pub fn cuda_lora_backward(
     device: usize,

@@ -8,6 +8,9 @@ use super::state::QuantState;
 use crate::error::{Error, Result};
 use crate::parallel;
 
+/// Bytes of a result from which on stores go past the caches: it would not stay in them for its reader.
+const PAST_CACHES: usize = 32 << 20;
+
 /// Dequantises a whole tensor into `out`, which has its elements, row-major.
 ///
 /// An element is `codebook[code] * absmax` in f32, then rounded to nearest even to `T`; `T` need not be the type that
@@ -59,11 +62,14 @@ pub(super) fn decode<T: Element>(
     out: &mut [T],
 ) {
     let lut = state.lut();
+    let past_caches = size_of_val(out) >= PAST_CACHES;
     // Cut at multiples of CHUNK in the tensor, so that only the first and last task can meet a split block.
     let head = (CHUNK - start % CHUNK).min(out.len());
     let (first, rest) = out.split_at_mut(head);
     let after = start + head;
-    let task = |start: usize, out: &mut [T]| decode_chunk(isa, &lut, packed, state, start, out);
+    let task = |start: usize, out: &mut [T]| {
+        decode_chunk(isa, &lut, packed, state, start, out, past_caches);
+    };
     if rest.is_empty() {
         task(start, first);
         return;
@@ -81,6 +87,7 @@ fn decode_chunk<T: Element>(
     state: &QuantState,
     start: usize,
     out: &mut [T],
+    past_caches: bool,
 ) {
     let blocksize = state.blocksize;
     let end = start + out.len();
@@ -105,7 +112,7 @@ fn decode_chunk<T: Element>(
     let (scales, last_scale) = scales.split_at(full);
     let from = start + head;
     let packed_middle = &packed[from / 2..][..middle.len() / 2];
-    isa.dequantize(lut, packed_middle, scales, blocksize, middle);
+    isa.dequantize(lut, packed_middle, scales, blocksize, middle, past_caches);
     if let (false, [scale]) = (last.is_empty(), last_scale) {
         portable::dequantize_part(lut, packed, *scale, from + full * blocksize, last);
     }

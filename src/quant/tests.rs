@@ -170,13 +170,17 @@ fn all_paths_agree_on_extreme_scales() {
         let lut = Codebook::of(QuantType::Nf4).values;
         let packed: Vec<u8> = (0..128).map(|i| (i * 37) as u8).collect();
         let mut expected = vec![<T as bytemuck::Zeroable>::zeroed(); 256];
-        Isa::Portable.dequantize(&lut, &packed, &scales, 32, &mut expected);
+        Isa::Portable.dequantize(&lut, &packed, &scales, 32, &mut expected, false);
         for isa in Isa::available() {
-            let mut out = vec![<T as bytemuck::Zeroable>::zeroed(); 256];
-            isa.dequantize(&lut, &packed, &scales, 32, &mut out);
-            let (out, expected): (&[u8], &[u8]) =
-                (bytemuck::cast_slice(&out), bytemuck::cast_slice(&expected));
-            assert_eq!(out, expected, "{isa:?} {:?}", T::DTYPE);
+            for (past_caches, misplaced) in [(false, 0), (true, 0), (true, 1)] {
+                let mut memory = vec![<T as bytemuck::Zeroable>::zeroed(); 256 + 64];
+                let start = memory.as_ptr().align_offset(64) + misplaced;
+                let out = &mut memory[start..start + 256];
+                isa.dequantize(&lut, &packed, &scales, 32, out, past_caches);
+                let (out, expected): (&[u8], &[u8]) =
+                    (bytemuck::cast_slice(out), bytemuck::cast_slice(&expected));
+                assert_eq!(out, expected, "{isa:?} {:?} {past_caches}", T::DTYPE);
+            }
         }
     }
     check::<f32>();

@@ -34,6 +34,13 @@ def device() -> torch.device:
     return DEVICE
 
 
+@pytest.fixture(params=["always", "never"])
+def hopper(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the kernels that only Hopper has are used."""
+    monkeypatch.setattr("ferrotune.ops.cuda_lora.hopper", request.param)
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def poison() -> Iterator[None]:
     """What `torch.empty` returns is full of NaN, or of the largest integer."""

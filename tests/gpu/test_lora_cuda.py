@@ -62,6 +62,7 @@ def compare(errors: Exactness, case: Case, label: str) -> None:
     errors.add(label, run(case, ours), run(case, peft), truth(case), rows * r if r else 1 << 60)
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(("dtype", "adapter"), TYPES, ids=IDS)
 def test_no_less_exact_than_peft(
     dtype: torch.dtype, adapter: torch.dtype, device: torch.device
@@ -73,6 +74,7 @@ def test_no_less_exact_than_peft(
     errors.check()
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("quant_type", [None, "nf4"])
 @pytest.mark.parametrize(("dtype", "adapter"), TYPES, ids=IDS)
 def test_no_less_exact_at_the_size_of_layers(
@@ -92,6 +94,7 @@ def test_no_less_exact_at_the_size_of_layers(
     errors.check()
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(("dtype", "adapter"), TYPES, ids=IDS)
 def test_two_runs_are_equal(dtype: torch.dtype, adapter: torch.dtype, device: torch.device) -> None:
     for i, settings in enumerate(pairwise(SETTINGS, seed=1)[:60]):
@@ -111,6 +114,7 @@ def test_float32_is_not_tf32(device: torch.device) -> None:
                 assert error(tensor, true[name]) < 2e-6, (quant_type, r, name)
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 def test_large_and_small_values(dtype: torch.dtype, device: torch.device) -> None:
     """Nothing between overflows or vanishes that PEFT's arithmetic holds."""

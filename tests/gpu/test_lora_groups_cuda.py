@@ -105,6 +105,7 @@ def in_float64(case: Case) -> Case:
     return replace(case, quant=None, **wide)
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(("dtype", "adapter"), TYPES, ids=IDS)
 def test_groups_are_no_less_exact(
     dtype: torch.dtype, adapter: torch.dtype, device: torch.device
@@ -126,6 +127,7 @@ def test_groups_are_no_less_exact(
     errors.check()
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("weight", ["dense", "nf4 nested"])
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 def test_only_what_is_asked_for_has_a_gradient(
@@ -168,6 +170,7 @@ def strided(grad: Tensor) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("weight", ["dense", "nf4 nested", "none"])
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 def test_gradients_and_inputs_of_any_strides(
@@ -195,6 +198,7 @@ def test_gradients_and_inputs_of_any_strides(
         assert error(leaf.grad, want[name].double()) < 2 * torch.finfo(dtype).eps, name
 
 
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 def test_expanded_gradients(dtype: torch.dtype, device: torch.device) -> None:
     """`sum().backward()` sends one element with strides of 0."""
@@ -235,6 +239,7 @@ def test_a_group_is_its_members_alone(device: torch.device) -> None:
             assert error(together[f"{name}{i}"], want) < 2 * torch.finfo(BF16).eps, name
 
 
+@pytest.mark.usefixtures("hopper")
 def test_groups_twice_are_equal(device: torch.device) -> None:
     for settings in pairwise(SETTINGS, seed=1):
         cases = [case.to(device) for case in members(settings, dtype=BF16)]

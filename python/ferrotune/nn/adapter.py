@@ -169,17 +169,20 @@ class Lora(nn.Module, Generic[Base]):
         down: Any = self.lora_A[self.adapter_name]
         return down.weight, up.weight, up.bias
 
-    def _through_modules(self, x: Tensor) -> Tensor | None:
+    def _layers(self) -> tuple[Base, Any, Any]:
+        """The base layer and the adapter's; every look-up of a module's attribute takes time."""
+        name = self.adapter_name
+        return self.base_layer, self.lora_A[name], self.lora_B[name]
+
+    def _through_modules(self, x: Tensor, base: Base, down: Any, up: Any) -> Tensor | None:
         """y by calling the base layer and the adapter's modules, where that is more than a product.
 
         They may have hooks or be wrapped: FSDP shards parameters by such modules, and has them
         whole during their forward alone. None where the parameters can be used as they are.
         """
-        down: Any = self.lora_A[self.adapter_name]
-        up: Any = self.lora_B[self.adapter_name]
-        if not any(map(_does_more, (self.base_layer, down, up))):
+        if not (_does_more(base) or _does_more(down) or _does_more(up)):
             return None
-        y: Tensor = self.base_layer(x)
+        y: Tensor = base(x)
         dropped = x.to(down.weight.dtype)
         if self.training and self.lora_dropout:
             seed = ops.dropout_seed(x)
@@ -189,18 +192,19 @@ class Lora(nn.Module, Generic[Base]):
         term: Tensor = up(down(dropped)) * self.scaling
         return (y + term).to(y.dtype)
 
-    def _linear(self, x: Tensor, weight: Tensor | ops.Quant4bit | None) -> Tensor:
+    def _linear(
+        self, x: Tensor, weight: Tensor | ops.Quant4bit | None, base: Base, down: Any, up: Any
+    ) -> Tensor:
         """The whole layer with W, or the adapter's term alone without."""
-        down, up, lora_bias = self._adapter()
-        bias = None if weight is None or self.base_layer.bias is None else self.base_layer.bias
+        bias = None if weight is None else base.bias
         return ops.lora_linear(
             x,
             weight,
-            down,
-            up,
+            down.weight,
+            up.weight,
             self.scaling,
             bias=None if bias is None else bias.to(x.dtype),
-            lora_bias=lora_bias,
+            lora_bias=up.bias,
             dropout_p=self.lora_dropout if self.training else 0.0,
         )
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from .. import ops
+from ..ops.autograd import no_autocast
 from . import bnb, checkpoint
-from .parts import alike, held_as, kind_of, no_autocast, unset
+from .parts import alike, held_as, kind_of, unset
 
 if TYPE_CHECKING:
     from collections.abc import Callable

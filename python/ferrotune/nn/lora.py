@@ -76,8 +76,9 @@ class LoraLinear(Lora[nn.Linear]):
         """y ``[..., out_features]`` in the dtype of x ``[..., in_features]``, which is W's."""
         if self.merged:
             return self.base_layer(x)  # type: ignore[no-any-return]
-        y = self._through_modules(x)
-        return self._linear(x, self.base_layer.weight) if y is None else y
+        layers = base, _, _ = self._layers()
+        y = self._through_modules(x, *layers)
+        return self._linear(x, base.weight, *layers) if y is None else y
 
     def _value_dtype(self) -> torch.dtype:
         return self.base_layer.weight.dtype
@@ -170,10 +171,10 @@ class LoraLinear4bit(Lora[Linear4bit]):
 
     def forward(self, x: Tensor) -> Tensor:
         """y ``[..., out_features]`` in the dtype of x ``[..., in_features]``."""
-        base = self.base_layer
         if self.merged:
-            return base(x)  # type: ignore[no-any-return]
-        found = self._through_modules(x)
+            return self.base_layer(x)  # type: ignore[no-any-return]
+        layers = base, _, _ = self._layers()
+        found = self._through_modules(x, *layers)
         if found is not None:
             return found
         dtype = x.dtype if base.compute_dtype is None else base.compute_dtype
@@ -183,9 +184,11 @@ class LoraLinear4bit(Lora[Linear4bit]):
         else:
             together = torch.promote_types(x.dtype, dtype) == dtype
         if together:
-            return self._linear(x.to(dtype), base.quant).to(x.dtype)
+            if x.dtype == dtype:
+                return self._linear(x, base.quant, *layers)
+            return self._linear(x.to(dtype), base.quant, *layers).to(x.dtype)
         y: Tensor = base(x)
-        return y + self._linear(x, None).to(x.dtype)
+        return y + self._linear(x, None, *layers).to(x.dtype)
 
     def _value_dtype(self) -> torch.dtype:
         return self.base_layer.dtype

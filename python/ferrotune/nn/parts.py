@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,19 +10,12 @@ from torch import nn
 from .. import ops
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from torch import Tensor
 
 
 def kind_of(module: object) -> str:
     """The full name of a module's class, for errors."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def held_as(packed: Tensor, storage: torch.dtype) -> Tensor:

@@ -90,14 +90,14 @@ def _run(x: Tensor, projections: list[Projection], seed: Tensor | None) -> list[
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         projections = [_cast(projection, dtype) for projection in projections]
+    trained = dropped = False
     for projection in projections:
         _check(x, projection)
-    trained = [
-        projection.weight if _is_trained(projection.weight) else None for projection in projections
-    ]
-    if any(weight is not None for weight in trained):
-        return _with_trained_weights(x, projections, trained, seed)
-    if seed is None and any(projection.dropout_p for projection in projections):
+        trained = trained or _is_trained(projection.weight)
+        dropped = dropped or projection.dropout_p > 0
+    if trained:
+        return _with_trained_weights(x, projections, seed)
+    if seed is None and dropped:
         seed = dropout_seed(x)
     if not torch.compiler.is_compiling():
         return list(autograd.apply(x, projections, seed))
@@ -117,10 +117,13 @@ def _is_trained(weight: Tensor | None) -> bool:
 
 
 def _with_trained_weights(
-    x: Tensor, projections: list[Projection], trained: list[Tensor | None], seed: Tensor | None
+    x: Tensor, projections: list[Projection], seed: Tensor | None
 ) -> list[Tensor]:
     """Trained W go through PyTorch's linear; the rest of their projections is added."""
     found: list[Tensor] = []
+    trained = [
+        projection.weight if _is_trained(projection.weight) else None for projection in projections
+    ]
     rest = [
         projection if weight is None else projection._replace(weight=None, bias=None)
         for projection, weight in zip(projections, trained, strict=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import functools
+from typing import TYPE_CHECKING, Any, Protocol
 
 from . import reference
 
@@ -18,10 +19,20 @@ if TYPE_CHECKING:
 class Backend(Protocol):
     """What `reference` does on every device; another one does the same, faster."""
 
+    def laid_out(self, x: Tensor) -> Tensor:
+        """See `reference.laid_out`: x or a gradient as `forward` and `backward` take it."""
+
+    def plan(self, x: Tensor, projections: Sequence[Projection]) -> Any:
+        """See `reference.plan`."""
+
     def forward(
-        self, x: Tensor, projections: Sequence[Projection], seed: Tensor | None
+        self,
+        x: Tensor,
+        projections: Sequence[Projection],
+        seed: Tensor | None,
+        how: Any = None,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
-        """See `reference.forward`."""
+        """See `reference.forward`; ``how`` is their plan, made now if None."""
 
     def saved(
         self, x: Tensor, projections: Sequence[Projection]
@@ -36,8 +47,9 @@ class Backend(Protocol):
         projections: Sequence[Projection],
         seed: Tensor | None,
         need: Need,
+        how: Any = None,
     ) -> Grads:
-        """See `reference.backward`."""
+        """See `reference.backward`; ``how`` is the plan that forward ran by."""
 
     def quantize_4bit(
         self, values: Tensor, blocksize: int, quant_type: str, double_quant: bool
@@ -50,9 +62,11 @@ class Backend(Protocol):
 
 def choose(x: Tensor) -> Backend:
     """The implementation for tensors on x's device."""
-    if x.is_cuda:
-        from . import cuda, cuda_lora
+    return _on_cuda(x.device.index) if x.is_cuda else reference
 
-        if cuda.usable(x.device.index):
-            return cuda_lora
-    return reference
+
+@functools.cache
+def _on_cuda(index: int) -> Backend:
+    from . import cuda, cuda_lora
+
+    return cuda_lora if cuda.usable(index) else reference

@@ -23,6 +23,7 @@ __all__ = [
     "address",
     "dequantize_4bit",
     "dropout_mask",
+    "parts",
     "prepare",
     "quantize_4bit",
     "raw_stream",
@@ -52,7 +53,7 @@ def usable(index: int) -> bool:
         warnings.warn(
             f"ferrotune's CUDA kernels are not used on device {index}, PyTorch's own operations "
             f"are: {error}",
-            stacklevel=4,
+            stacklevel=5,
         )
         return False
     return True
@@ -174,8 +175,9 @@ def dequantize_4bit(quant: Quant4bit, dtype: torch.dtype, transpose: bool = Fals
     from .. import _native
 
     device = quant.packed.device
-    if any(part is not None and part.device != device for part in quant.tensors):
-        raise ValueError(f"the parts of a 4-bit weight must all be on {device}")
+    for part in quant[1:5]:
+        if part is not None and part.device != device:
+            raise ValueError(f"the parts of a 4-bit weight must all be on {device}")
     shape = quant.shape
     k = shape[-1] if shape else 1
     n = 1
@@ -185,22 +187,11 @@ def dequantize_4bit(quant: Quant4bit, dtype: torch.dtype, transpose: bool = Fals
         raise ValueError(f"only a matrix can be transposed, not shape {list(shape)}")
     _ready(device.index)
     out = torch.empty((k, n) if transpose else shape, dtype=dtype, device=device)
-    offset = quant.nested_offset
-    if offset is not None and offset.dtype != torch.float32:
-        offset = offset.float()  # whole checkpoints may have been cast
+    weight, _alive = parts(quant)
     _native.cuda_dequantize_4bit(
         device.index,
         raw_stream(device.index),
-        (
-            quant.packed.data_ptr(),
-            quant.absmax.data_ptr(),
-            address(quant.nested_absmax),
-            address(quant.nested_code),
-            address(offset),
-            quant.quant_type,
-            quant.blocksize,
-            quant.nested_blocksize,
-        ),
+        weight,
         out.data_ptr(),
         NAMES[dtype],
         n,
@@ -208,6 +199,24 @@ def dequantize_4bit(quant: Quant4bit, dtype: torch.dtype, transpose: bool = Fals
         transpose,
     )
     return out
+
+
+def parts(quant: Quant4bit) -> tuple[tuple[int, int, int, int, int, str, int, int], Tensor | None]:
+    """A 4-bit weight as native calls take it, and what must outlive the call beside it."""
+    offset = quant.nested_offset
+    if offset is not None and offset.dtype != torch.float32:
+        offset = offset.float()  # whole checkpoints may have been cast
+    numbers = (
+        quant.packed.data_ptr(),
+        quant.absmax.data_ptr(),
+        address(quant.nested_absmax),
+        address(quant.nested_code),
+        address(offset),
+        quant.quant_type,
+        quant.blocksize,
+        quant.nested_blocksize,
+    )
+    return numbers, offset
 
 
 def address(tensor: Tensor | None) -> int:

@@ -1,21 +1,24 @@
-"""LoRA's forward and backward on CUDA: ferrotune's kernels around PyTorch's products.
+"""LoRA's forward and backward on CUDA: ferrotune's kernels, around PyTorch's products or its own.
 
-The LoRA term of a projection is written first, with its biases; the base product accumulates onto
-it. (f32 adapters beside a 16-bit x: the base product first, so that the term is rounded but once,
-with the sum; each of their values is three of x's type.) Backward does the same for x's gradient,
-from a 4-bit weight laid out transposed. Adapters that no kernel takes (x of 32 bits or more, ranks
-above what one pass takes) go through PyTorch's products, with the same masks and weights.
+On Hopper ferrotune's product of the frozen weight carries the LoRA term and the biases in the same
+f32 sums, in forward and in x's gradient. Elsewhere the LoRA term of a projection is written first,
+with its biases, and PyTorch's product accumulates onto it. (f32 adapters beside a 16-bit x: the
+base product first, so that the term is rounded but once, with the sum; each of their values is
+three of x's type.) Backward does the same for x's gradient, from a 4-bit weight laid out
+transposed. Adapters that no kernel takes (x of 32 bits or more, ranks above what one pass takes) go
+through PyTorch's products, with the same masks and weights.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import _native
 from . import cuda, reference
 from .cuda import NAMES, address, dequantize_4bit, quantize_4bit
+from .cuda_plan import passes, planned, planned_backward
 from .types import Grads, Need, Projection
 
 if TYPE_CHECKING:
@@ -23,74 +26,31 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["backward", "dequantize_4bit", "forward", "quantize_4bit", "saved"]
+    from .cuda_plan import BackwardPass, Live, Pass, Plan
 
-_HALVES = (torch.float16, torch.bfloat16)
-_SEGMENT = 16  # ranks are padded to multiples of it
+__all__ = [
+    "backward",
+    "dequantize_4bit",
+    "forward",
+    "laid_out",
+    "plan",
+    "quantize_4bit",
+    "saved",
+]
 
-
-class _Pass(NamedTuple):
-    """Projections that the kernels take together, by index, and where the H of each starts."""
-
-    members: list[int]
-    starts: list[int]
-    columns: int
-    planes: int  # parts of an adapter's value
-    onto: bool  # the LoRA terms are added to the base products
-
-
-@functools.cache
-def _max_columns(index: int, planes: int) -> int:
-    from .. import _native
-
-    return _native.cuda_lora_max_columns(index, planes)
+# Where the kernels that only Hopper has are used, the product of the frozen weight among them:
+# "auto", where they are the faster ones; "always", where they can run at all; "never".
+hopper = "auto"
 
 
-@functools.lru_cache(maxsize=4096)
-def _workspace_bytes(
-    index: int, m: int, k: int, planes: int, sizes: tuple[tuple[int, int], ...], backward: bool
-) -> int:
-    from .. import _native
-
-    return _native.cuda_lora_workspace(index, m, k, planes, list(sizes), backward)
+def laid_out(x: Tensor) -> Tensor:
+    """Contiguous, of any number of dimensions."""
+    return x.contiguous()
 
 
-def _planes(x: Tensor, projection: Projection) -> int:
-    """1, or 3 where the adapter is wider than x; 0 where the kernels do not take it."""
-    lora_A, lora_B, lora_bias = projection.lora_A, projection.lora_B, projection.lora_bias
-    if lora_A is None or lora_B is None or x.dtype not in _HALVES:
-        return 0
-    kind = lora_A.dtype
-    if kind not in NAMES or lora_B.dtype != kind or lora_A.shape[0] == 0:
-        return 0
-    if lora_bias is not None and lora_bias.dtype not in NAMES:
-        return 0
-    if projection.shape[0] == 0 or projection.shape[1] == 0:
-        return 0
-    return 1 if kind == x.dtype else 3
-
-
-def _passes(x: Tensor, projections: Sequence[Projection]) -> list[_Pass]:
-    """The passes over x in which the kernels take the projections."""
-    passes: list[_Pass] = []
-    for i, projection in enumerate(projections):
-        planes = _planes(x, projection)
-        if planes == 0:
-            continue
-        columns = -(-projection.rank // _SEGMENT) * _SEGMENT
-        most = _max_columns(x.device.index, planes)
-        if columns > most:
-            continue
-        has_base = projection.weight is not None or projection.quant is not None
-        onto = has_base and (planes > 1 or projection.dropout_p >= 1)
-        last = passes[-1] if passes else None
-        if last is None or last[3:] != (planes, onto) or last.columns + columns > most:
-            passes.append(_Pass([i], [0], columns, planes, onto))
-        else:
-            last.members.append(i)
-            last.starts.append(last.columns)
-            passes[-1] = last._replace(columns=last.columns + columns)
-    return passes
+def plan(x: Tensor, projections: Sequence[Projection]) -> Plan:
+    """How ``forward`` runs, and its ``backward``."""
+    return planned(x, projections, hopper)
 
 
 def saved(
@@ -98,7 +58,7 @@ def saved(
 ) -> list[tuple[tuple[int, int], torch.dtype] | None]:
     """Shape and dtype of what forward keeps of each projection: a pass's H, with its first."""
     found = reference.saved(x, projections)
-    for one in _passes(x, projections):
+    for one in passes(x, projections):
         for i in one.members:
             found[i] = None
         found[one.members[0]] = ((x.shape[0], one.planes * one.columns), x.dtype)
@@ -106,114 +66,148 @@ def saved(
 
 
 def forward(
-    x: Tensor, projections: Sequence[Projection], seed: Tensor | None
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """As ``reference.forward``, but for the form of ``hs``: see ``saved``."""
-    count = len(projections)
-    ys: list[Tensor | None] = [None] * count
-    hs: list[Tensor | None] = [None] * count
-    m = x.shape[0]
-    done = set()
-    for one in _passes(x, projections):
-        for i in one.members:
-            done.add(i)
-            if one.onto:
-                ys[i] = reference.base(x, projections[i])
-            else:
-                ys[i] = x.new_empty(m, projections[i].shape[0])
-        hs[one.members[0]] = h = x.new_empty(m, one.planes * one.columns)
-        if m:
-            _run_forward(x, projections, seed, one, ys, h)
-        if one.onto:
-            continue
-        for i in one.members:
-            weight, y = reference.dense(projections[i], x.dtype), ys[i]
-            if weight is not None and y is not None:
-                y.addmm_(x, weight.t())
-    for i, projection in enumerate(projections):
-        if i not in done:
-            (ys[i],), (hs[i],) = reference.forward(x, [projection], seed)
-    return ys, hs  # type: ignore[return-value]
-
-
-def _run_forward(
     x: Tensor,
     projections: Sequence[Projection],
     seed: Tensor | None,
-    one: _Pass,
-    ys: Sequence[Tensor | None],
+    how: Plan | None = None,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """As ``reference.forward``, but for the form of ``hs`` (see ``saved``) and that of x.
+
+    x is ``[..., k]``, contiguous, and so are the ``ys`` ``[..., n]``.
+    """
+    how = plan(x, projections) if how is None else how
+    ys: list[Any] = [None] * len(projections)
+    hs: list[Tensor | None] = [None] * len(projections)
+    before = x.shape[:-1]
+    for one in how.passes:
+        hs[one.members[0]] = h = x.new_empty(how.m, one.planes * one.columns)
+        for i in one.members:
+            if one.terms == "added":
+                ys[i] = _shaped(x, reference.base(_rows(how, x), projections[i]))
+            else:
+                ys[i] = x.new_empty(*before, projections[i].shape[0])
+        if how.m:
+            _run_forward(how, x, projections, seed, one, ys, h)
+        if one.terms == "written":
+            for i in one.members:
+                weight = reference.dense(projections[i], x.dtype)
+                if weight is not None:
+                    _rows(how, ys[i]).addmm_(_rows(how, x), weight.t())
+    for i in how.by_pytorch:
+        (y,), (hs[i],) = reference.forward(_rows(how, x), [projections[i]], seed)
+        ys[i] = _shaped(x, y)
+    return ys, hs
+
+
+def _rows(how: Plan, tensor: Tensor) -> Tensor:
+    """``[m, columns]`` of a contiguous one."""
+    return tensor if tensor.dim() == 2 else tensor.view(how.m, tensor.shape[-1])
+
+
+def _shaped(x: Tensor, y: Tensor | None) -> Tensor | None:
+    """``[m, n]`` as ``[..., n]``, in the shape of x."""
+    return y if y is None or x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+_NO_WEIGHT = (0, False, None)
+
+
+def _weight(x: Tensor, projection: Projection, alive: list[Tensor | None]) -> tuple[int, bool, Any]:
+    """As native calls take it: a 4-bit one with memory that it is dequantised to in the call."""
+    quant = projection.quant
+    if quant is not None and quant.dtype == x.dtype:
+        numbers, offset = cuda.parts(quant)
+        scratch = x.new_empty(*quant.shape)
+        alive += (scratch, offset)
+        return (scratch.data_ptr(), False, numbers)
+    weight = reference.dense(projection, x.dtype)
+    assert weight is not None
+    transposed = not weight.is_contiguous()
+    if transposed and not weight.t().is_contiguous():
+        weight, transposed = weight.contiguous(), False  # a hook brought it back in another layout
+    alive.append(weight)
+    return (weight.data_ptr(), transposed, None)
+
+
+def _run_forward(
+    how: Plan,
+    x: Tensor,
+    projections: Sequence[Projection],
+    seed: Tensor | None,
+    one: Pass,
+    ys: Sequence[Tensor],
     h: Tensor,
 ) -> None:
-    from .. import _native
-
-    index = x.device.index
-    alive: list[Tensor] = []
-    given = []
+    """One native call; with ``terms`` left another for each 4-bit weight but an only one's."""
+    left = one.terms == "left"
+    alive: list[Tensor | None] = []
+    given: list[Any] = []
     for i, start in zip(one.members, one.starts, strict=True):
-        projection, y = projections[i], ys[i]
+        projection = projections[i]
         bias, lora_bias = projection.bias, projection.lora_bias
-        bias = None if bias is None or one.onto else bias.contiguous()
-        lora_bias = None if lora_bias is None else lora_bias.contiguous()
-        kind = x.dtype if lora_bias is None else lora_bias.dtype
-        alive += [part for part in (bias, lora_bias) if part is not None]
-        assert y is not None
-        given.append(
-            (
-                *_adapter(projection, start, alive),
-                (y.data_ptr(), address(bias), address(lora_bias), NAMES[kind]),
-                (0, 0),
-            )
-        )
-    workspace = _workspace(x, projections, one, backward=False)
-    _native.cuda_lora_forward(
-        index,
-        cuda.raw_stream(index),
-        _input(x, projections, seed, one, h, one.columns),
-        given,
-        workspace.data_ptr(),
-    )
+        kind = x.dtype
+        if bias is not None:
+            bias = None if one.terms == "added" else bias.contiguous()
+        if lora_bias is not None:
+            lora_bias, kind = lora_bias.contiguous(), lora_bias.dtype
+        weight = _NO_WEIGHT
+        if left and (len(one.members) == 1 or projection.quant is None):
+            weight = _weight(x, projection, alive)
+        outputs = (ys[i].data_ptr(), address(bias), address(lora_bias), NAMES[kind])
+        alive += (bias, lora_bias)
+        given.append((*_adapter(projection, start, alive), outputs, (0, 0), weight))
+    workspace = _workspace(x, one)
+    group = _input(how, x, seed, one, h, one.terms)
+    stream = cuda.raw_stream(how.device)
+    _native.cuda_lora_forward(how.device, stream, group, given, address(workspace))
+    if not left:
+        return
+    missing = [place for place, part in enumerate(given) if part[-1] == _NO_WEIGHT]
+    if not missing:
+        return
+    nothing = [(*part[:-1], _NO_WEIGHT) for part in given]
+    for place in missing:  # one at a time
+        now: list[Tensor | None] = []
+        weight = _weight(x, projections[one.members[place]], now)
+        asked = [*nothing[:place], (*given[place][:-1], weight), *nothing[place + 1 :]]
+        _native.cuda_lora_products(how.device, stream, group, asked, address(workspace))
 
 
 def _adapter(
-    projection: Projection, start: int, alive: list[Tensor]
+    projection: Projection, start: int, alive: list[Tensor | None]
 ) -> tuple[tuple[int, int, str, int, int], tuple[float, float, int, int]]:
     lora_A, lora_B = projection.lora_A, projection.lora_B
     assert lora_A is not None
     assert lora_B is not None
     lora_A, lora_B = lora_A.contiguous(), lora_B.contiguous()
     alive += (lora_A, lora_B)
-    r, n = lora_A.shape[0], lora_B.shape[0]
+    n, r = lora_B.shape
     return (
         (lora_A.data_ptr(), lora_B.data_ptr(), NAMES[lora_A.dtype], n, r),
         (projection.scaling, projection.dropout_p, projection.stream, start),
     )
 
 
+def _workspace(x: Tensor, one: Pass | BackwardPass) -> Tensor | None:
+    return x.new_empty(one.workspace, dtype=torch.uint8) if one.workspace else None
+
+
 def _input(
+    how: Plan,
     x: Tensor,
-    projections: Sequence[Projection],
     seed: Tensor | None,
-    one: _Pass,
+    one: Pass | BackwardPass,
     h: Tensor,
-    h_columns: int,
-) -> tuple[int, int, int, str, int, int, int, int, bool]:
-    m, k = x.shape
-    dropped = any(projections[i].dropout_p for i in one.members)
-    if dropped and (seed is None or seed.device != x.device):
+    terms: str = "written",
+) -> tuple[int, int, int, str, int, int, int, int, str, str]:
+    if not one.dropped:
+        seed = None
+    elif seed is None or seed.device != x.device:
         raise ValueError("dropout needs a seed on x's device: ops.dropout_seed(x)")
     return (
-        x.data_ptr(), m, k, NAMES[x.dtype], one.planes, address(seed if dropped else None),
-        h.data_ptr(), h_columns, one.onto,
+        x.data_ptr(), how.m, how.k, NAMES[x.dtype], one.planes, address(seed),
+        h.data_ptr(), one.columns, hopper, terms,
     )  # fmt: skip
-
-
-def _workspace(
-    x: Tensor, projections: Sequence[Projection], one: _Pass, *, backward: bool
-) -> Tensor:
-    m, k = x.shape
-    sizes = tuple((projections[i].shape[0], projections[i].rank) for i in one.members)
-    needed = _workspace_bytes(x.device.index, m, k, one.planes, sizes, backward)
-    return x.new_empty(needed, dtype=torch.uint8)
 
 
 def backward(
@@ -223,28 +217,40 @@ def backward(
     projections: Sequence[Projection],
     seed: Tensor | None,
     need: Need,
+    how: Plan | None = None,
 ) -> Grads:
-    """As ``reference.backward``, of what ``forward`` kept."""
-    count = len(projections)
-    nothing: list[Tensor | None] = [None] * count
+    """As ``reference.backward``, of what ``forward`` took and kept; ``grads`` are ``[..., n]``.
+
+    x's gradient is ``[..., k]`` or ``[m, k]``.
+    """
+    how = plan(x, projections) if how is None else how
+    asked = planned_backward(how, grads, x, projections, need)
+    nothing: list[Tensor | None] = [None] * len(projections)
     found = Grads(None, nothing[:], nothing[:], nothing[:], nothing[:])
     dx: Tensor | None = None
-    done = set()
-    for one in _passes(x, projections):
-        done.update(one.members)
-        dx = _run_backward(grads, x, hs[one.members[0]], projections, seed, need, one, found, dx)
-    for i, (grad, projection) in enumerate(zip(grads, projections, strict=True)):
-        if grad is None:
+    for one in asked.passes:
+        if how.m == 0:
+            _no_rows(one.live, projections, found)
             continue
-        if i in done or projection.lora_A is None:
+        part = None
+        if need.x:  # PyTorch's products add to rows
+            part = x.new_empty(how.m, how.k) if asked.after else torch.empty_like(x)
+        _run_backward(how, grads, x, hs[one.first], projections, seed, one, found, part)
+        dx = _add(dx, part)
+    for i, term, biases, base in asked.after:
+        grad, projection = grads[i], projections[i]
+        assert grad is not None
+        grad = _rows(how, grad)
+        if term:
+            more = _by_pytorch(grad, _rows(how, x), hs[i], projection, seed, need, i, found)
+            dx = _add(dx, more)
+        elif biases:
             reference.bias_grads(found, grad, projection, need, i)
-        else:
-            dx = _add(dx, _by_pytorch(grad, x, hs[i], projection, seed, need, i, found))
-        if need.x:
+        if base:
             dx = _base_grad(grad, projection, x.dtype, dx)
     if need.x and dx is None:
         dx = torch.zeros_like(x)
-    return found._replace(x=dx)
+    return Grads(dx, *found[1:])
 
 
 def _add(dx: Tensor | None, more: Tensor | None) -> Tensor | None:
@@ -289,61 +295,49 @@ def _by_pytorch(
     return part.x
 
 
+def _no_rows(live: Sequence[Live], projections: Sequence[Projection], found: Grads) -> None:
+    """The gradients of adapters that no row of x went through."""
+    for one in live:
+        lora_A, lora_B = projections[one.i].lora_A, projections[one.i].lora_B
+        if one.lora_A and lora_A is not None:
+            found.lora_A[one.i] = torch.zeros_like(lora_A, memory_format=torch.contiguous_format)
+        if one.lora_B and lora_B is not None:
+            found.lora_B[one.i] = torch.zeros_like(lora_B, memory_format=torch.contiguous_format)
+
+
 def _run_backward(
+    how: Plan,
     grads: Sequence[Tensor | None],
     x: Tensor,
     h: Tensor | None,
     projections: Sequence[Projection],
     seed: Tensor | None,
-    need: Need,
-    one: _Pass,
+    one: BackwardPass,
     found: Grads,
-    dx: Tensor | None,
-) -> Tensor | None:
-    """Fills in the gradients of a pass's adapters; returns dx with its LoRA terms."""
-    from .. import _native
-
+    part: Tensor | None,
+) -> None:
+    """Fills in the gradients of a pass's adapters, and ``part``, what it adds to x's."""
     assert h is not None
-    places = [place for place, i in enumerate(one.members) if grads[i] is not None]
-    live = one._replace(
-        members=[one.members[place] for place in places],
-        starts=[one.starts[place] for place in places],
-    )
-    wanted = need.x or any(need.lora_A[i] or need.lora_B[i] for i in live.members)
-    if not live.members or not wanted:
-        return dx
-    alive: list[Tensor] = []
-    given = []
-    empty = x.shape[0] == 0
-    for i, start in zip(live.members, live.starts, strict=True):
+    alive: list[Tensor | None] = []
+    given: list[Any] = []
+    for i, start, for_A, for_B, based in one.live:
         projection, grad = projections[i], grads[i]
-        lora_A, lora_B = projection.lora_A, projection.lora_B
         assert grad is not None
+        adapter = _adapter(projection, start, alive)
+        lora_A, lora_B = alive[-2:]  # contiguous
         assert lora_A is not None
         assert lora_B is not None
-        make = torch.zeros if empty else torch.empty
-        if need.lora_A[i]:
-            found.lora_A[i] = make(lora_A.shape, dtype=lora_A.dtype, device=x.device)
-        if need.lora_B[i]:
-            found.lora_B[i] = make(lora_B.shape, dtype=lora_B.dtype, device=x.device)
-        given.append(
-            (
-                *_adapter(projection, start, alive),
-                (grad.data_ptr(), 0, 0, "float32"),
-                (address(found.lora_A[i]), address(found.lora_B[i])),
-            )
-        )
-    if empty:
-        return dx
-    part = torch.empty_like(x) if need.x else None
-    workspace = _workspace(x, projections, live, backward=True)
-    index = x.device.index
+        found.lora_A[i] = grad_A = torch.empty_like(lora_A) if for_A else None
+        found.lora_B[i] = grad_B = torch.empty_like(lora_B) if for_B else None
+        weight = _weight(x, projection, alive) if based else _NO_WEIGHT
+        outputs = (grad.data_ptr(), 0, 0, "float32")
+        given.append((*adapter, outputs, (address(grad_A), address(grad_B)), weight))
+    workspace = _workspace(x, one)
     _native.cuda_lora_backward(
-        index,
-        cuda.raw_stream(index),
-        _input(x, projections, seed, live, h, one.columns),
+        how.device,
+        cuda.raw_stream(how.device),
+        _input(how, x, seed, one, h),
         given,
-        workspace.data_ptr(),
+        address(workspace),
         address(part),
     )
-    return _add(dx, part)

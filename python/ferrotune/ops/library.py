@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import flat
-from .autograd import as_rows
+from .autograd import as_rows, no_autocast
 from .backend import choose
 from .types import Need, Quant4bit
 
@@ -67,7 +67,8 @@ def _projections(arguments: Sequence[Any]) -> list[Any]:
 
 
 def _group(x: Tensor, seed: Tensor | None, *arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
-    ys, hs = choose(x).forward(as_rows(x), _projections(arguments), seed)
+    with no_autocast(x):
+        ys, hs = choose(x).forward(as_rows(x), _projections(arguments), seed)
     return (
         [y.view(*x.shape[:-1], y.shape[1]) for y in ys],
         [x.new_empty(0) if h is None else h for h in hs],
@@ -101,14 +102,10 @@ def _group_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     projections = _projections(arguments)
     asked = _need(need, len(projections))
-    found = choose(x).backward(
-        [as_rows(grad) for grad in grads],
-        as_rows(x),
-        [flat.present(h) for h in hs],
-        projections,
-        seed,
-        asked,
-    )
+    rows, flat_hs = as_rows(x), [flat.present(h) for h in hs]
+    flat_grads = [as_rows(grad) for grad in grads]
+    with no_autocast(x):
+        found = choose(x).backward(flat_grads, rows, flat_hs, projections, seed, asked)
 
     def filled(column: list[Tensor | None]) -> list[Tensor]:
         return [x.new_empty(0) if grad is None else grad for grad in column]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import threading
 from typing import TYPE_CHECKING
 
 import torch
 
 from . import dropout
+from .products import add_product, down, down_backward, product_dtype, term_dtype, up_backward
+from .scratch import scratch
 from .types import Grads, Need, Projection, Quant4bit
 
 if TYPE_CHECKING:
@@ -18,8 +19,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def laid_out(x: Tensor) -> Tensor:
+    """``[m, columns]``, contiguous: as ``forward`` and ``backward`` take x and gradients."""
+    return as_rows(x)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``[m, k]``, contiguous: strides of expanded or transposed tensors end here."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
+
+
+def plan(x: Tensor, projections: Sequence[Projection]) -> None:
+    """What can be worked out once for shapes and types: nothing here."""
+
+
 def forward(
-    x: Tensor, projections: Sequence[Projection], seed: Tensor | None
+    x: Tensor, projections: Sequence[Projection], seed: Tensor | None, how: None = None
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Of x ``[m, k]``: ``ys`` ``[m, n]`` in its dtype; ``hs`` ``[m, r]``: scaling·dropout(x)·Aᵀ."""
     ys: list[Tensor] = []
@@ -29,16 +44,14 @@ def forward(
         h = None
         if projection.lora_A is not None and projection.lora_B is not None:
             kind = term_dtype(x, projection.lora_A)
-            dropped = dropout.apply(x.to(kind), projection.dropout_p, seed, projection.stream)
-            h = _product(dropped, projection.lora_A.to(kind).t(), projection.scaling)
+            h = down(x, projection, kind, seed)
+            lora_bias = projection.lora_bias
+            if lora_bias is not None:
+                lora_bias = lora_bias.to(kind) * projection.scaling
             up = projection.lora_B.to(kind).t()
-            if projection.lora_bias is None:
-                y = _add_product(y, h, up, x.dtype)
-            else:
-                term = torch.addmm(projection.lora_bias.to(kind) * projection.scaling, h, up)
-                y = (term if y is None else y + term).to(x.dtype)
+            y = add_product(y, h, up, product_dtype(x), lora_bias)
         assert y is not None
-        ys.append(y)
+        ys.append(y.to(x.dtype))
         hs.append(h)
     return ys, hs
 
@@ -62,9 +75,11 @@ def backward(
     projections: Sequence[Projection],
     seed: Tensor | None,
     need: Need,
+    how: None = None,
 ) -> Grads:
     """Gradients of ``forward``'s inputs in their dtypes; ``grads`` ``[m, n]`` are contiguous."""
     dx: Tensor | None = None
+    sums_in = product_dtype(x)
     nothing: list[Tensor | None] = [None] * len(projections)
     found = Grads(None, nothing[:], nothing[:], nothing[:], nothing[:])
     for i, (grad, h, projection) in enumerate(zip(grads, hs, projections, strict=True)):
@@ -74,37 +89,30 @@ def backward(
         if need.x:
             weight = dense(projection, x.dtype)
             if weight is not None:
-                dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
+                dx = add_product(dx, grad.to(sums_in), weight.to(sums_in), sums_in)
             del weight
         bias_grads(found, grad, projection, need, i)
         if lora_A is None or lora_B is None or h is None:
             continue
         kind = h.dtype
-        wide = grad.to(kind)
-        if need.lora_B[i]:
-            # The long way round reads the wide gradient in the order in which it lies.
-            found.lora_B[i] = (h.t() @ wide).t().to(lora_B.dtype).contiguous()
-        if not (need.lora_A[i] or need.x):
+        asked_g = need.lora_A[i] or need.x
+        grad_B, g = up_backward(grad, h, projection, kind, need.lora_B[i], asked_g)
+        if grad_B is not None:
+            found.lora_B[i] = grad_B.to(lora_B.dtype)
+        if g is None:
             continue
-        g = _product(wide, lora_B.to(kind), projection.scaling)
         if need.lora_A[i]:
-            dropped = dropout.apply(x.to(kind), projection.dropout_p, seed, projection.stream)
-            found.lora_A[i] = (g.t() @ dropped).to(lora_A.dtype)
+            found.lora_A[i] = down_backward(g, x, projection, kind, seed).to(lora_A.dtype)
         if need.x:
-            down = lora_A.to(kind)
+            wide_A = lora_A.to(kind)
             if projection.dropout_p:
-                term = dropout.apply(g @ down, projection.dropout_p, seed, projection.stream)
-                dx = term.to(x.dtype) if dx is None else (dx + term).to(x.dtype)
+                term = dropout.apply(g @ wide_A, projection.dropout_p, seed, projection.stream)
+                dx = (term if dx is None else dx + term).to(sums_in)
             else:
-                dx = _add_product(dx, g, down, x.dtype)
+                dx = add_product(dx, g, wide_A, sums_in)
     if need.x and dx is None:
         dx = torch.zeros_like(x)
-    return found._replace(x=dx)
-
-
-def term_dtype(x: Tensor, lora_A: Tensor) -> torch.dtype:
-    """In what the LoRA term is computed: what holds both x's and A's values."""
-    return torch.promote_types(x.dtype, lora_A.dtype)
+    return found._replace(x=None if dx is None else dx.to(x.dtype))
 
 
 def dense(projection: Projection, dtype: torch.dtype) -> Tensor | None:
@@ -116,53 +124,17 @@ def dense(projection: Projection, dtype: torch.dtype) -> Tensor | None:
         from .backend import choose
 
         return choose(quant.packed).dequantize_4bit(quant, quant.dtype).to(dtype)
-    return _dequantize_into(_scratch(quant), quant).to(dtype)
-
-
-class _Scratch(threading.local):
-    """Memory for one dense weight a thread and dtype, as large as the largest so far.
-
-    The system would hand out large new memory page by page: slower than dequantising into it.
-    """
-
-    def __init__(self) -> None:
-        self.flat: dict[torch.dtype, Tensor] = {}
-
-
-_SCRATCH = _Scratch()
-
-
-def _scratch(quant: Quant4bit) -> Tensor:
-    """Valid until the thread's next call."""
-    elements = math.prod(quant.shape)
-    flat = _SCRATCH.flat.get(quant.dtype)
-    if flat is None or flat.numel() < elements:
-        with torch.inference_mode(False):
-            flat = torch.empty(elements, dtype=quant.dtype, device="cpu")
-        _SCRATCH.flat[quant.dtype] = flat
-    return flat[:elements].view(quant.shape)
+    return _dequantize_into(scratch("weight", quant.shape, quant.dtype), quant).to(dtype)
 
 
 def base(x: Tensor, projection: Projection) -> Tensor | None:
-    """``x·Wᵀ + bias``; without W the bias alone, None without either."""
+    """``x·Wᵀ + bias``, in `product_dtype`; without W the bias alone, None without either."""
+    kind = product_dtype(x)
     weight, bias = dense(projection, x.dtype), projection.bias
+    bias = None if bias is None else bias.to(kind)
     if weight is None:
         return None if bias is None else bias.repeat(x.shape[0], 1)
-    return torch.nn.functional.linear(x, weight, bias)
-
-
-def _product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """``scaling · a·b``, rounded once."""
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scaling)
-
-
-def _add_product(onto: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``onto + a·b`` in ``dtype``; may write to ``onto``."""
-    if onto is None:
-        return (a @ b).to(dtype)
-    if onto.dtype == a.dtype:
-        return onto.addmm_(a, b)
-    return (a @ b).add_(onto).to(dtype)
+    return torch.nn.functional.linear(x.to(kind), weight.to(kind), bias)
 
 
 def bias_grads(found: Grads, grad: Tensor, projection: Projection, need: Need, i: int) -> None:

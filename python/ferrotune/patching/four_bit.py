@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import ops
+from ..ops.autograd import no_autocast
 from . import runs
 from .base import quant_of
 from .classes import Replaced
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from torch import Tensor
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -70,8 +68,3 @@ def product(base: Any, quant: ops.Quant4bit, x: Tensor) -> Tensor:
     with no_autocast(x):
         y = ops.lora_linear(x.to(dtype), quant, bias=bias_as(base, dtype))
     return y.to(x.dtype)
-
-
-def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

@@ -172,7 +172,7 @@ def _base_with(base: Any, adapter: Adapter, x: Tensor) -> Tensor | None:
     if dense is None:
         return None
     weight, bias = dense
-    return ops.lora_linear(x, weight, bias=bias, **adapter._asdict())
+    return _linear(x, weight, adapter, bias)
 
 
 def _base_4bit_with(
@@ -189,11 +189,19 @@ def _base_4bit_with(
     if not together:  # the adapter is not rounded to a compute dtype that is the base's alone
         return (four_bit.product(base, quant, x) + _term(adapter, x)).to(x.dtype)
     bias = four_bit.bias_as(base, dtype)
-    y = ops.lora_linear(x.to(dtype), quant, bias=bias, **adapter._asdict())
-    return y.to(x.dtype)
+    return _linear(x.to(dtype), quant, adapter, bias).to(x.dtype)
 
 
 def _term(adapter: Adapter, x: Tensor) -> Tensor:
     """The LoRA term alone, in the wider of x's and the adapter's dtypes."""
     wide = torch.promote_types(x.dtype, adapter.lora_A.dtype)
-    return ops.lora_linear(x.to(wide), None, **adapter._asdict())
+    return _linear(x.to(wide), None, adapter)
+
+
+def _linear(
+    x: Tensor, weight: Tensor | ops.Quant4bit | None, adapter: Adapter, bias: Tensor | None = None
+) -> Tensor:
+    lora_A, lora_B, scaling, lora_bias, dropout_p = adapter
+    return ops.lora_linear(
+        x, weight, lora_A, lora_B, scaling, bias=bias, lora_bias=lora_bias, dropout_p=dropout_p
+    )

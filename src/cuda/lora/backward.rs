@@ -1,14 +1,18 @@
 //! Backward of a group.
 
 use super::super::device::Device;
-use super::super::error::Result;
 use super::super::launch::{Address, Stream};
-use super::forward::panel_jobs;
-use super::kernels::{self, DownOuter, MAX_SEGMENTS, Outer, ReduceJob, Up, UpSegment};
-use super::{Float16, Input, Layout, Projection, masks, segments_of, type_number, vectors};
-use crate::dtype::DType;
+use super::gemm::{self, Carried, Matrix, Product};
+use super::kernels::{
+    self, DownOuter, DownOuterPlan, MAX_SEGMENTS, Outer, ReduceJob, Up, UpSegment,
+};
+use super::panels::{adapters_do, jobs_of_a, jobs_of_b, panel_b};
+use super::{Input, Layout, Projection, masks, outer90, segments_of, type_number, vectors};
+use crate::error::Result;
 
-/// Writes the adapters' gradients that are asked for, and to `grad_x`, unless 0, the LoRA terms' part of x's gradient.
+/// Writes the adapters' gradients that are asked for, and to `grad_x`, unless 0, the LoRA terms' part of x's gradient
+/// with the products of the weights that are given: these must lie alike, and with several projections nothing is
+/// dropped.
 ///
 /// # Safety
 /// As [`super::forward`], with `grad_x` `[m, k]` aligned to 16 bytes.
@@ -30,14 +34,15 @@ pub unsafe fn backward(
     let planes = input.planes as u32;
     let columns: u64 = projections.iter().map(Projection::columns).sum();
     let g = workspace + layout.g;
-    let g_type = match input.dtype {
-        Float16::F16 => DType::F16,
-        Float16::BF16 => DType::BF16,
-    };
-    let jobs = panel_jobs(input, projections, layout, workspace);
+    let given = projections.iter().any(|one| one.weight != 0);
+    let mut jobs = jobs_of_b(input, projections, layout, workspace);
+    if grad_x != 0 && !(given && adapters_do(input, projections)) {
+        jobs.extend(jobs_of_a(input, projections, layout, workspace));
+    }
     // SAFETY: the caller's promise; panels, G and partial sums lie in the workspace, here and below.
     unsafe { kernels::pack(device, stream, input.dtype, &jobs) }?;
 
+    let mut sums_of_g = Vec::with_capacity(projections.len());
     let mut sums = Vec::with_capacity(2 * projections.len());
     let mut column = 0;
     for (i, projection) in projections.iter().enumerate() {
@@ -45,7 +50,7 @@ pub unsafe fn backward(
         let width = projection.columns();
         let down_outer = DownOuter {
             grad: projection.y,
-            panel: workspace + layout.panel_b[i],
+            panel: panel_b(input, projection, layout, workspace, i),
             h: input.h + 2 * projection.h_column,
             g_partial: workspace + layout.g_partial[i],
             panel_partial: workspace + layout.b_partial[i],
@@ -58,53 +63,29 @@ pub unsafe fn backward(
             rows_per_range: 0,
             vectors: vectors(projection.y, projection.n),
         };
-        let segments = projection.segments();
         // SAFETY: as above.
-        unsafe {
-            kernels::down_outer(device, stream, input.dtype, segments, plan, down_outer)?;
-        }
-        let job = ReduceJob {
-            from_columns: width as u32,
-            from_column: 0,
-            planes: 1,
-            scale: 1.0,
-            ..ReduceJob::default()
-        };
-        sums.push(ReduceJob {
-            partial: down_outer.g_partial,
-            to: g + 2 * column,
-            rows: input.m,
-            row_stride: input.planes * columns,
-            column_stride: 1,
-            ranges: plan.column_blocks as u32,
-            columns: width as u32,
-            dtype: type_number(g_type),
-            planes,
-            scale: projection.scaling,
-            ..job
-        });
-        if projection.grad_b != 0 {
-            sums.push(ReduceJob {
-                partial: down_outer.panel_partial,
-                to: projection.grad_b,
-                rows: projection.n,
-                row_stride: projection.r,
-                column_stride: 1,
-                ranges: plan.ranges as u32,
-                columns: projection.r as u32,
-                dtype: type_number(projection.adapter),
-                ..job
-            });
-        }
+        let parts = unsafe { pass_over(device, stream, input, projection, plan, down_outer) }?;
+        let (of_g, of_b) = sums_of(
+            input,
+            projection,
+            &parts,
+            &down_outer,
+            g + 2 * column,
+            columns,
+        );
+        sums_of_g.push(of_g);
+        sums.extend(of_b);
         column += width;
     }
     // SAFETY: as above.
-    unsafe { kernels::reduce(device, stream, &sums) }?;
-
-    if grad_x != 0 {
-        // SAFETY: as above.
-        unsafe {
-            term_of_grad_x(
+    unsafe {
+        kernels::reduce(device, stream, &sums_of_g)?;
+        for projection in projections.iter().filter(|_| grad_x != 0) {
+            projection.dequantize(device, stream, input, true)?;
+        }
+        if grad_x != 0 {
+            let write = if given { sum_of_grad_x } else { term_of_grad_x };
+            write(
                 device,
                 stream,
                 input,
@@ -112,17 +93,107 @@ pub unsafe fn backward(
                 layout,
                 workspace,
                 grad_x,
-            )
-        }?;
+            )?;
+        }
+        if projections.iter().any(|projection| projection.grad_a != 0) {
+            let early = grad_x != 0; // what was launched last writes grad_x alone
+            sums.extend(grad_a(
+                device,
+                stream,
+                input,
+                projections,
+                layout,
+                workspace,
+                early,
+            )?);
+        }
+        kernels::reduce(device, stream, &sums)
     }
-
-    if projections.iter().any(|projection| projection.grad_a != 0) {
-        // SAFETY: as above.
-        unsafe { grad_a(device, stream, input, projections, layout, workspace) }?;
-    }
-    Ok(())
 }
 
+/// Into how many partial sums dB, and G, were divided.
+struct Parts {
+    ranges: u64,
+    column_blocks: u64,
+}
+
+/// Writes partial sums of a projection's G and dB.
+///
+/// # Safety
+/// As [`backward`].
+unsafe fn pass_over(
+    device: &Device,
+    stream: Stream,
+    input: &Input,
+    projection: &Projection,
+    plan: &DownOuterPlan,
+    of: DownOuter,
+) -> Result<Parts> {
+    let (dtype, segments) = (input.dtype, projection.segments());
+    // SAFETY: the caller's promise.
+    unsafe {
+        if outer90::takes(device, input, projection.y, projection.n) {
+            let (h, column) = (input.h, projection.h_column);
+            outer90::down_outer(device, stream, dtype, segments, &of, h, column)?;
+            Ok(Parts {
+                ranges: outer90::ranges(device, input.m, projection.n).0,
+                column_blocks: outer90::column_blocks(projection.n),
+            })
+        } else {
+            kernels::down_outer(device, stream, dtype, segments, plan, of)?;
+            Ok(Parts {
+                ranges: plan.ranges,
+                column_blocks: plan.column_blocks,
+            })
+        }
+    }
+}
+
+/// What adds up the partial sums of a projection's G, to `g` among `columns`, and of its gradient of B.
+fn sums_of(
+    input: &Input,
+    projection: &Projection,
+    parts: &Parts,
+    from: &DownOuter,
+    g: Address,
+    columns: u64,
+) -> (ReduceJob, Option<ReduceJob>) {
+    let job = ReduceJob {
+        from_columns: projection.columns() as u32,
+        from_column: 0,
+        planes: 1,
+        scale: 1.0,
+        ..ReduceJob::default()
+    };
+    let of_g = ReduceJob {
+        partial: from.g_partial,
+        to: g,
+        rows: input.m,
+        row_stride: input.planes * columns,
+        column_stride: 1,
+        ranges: parts.column_blocks as u32,
+        columns: projection.columns() as u32,
+        dtype: type_number(input.dtype.into()),
+        planes: input.planes as u32,
+        scale: projection.scaling * projection.left(), // of G, wherever it is used
+        ..job
+    };
+    let of_b = (projection.grad_b != 0).then(|| ReduceJob {
+        partial: from.panel_partial,
+        to: projection.grad_b,
+        rows: projection.n,
+        row_stride: projection.r,
+        column_stride: 1,
+        ranges: parts.ranges as u32,
+        columns: projection.r as u32,
+        dtype: type_number(projection.adapter),
+        ..job
+    });
+    (of_g, of_b)
+}
+
+/// Writes the partial sums of the gradients of A; returns what adds them up.
+///
 /// # Safety
 /// As [`backward`], after G was written.
 unsafe fn grad_a(
@@ -132,7 +203,8 @@ unsafe fn grad_a(
     projections: &[Projection],
     layout: &Layout,
     workspace: Address,
-) -> Result<()> {
+    early: bool,
+) -> Result<Vec<ReduceJob>> {
     let columns: u64 = projections.iter().map(Projection::columns).sum();
     let (segments, count) = segments_of(projections, |_| 1.0);
     let outer = Outer {
@@ -148,9 +220,16 @@ unsafe fn grad_a(
         stages: 0,
         rows_per_range: 0,
         vectors: vectors(input.x, input.k),
+        early: u32::from(early),
+        reserved: 0,
         segments,
     };
-    let (ranges, _) = kernels::outer_ranges(device, input.m, input.k);
+    let hopper = outer90::takes(device, input, input.x, input.k);
+    let (ranges, _) = if hopper {
+        outer90::ranges(device, input.m, input.k)
+    } else {
+        kernels::outer_ranges(device, input.m, input.k)
+    };
     let mut sums = Vec::with_capacity(projections.len());
     let mut column = 0;
     for projection in projections {
@@ -175,9 +254,13 @@ unsafe fn grad_a(
     }
     // SAFETY: the caller's promise.
     unsafe {
-        kernels::outer(device, stream, input.dtype, count, outer)?;
-        kernels::reduce(device, stream, &sums)
+        if hopper {
+            outer90::outer(device, stream, input.dtype, count, &outer)?;
+        } else {
+            kernels::outer(device, stream, input.dtype, count, outer)?;
+        }
     }
+    Ok(sums)
 }
 
 /// # Safety
@@ -223,4 +306,61 @@ unsafe fn term_of_grad_x(
     };
     // SAFETY: the caller's promise.
     unsafe { kernels::up(device, stream, input.dtype, false, up) }
+}
+
+/// # Safety
+/// As [`backward`], after G was written.
+unsafe fn sum_of_grad_x(
+    device: &Device,
+    stream: Stream,
+    input: &Input,
+    projections: &[Projection],
+    layout: &Layout,
+    workspace: Address,
+    grad_x: Address,
+) -> Result<()> {
+    let columns: u64 = projections.iter().map(Projection::columns).sum();
+    let beside = |place, rows| Matrix::new(workspace + place, rows, input.planes * columns);
+    let given = || projections.iter().filter(|one| one.weight != 0);
+    let products: Vec<_> = given()
+        .map(|one| Product {
+            x: Matrix::new(one.y, input.m, one.n),
+            w: one.weight_matrix(input.k),
+        })
+        .collect();
+    let adapters = adapters_do(input, projections);
+    let (panels, chunks, lower) = if adapters {
+        let lie = |one: &Projection| Matrix::new(one.lora_a, one.r, input.k);
+        let parts = projections
+            .iter()
+            .enumerate()
+            .flat_map(|(i, one)| (0..one.segments()).map(move |part| (i as u8, 16 * part as u8)));
+        let chunk = |(segment, (panel, place))| gemm::Chunk {
+            h_column: 16 * segment as u16,
+            panel,
+            place,
+        };
+        let chunks = parts.enumerate().map(chunk).collect();
+        (projections.iter().map(lie).collect(), chunks, 0)
+    } else {
+        let places: Vec<_> = (0..columns).step_by(16).map(|at| (at, at)).collect();
+        let (chunks, lower) = gemm::chunks(input.planes, &places, columns, columns);
+        (vec![beside(layout.panel_a, input.k)], chunks, lower)
+    };
+    let (segments, _) = segments_of(projections, |_| 1.0);
+    let carried = Carried {
+        products: &products,
+        down_rows: given().all(|one| !one.weight_transposed),
+        h: beside(layout.g, input.m),
+        panels: &panels,
+        adapters,
+        chunks: &chunks,
+        lower,
+        masks: masks(input, projections),
+        masked: segments[0],
+        bias: 0,
+        out: Matrix::new(grad_x, input.m, input.k),
+    };
+    // SAFETY: the caller's promise.
+    unsafe { gemm::launch(device, stream, input.dtype, &carried) }
 }

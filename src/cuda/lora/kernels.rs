@@ -1,9 +1,9 @@
 //! The LoRA kernels' parameters, as `kernels/lora_*` lay them out, and their launches.
 
 use super::super::device::Device;
-use super::super::error::Result;
 use super::super::launch::{Address, Grid, Parameters, Stream};
 use super::Float16;
+use crate::error::Result;
 
 /// Columns of a panel that are one projection's: ranks are padded to multiples of it.
 pub const SEGMENT: u64 = 16;
@@ -30,7 +30,7 @@ pub struct Segment {
 
 /// Keys of the masks; seed 0: nothing is dropped.
 #[repr(C)]
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Masks {
     pub seed: Address,
     /// Of the matrix that is masked.
@@ -103,9 +103,11 @@ pub struct Outer {
     pub stages: u32,
     pub rows_per_range: u32,
     pub vectors: u32,
+    pub early: u32,
+    pub reserved: u32,
     pub segments: [Segment; MAX_SEGMENTS],
 }
-const _: () = assert!(size_of::<Outer>() == 176);
+const _: () = assert!(size_of::<Outer>() == 184);
 // SAFETY: the kernel's structure, field for field.
 unsafe impl Parameters for Outer {}
 
@@ -242,7 +244,7 @@ fn shared_budget(device: &Device) -> u64 {
 
 /// Into how many ranges of whole `tile`s rows are divided, and the rows of each, so that `columns` blocks for each range
 /// fill `slots` places evenly; ranges cost a little, as their partial sums are added up.
-fn divide(rows: u64, tile: u64, columns: u64, slots: u64) -> (u64, u64) {
+pub fn divide(rows: u64, tile: u64, columns: u64, slots: u64) -> (u64, u64) {
     let steps = rows.div_ceil(tile).max(1);
     let cost = |ranges: u64| {
         let waves = (columns * ranges).div_ceil(slots);
@@ -340,7 +342,7 @@ pub unsafe fn down(
     let grid = launch_grid((blocks, 1), stages * stage);
     let kernel = variants[dtype as usize][segments - 1];
     // SAFETY: the caller's promise.
-    unsafe { device.launch(kernel, grid, stream, &p) }
+    Ok(unsafe { device.launch(kernel, grid, stream, &p) }?)
 }
 
 /// # Safety
@@ -360,7 +362,7 @@ pub unsafe fn up(
     let row = row_bytes(SEGMENT * u64::from(p.parts * p.planes));
     let grid = launch_grid((column_blocks, steps.div_ceil(per_block)), 256 * row);
     // SAFETY: the caller's promise.
-    unsafe { device.launch(UP[usize::from(onto)][dtype as usize], grid, stream, &p) }
+    Ok(unsafe { device.launch(UP[usize::from(onto)][dtype as usize], grid, stream, &p) }?)
 }
 
 /// # Safety
@@ -381,7 +383,7 @@ pub unsafe fn outer(
     let grid = launch_grid((p.w.div_ceil(128), ranges), stages * stage);
     let kernel = OUTER[dtype as usize][segments - 1];
     // SAFETY: the caller's promise.
-    unsafe { device.launch(kernel, grid, stream, &p) }
+    Ok(unsafe { device.launch(kernel, grid, stream, &p) }?)
 }
 
 /// # Safety
@@ -404,7 +406,7 @@ pub unsafe fn down_outer(
     };
     let kernel = variants[dtype as usize][segments - 1];
     // SAFETY: the caller's promise.
-    unsafe { device.launch(kernel, grid, stream, &p) }
+    Ok(unsafe { device.launch(kernel, grid, stream, &p) }?)
 }
 
 /// A thread for each of the largest job's items, but no more than fill the device a few times.
@@ -422,6 +424,9 @@ pub unsafe fn pack(
     dtype: Float16,
     jobs: &[PackJob],
 ) -> Result<()> {
+    if jobs.is_empty() {
+        return Ok(());
+    }
     let mut p = Pack {
         jobs: [PackJob::default(); MAX_PACK_JOBS],
     };
@@ -431,7 +436,7 @@ pub unsafe fn pack(
         .map(|job| job.rows * 2 * u64::from(job.parts.max(1)));
     let grid = jobs_grid(device, items.max().unwrap_or(0), jobs.len());
     // SAFETY: the caller's promise.
-    unsafe { device.launch(PACK[dtype as usize], grid, stream, &p) }
+    Ok(unsafe { device.launch(PACK[dtype as usize], grid, stream, &p) }?)
 }
 
 /// # Safety
@@ -449,5 +454,5 @@ pub unsafe fn reduce(device: &Device, stream: Stream, jobs: &[ReduceJob]) -> Res
         .map(|job| job.rows * u64::from(job.columns.div_ceil(4)));
     let grid = jobs_grid(device, items.max().unwrap_or(0), jobs.len());
     // SAFETY: the caller's promise.
-    unsafe { device.launch("lora_reduce", grid, stream, &p) }
+    Ok(unsafe { device.launch("lora_reduce", grid, stream, &p) }?)
 }

@@ -2,21 +2,28 @@
 //!
 //! Forward writes `scaling · dropout(x)·Aᵀ·Bᵀ + bias` where the base product is then accumulated, and keeps
 //! H = scaling · dropout(x)·Aᵀ. Backward turns the gradients into G = scaling · dY·B, dB = dYᵀ·H and
-//! dA = Gᵀ·dropout(x), and writes mask ∘ (G·A) where dY·W is then accumulated. Panels, G and partial sums lie in a
+//! dA = Gᵀ·dropout(x), and writes mask ∘ (G·A) where dY·W is then accumulated. Given the weights, on Hopper, both write
+//! the sums with the base products: one product carries the other ([`gemm`]). Panels, G and partial sums lie in a
 //! workspace of the caller's; [`Layout`] says how large it must be.
 
 mod backward;
+mod down90;
 mod forward;
+mod gemm;
 mod kernels;
+mod outer90;
+mod panels;
 
 use super::device::Device;
-use super::launch::Address;
+use super::launch::{Address, Stream};
+use super::quant::{self, Quantized};
 use crate::dtype::DType;
 use crate::error::Error;
 use kernels::{DownOuterPlan, MAX_SEGMENTS, Masks, SEGMENT, Segment};
 
 pub use backward::backward;
-pub use forward::forward;
+pub use forward::{forward, products};
+pub use gemm::{pays, takes};
 
 /// The types that the kernels take; their place among the variants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +44,15 @@ impl TryFrom<DType> for Float16 {
     }
 }
 
+impl From<Float16> for DType {
+    fn from(dtype: Float16) -> Self {
+        match dtype {
+            Float16::F16 => Self::F16,
+            Float16::BF16 => Self::BF16,
+        }
+    }
+}
+
 /// How kernels number element types.
 const fn type_number(dtype: DType) -> u32 {
     match dtype {
@@ -44,6 +60,27 @@ const fn type_number(dtype: DType) -> u32 {
         DType::F16 => 1,
         DType::BF16 => 2,
     }
+}
+
+/// What forward does with the LoRA term of a projection whose weight is not given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Terms {
+    /// It is written to the output, for the base product to be accumulated onto it.
+    Written,
+    /// It is added to what is in the output.
+    Added,
+    /// Nothing: [`products`] follows.
+    Left,
+}
+
+/// Where kernels that only Hopper has are used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hopper {
+    /// Where they are the faster ones.
+    Auto,
+    /// Where they can run.
+    Always,
+    Never,
 }
 
 /// The input that a group shares.
@@ -56,8 +93,9 @@ pub struct Input {
     pub dtype: Float16,
     /// Parts of an adapter's value: 1, or 3 where adapters are f32.
     pub planes: u64,
-    /// Forward: the LoRA terms are added to what is in the outputs.
-    pub onto: bool,
+    /// Forward.
+    pub terms: Terms,
+    pub hopper: Hopper,
     /// Of an int64; 0 where nothing is dropped.
     pub seed: Address,
     /// `[m, planes · columns]`, every projection's H at its `h_column`.
@@ -90,6 +128,12 @@ pub struct Projection {
     /// Backward: gradients to be written, as the parameters.
     pub grad_a: Address,
     pub grad_b: Address,
+    /// The frozen weight in the input's type, `[n, k]` or, transposed, `[k, n]`, contiguous, of a product that
+    /// the device [`takes`]; 0: its product is the caller's.
+    pub weight: Address,
+    pub weight_transposed: bool,
+    /// What `weight`, not transposed and aligned to 16 bytes, receives first.
+    pub quantized: Option<Quantized>,
 }
 
 impl Projection {
@@ -98,21 +142,63 @@ impl Projection {
         self.r.next_multiple_of(SEGMENT)
     }
 
+    /// Writes the weight if it is a 4-bit one; see [`quant::dequantize_4bit`] for `early`.
+    ///
+    /// # Safety
+    /// `quantized` is of `[n, k]`, and `weight` has room for it.
+    unsafe fn dequantize(
+        &self,
+        device: &Device,
+        stream: Stream,
+        input: &Input,
+        early: bool,
+    ) -> Result<(), Error> {
+        let Some(quantized) = &self.quantized else {
+            return Ok(());
+        };
+        let elements = self.n * input.k;
+        let dtype = input.dtype.into();
+        // SAFETY: the caller's promise.
+        unsafe {
+            quant::dequantize_4bit(
+                device,
+                stream,
+                quantized,
+                self.weight,
+                dtype,
+                elements,
+                early,
+            )
+        }
+    }
+
+    fn weight_matrix(&self, k: u64) -> gemm::Matrix {
+        let (rows, columns) = if self.weight_transposed {
+            (k, self.n)
+        } else {
+            (self.n, k)
+        };
+        gemm::Matrix::new(self.weight, rows, columns)
+    }
+
     fn segments(&self) -> usize {
         (self.columns() / SEGMENT) as usize
     }
 
-    /// Its segments, whose sums are scaled by `scale` and by what dropout leaves.
-    fn masked(&self, scale: f32) -> impl Iterator<Item = Segment> {
-        // With p = 1 nothing is kept, and nothing must be infinite.
-        let kept = if self.p < 1.0 {
+    /// What dropout scales what it leaves by. With p = 1 nothing is kept, and nothing must be infinite.
+    fn left(&self) -> f32 {
+        if self.p < 1.0 {
             1.0 / (1.0 - self.p)
         } else {
             0.0
-        };
+        }
+    }
+
+    /// Its segments, whose sums are scaled by `scale`.
+    fn masked(&self, scale: f32) -> impl Iterator<Item = Segment> {
         let segment = Segment {
             stream: self.stream,
-            scale: scale * kept,
+            scale,
             threshold: (f64::from(self.p) * 65_536.0).round() as u32,
             first: 0,
             reserved: 0,
@@ -216,10 +302,12 @@ impl Layout {
                 layout
                     .g_partial
                     .push(take(4 * plan.column_blocks * m * padded(r)));
-                layout.b_partial.push(take(4 * plan.ranges * n * padded(r)));
+                let ranges = plan.ranges.max(outer90::ranges(device, m, n).0);
+                layout.b_partial.push(take(4 * ranges * n * padded(r)));
                 layout.plans.push(plan);
             }
             let (ranges, _) = kernels::outer_ranges(device, m, k);
+            let ranges = ranges.max(outer90::ranges(device, m, k).0);
             layout.a_partial = take(4 * ranges * k * columns);
         } else {
             layout.bias = sizes.iter().map(|&(n, _)| take(4 * n)).collect();

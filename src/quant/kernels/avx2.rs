@@ -36,14 +36,31 @@ pub(super) fn dequantize<T: Element>(
     absmax: &[f32],
     blocksize: usize,
     out: &mut [T],
+    stream: bool,
 ) {
     let to = out.as_mut_ptr();
     // SAFETY: `Isa::dequantize` checked the lengths, and this path is only taken on CPUs with AVX2 and F16C.
     unsafe {
-        match T::DTYPE {
-            DType::F32 => dequantize_f32(lut, packed, absmax, blocksize, to.cast()),
-            DType::F16 => dequantize_16::<F16>(lut, packed, absmax, blocksize, to.cast()),
-            DType::BF16 => dequantize_16::<BF16>(lut, packed, absmax, blocksize, to.cast()),
+        match (T::DTYPE, stream) {
+            (DType::F32, false) => {
+                dequantize_f32::<false>(lut, packed, absmax, blocksize, to.cast());
+            }
+            (DType::F32, true) => dequantize_f32::<true>(lut, packed, absmax, blocksize, to.cast()),
+            (DType::F16, false) => {
+                dequantize_16::<F16, false>(lut, packed, absmax, blocksize, to.cast());
+            }
+            (DType::F16, true) => {
+                dequantize_16::<F16, true>(lut, packed, absmax, blocksize, to.cast());
+            }
+            (DType::BF16, false) => {
+                dequantize_16::<BF16, false>(lut, packed, absmax, blocksize, to.cast());
+            }
+            (DType::BF16, true) => {
+                dequantize_16::<BF16, true>(lut, packed, absmax, blocksize, to.cast());
+            }
+        }
+        if stream {
+            _mm_sfence(); // before other threads read
         }
     }
 }
@@ -132,10 +149,25 @@ fn ranks(x: __m256, upper: __m256, leaves: __m256) -> __m256i {
 }
 
 /// # Safety
+/// 32 bytes at `to` may be written; with `STREAM` they are aligned.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn store<const STREAM: bool>(to: *mut __m256i, values: __m256i) {
+    // SAFETY: the caller's.
+    unsafe {
+        if STREAM {
+            _mm256_stream_si256(to, values);
+        } else {
+            _mm256_storeu_si256(to, values);
+        }
+    }
+}
+
+/// # Safety
 /// The CPU has the features; `packed` holds `absmax.len() * blocksize / 2` bytes and `to` twice as many elements;
-/// `blocksize` is a multiple of 32.
+/// `blocksize` is a multiple of 32. `STREAM`: `to` starts on 32 bytes, and stores go past the caches.
 #[target_feature(enable = "avx2,f16c")]
-unsafe fn dequantize_f32(
+unsafe fn dequantize_f32<const STREAM: bool>(
     lut: &[f32; 16],
     packed: &[u8],
     absmax: &[f32],
@@ -165,7 +197,7 @@ unsafe fn dequantize_f32(
                     _mm256_permutevar8x32_ps(upper, codes),
                     half,
                 );
-                _mm256_storeu_ps(to, values);
+                store::<STREAM>(to.cast(), _mm256_castps_si256(values));
                 from = from.add(4);
                 to = to.add(8);
             }
@@ -176,7 +208,7 @@ unsafe fn dequantize_f32(
 /// # Safety
 /// As `dequantize_f32`, with 16-bit elements of the type `KIND`.
 #[target_feature(enable = "avx2,f16c")]
-unsafe fn dequantize_16<const KIND: u8>(
+unsafe fn dequantize_16<const KIND: u8, const STREAM: bool>(
     lut: &[f32; 16],
     packed: &[u8],
     absmax: &[f32],
@@ -210,8 +242,8 @@ unsafe fn dequantize_16<const KIND: u8>(
                     let l = _mm_shuffle_epi8(low, codes);
                     let h = _mm_shuffle_epi8(high, codes);
                     let to = to.add(16 * half);
-                    _mm_storeu_si128(to.cast(), _mm_unpacklo_epi8(l, h));
-                    _mm_storeu_si128(to.add(8).cast(), _mm_unpackhi_epi8(l, h));
+                    let values = _mm256_set_m128i(_mm_unpackhi_epi8(l, h), _mm_unpacklo_epi8(l, h));
+                    store::<STREAM>(to.cast(), values);
                 }
                 from = from.add(16);
                 to = to.add(32);

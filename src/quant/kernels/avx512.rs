@@ -36,14 +36,31 @@ pub(super) fn dequantize<T: Element>(
     absmax: &[f32],
     blocksize: usize,
     out: &mut [T],
+    stream: bool,
 ) {
     let to = out.as_mut_ptr();
     // SAFETY: `Isa::dequantize` checked the lengths, and this path is only taken on CPUs with AVX-512 F and BW.
     unsafe {
-        match T::DTYPE {
-            DType::F32 => dequantize_f32(lut, packed, absmax, blocksize, to.cast()),
-            DType::F16 => dequantize_16::<F16>(lut, packed, absmax, blocksize, to.cast()),
-            DType::BF16 => dequantize_16::<BF16>(lut, packed, absmax, blocksize, to.cast()),
+        match (T::DTYPE, stream) {
+            (DType::F32, false) => {
+                dequantize_f32::<false>(lut, packed, absmax, blocksize, to.cast());
+            }
+            (DType::F32, true) => dequantize_f32::<true>(lut, packed, absmax, blocksize, to.cast()),
+            (DType::F16, false) => {
+                dequantize_16::<F16, false>(lut, packed, absmax, blocksize, to.cast());
+            }
+            (DType::F16, true) => {
+                dequantize_16::<F16, true>(lut, packed, absmax, blocksize, to.cast());
+            }
+            (DType::BF16, false) => {
+                dequantize_16::<BF16, false>(lut, packed, absmax, blocksize, to.cast());
+            }
+            (DType::BF16, true) => {
+                dequantize_16::<BF16, true>(lut, packed, absmax, blocksize, to.cast());
+            }
+        }
+        if stream {
+            _mm_sfence(); // before other threads read
         }
     }
 }
@@ -127,10 +144,25 @@ fn ranks(x: __m512, tree: __m512) -> __m128i {
 }
 
 /// # Safety
-/// The CPU has the features; `packed` holds `absmax.len() * blocksize / 2` bytes and `to` twice as many elements;
-/// `blocksize` is a multiple of 32.
+/// 64 bytes at `to` may be written; with `STREAM` they are aligned.
+#[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn dequantize_f32(
+unsafe fn store<const STREAM: bool>(to: *mut __m512i, values: __m512i) {
+    // SAFETY: the caller's.
+    unsafe {
+        if STREAM {
+            _mm512_stream_si512(to, values);
+        } else {
+            _mm512_storeu_si512(to, values);
+        }
+    }
+}
+
+/// # Safety
+/// The CPU has the features; `packed` holds `absmax.len() * blocksize / 2` bytes and `to` twice as many elements;
+/// `blocksize` is a multiple of 32. `STREAM`: `to` starts on 64 bytes, and stores go past the caches.
+#[target_feature(enable = "avx512f,avx512bw")]
+unsafe fn dequantize_f32<const STREAM: bool>(
     lut: &[f32; 16],
     packed: &[u8],
     absmax: &[f32],
@@ -150,7 +182,10 @@ unsafe fn dequantize_f32(
                     _mm512_srli_epi64::<4>(bytes),
                     _mm512_slli_epi64::<32>(bytes),
                 );
-                _mm512_storeu_ps(to, _mm512_permutexvar_ps(codes, values));
+                store::<STREAM>(
+                    to.cast(),
+                    _mm512_castps_si512(_mm512_permutexvar_ps(codes, values)),
+                );
                 from = from.add(8);
                 to = to.add(16);
             }
@@ -161,7 +196,7 @@ unsafe fn dequantize_f32(
 /// # Safety
 /// As `dequantize_f32`, with 16-bit elements of the type `KIND`.
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn dequantize_16<const KIND: u8>(
+unsafe fn dequantize_16<const KIND: u8, const STREAM: bool>(
     lut: &[f32; 16],
     packed: &[u8],
     absmax: &[f32],
@@ -187,7 +222,7 @@ unsafe fn dequantize_16<const KIND: u8>(
                     _mm512_srli_epi32::<4>(bytes),
                     _mm512_slli_epi32::<16>(bytes),
                 );
-                _mm512_storeu_si512(to.cast(), _mm512_permutexvar_epi16(codes, values));
+                store::<STREAM>(to.cast(), _mm512_permutexvar_epi16(codes, values));
                 from = from.add(16);
                 to = to.add(32);
             }

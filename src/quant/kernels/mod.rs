@@ -74,6 +74,7 @@ impl Isa {
     }
 
     /// Values of whole blocks: `round(lut[code] * absmax)`. Slices are of b·blocksize / 2, b and b·blocksize elements.
+    /// `past_caches`: stores go to memory without a read of what they overwrite, where `out` starts on 64 bytes.
     pub(super) fn dequantize<T: Element>(
         self,
         lut: &[f32; 16],
@@ -81,17 +82,22 @@ impl Isa {
         absmax: &[f32],
         blocksize: usize,
         out: &mut [T],
+        past_caches: bool,
     ) {
         assert!(
             out.len() == absmax.len() * blocksize && packed.len() * 2 == out.len(),
             "whole blocks"
         );
+        #[cfg(target_arch = "x86_64")]
+        let stream = past_caches && out.as_ptr().addr().is_multiple_of(64);
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = past_caches;
         match self {
             Self::Portable => portable::dequantize(lut, packed, absmax, blocksize, out),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => avx2::dequantize(lut, packed, absmax, blocksize, out),
+            Self::Avx2 => avx2::dequantize(lut, packed, absmax, blocksize, out, stream),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => avx512::dequantize(lut, packed, absmax, blocksize, out),
+            Self::Avx512 => avx512::dequantize(lut, packed, absmax, blocksize, out, stream),
         }
     }
 }

@@ -1,0 +1,359 @@
+// out = mask(H P^T) + sum over projections of x W (+ bias), of x [m, depth] and W [w, depth] or [depth, w]: a base
+// product that carries its LoRA term in the same f32 sums. Forward: one projection, H [m, R] and P = B's panel.
+// Backward: x are the gradients dY of a group's projections, W their weights, H = G and P = A's panel; with one
+// projection its term is masked.
+#pragma once
+
+#include "common/hopper.cuh"
+#include "common/launch.cuh"
+#include "common/lora.cuh"
+
+namespace ferrotune {
+
+constexpr int GEMM_PROJECTIONS = 4;
+constexpr int GEMM_CHUNKS = 12;
+
+// Sixteen columns of H times sixteen columns of a panel [w, ..], or sixteen rows of an adapter [r, w] as it lies.
+struct GemmChunk {
+    uint16_t h_column;
+    uint8_t panel;
+    uint8_t place;  // the first of the sixteen
+};
+
+struct Gemm {
+    TensorMap x[GEMM_PROJECTIONS];  // boxes of 64 columns, 128 rows
+    TensorMap w[GEMM_PROJECTIONS];  // [w, depth]: 64 columns, 128 rows; [depth, w]: 64 columns, 64 rows
+    TensorMap panel[GEMM_PROJECTIONS];  // 16 columns, 128 rows; of adapters: 64 columns, 16 rows
+    TensorMap h;                    // 16 columns, 128 rows
+    TensorMap out;                  // 32 columns, 16 rows
+    const float* bias;              // [w], or null
+    Masks masks;
+    Segment masked;                 // whose mask; its scale is in H
+    uint64_t m;
+    uint64_t w_columns;
+    uint32_t steps[GEMM_PROJECTIONS];  // ceil(depth / 64)
+    uint32_t projections;
+    uint32_t lower;   // chunks whose sum is divided by PART_SCALE
+    uint32_t chunks;  // all of them, the lower ones first
+    uint32_t rows_together;  // tiles of 256 rows that are taken together, for L2
+    uint32_t adapters;       // 1: panels are adapters
+    uint32_t reserved;
+    GemmChunk chunk[GEMM_CHUNKS];
+};
+static_assert(sizeof(Gemm) == 1984, "src/cuda/lora/gemm.rs lays it out alike");
+
+constexpr int GEMM_THREADS = 384;  // a warpgroup that copies, two that multiply
+constexpr int GEMM_ROWS = 128;     // of a block's tile; a cluster's two blocks lie one below the other
+constexpr int GEMM_COLUMNS = 256;
+constexpr int GEMM_DEPTH = 64;
+constexpr int GEMM_STAGES = 4;
+constexpr int GEMM_A_BYTES = GEMM_ROWS * GEMM_DEPTH * 2;
+constexpr int GEMM_B_BYTES = GEMM_COLUMNS * GEMM_DEPTH * 2;
+constexpr int GEMM_STAGE_BYTES = GEMM_A_BYTES + GEMM_B_BYTES;
+constexpr int GEMM_OUT_BYTES = 16 * 32 * 2;  // of a warp's box, two of them
+constexpr int GEMM_CHUNKS_A_STAGE = 4;       // of H and the panel
+constexpr int GEMM_MASK_BYTES = GEMM_ROWS * GEMM_COLUMNS / 8;  // of a tile, two of them
+constexpr int GEMM_MASKS = GEMM_STAGES * GEMM_STAGE_BYTES + 8 * 2 * GEMM_OUT_BYTES;
+constexpr int GEMM_BARRIERS = GEMM_MASKS + 2 * GEMM_MASK_BYTES;  // of stages: full, empty; of masks: full, empty
+constexpr int GEMM_MASK_BARRIERS = GEMM_BARRIERS + 2 * 8 * GEMM_STAGES;
+constexpr int GEMM_SHARED = GEMM_MASK_BARRIERS + 2 * 8 * 2 + 1024;  // as it starts on 1024 bytes
+static_assert(GEMM_SHARED <= 227 << 10, "a block's shared memory on Hopper");
+
+// Where the tiles of a cluster lie: `rows_together` tiles down, then the next column, and so on.
+struct GemmTiles {
+    uint32_t down, across, together;
+    __device__ __forceinline__ GemmTiles(const Gemm& p)
+        : down(static_cast<uint32_t>((p.m + 2 * GEMM_ROWS - 1) / (2 * GEMM_ROWS))),
+          across(static_cast<uint32_t>((p.w_columns + GEMM_COLUMNS - 1) / GEMM_COLUMNS)),
+          together(p.rows_together) {}
+    __device__ __forceinline__ uint32_t count() const { return down * across; }
+    __device__ __forceinline__ void place(uint32_t tile, int& row, int& column) const {
+        const uint32_t band = tile / (together * across), inside = tile % (together * across);
+        const uint32_t height = min(together, down - band * together);
+        row = static_cast<int>((band * together + inside % height) * 2 * GEMM_ROWS);
+        column = static_cast<int>(inside / height * GEMM_COLUMNS);
+    }
+};
+
+template <int STAGES>
+struct GemmRing {
+    uint32_t at = 0, parity = 0;
+    __device__ __forceinline__ void next() {
+        if (++at == STAGES) at = 0, parity ^= 1;
+    }
+};
+
+// One thread fills the ring: what a stage holds of W, or of the panel, is halved between the cluster's blocks.
+template <int DOWN_ROWS>
+__device__ __forceinline__ void gemm_copy(const Gemm& p, uint32_t shared, uint32_t rank) {
+    const uint32_t full = shared + GEMM_BARRIERS, empty = full + 8 * GEMM_STAGES;
+    const GemmTiles tiles(p);
+    GemmRing<GEMM_STAGES> ring;
+    for (uint32_t tile = blockIdx.x / 2; tile < tiles.count(); tile += gridDim.x / 2) {
+        int row, column;
+        tiles.place(tile, row, column);
+        row += static_cast<int>(rank) * GEMM_ROWS;
+        for (uint32_t first = 0; first < p.chunks;) {
+            const uint32_t end = first < p.lower ? p.lower : p.chunks;
+            const uint32_t count = min(end - first, static_cast<uint32_t>(GEMM_CHUNKS_A_STAGE));
+            barrier_wait(empty + 8 * ring.at, ring.parity ^ 1);
+            const uint32_t a = shared + ring.at * GEMM_STAGE_BYTES, b = a + GEMM_A_BYTES, here = full + 8 * ring.at;
+            barrier_expect(here, count * (GEMM_ROWS + GEMM_COLUMNS) * 32);
+            for (uint32_t i = 0; i < count; ++i) {
+                const GemmChunk chunk = p.chunk[first + i];
+                copy_box(a + i * GEMM_ROWS * 32, p.h, chunk.h_column, row, here);
+                const uint32_t to = b + i * GEMM_COLUMNS * 32 + rank * 128 * 32;
+                const TensorMap& panel = p.panel[chunk.panel];
+                const int half = column + static_cast<int>(rank) * 128;
+                if (p.adapters) {
+                    copy_box(to, panel, half, chunk.place, here, 3);
+                    copy_box(to + 64 * 32, panel, half + 64, chunk.place, here, 3);
+                } else {
+                    copy_box(to, panel, chunk.place, half, here, 3);
+                }
+            }
+            first += count;
+            ring.next();
+        }
+        for (uint32_t i = 0; i < p.projections; ++i) {
+            for (uint32_t step = 0; step < p.steps[i]; ++step, ring.next()) {
+                const int depth = static_cast<int>(step) * GEMM_DEPTH;
+                barrier_wait(empty + 8 * ring.at, ring.parity ^ 1);
+                const uint32_t a = shared + ring.at * GEMM_STAGE_BYTES, b = a + GEMM_A_BYTES, here = full + 8 * ring.at;
+                barrier_expect(here, GEMM_STAGE_BYTES);
+                copy_box(a, p.x[i], depth, row, here);
+                if constexpr (DOWN_ROWS) {
+#pragma unroll
+                    for (uint32_t box = 0; box < 2; ++box) {
+                        const uint32_t at = 2 * rank + box;
+                        copy_box(b + at * 64 * GEMM_DEPTH * 2, p.w[i], column + static_cast<int>(at) * 64, depth, here,
+                                 3);
+                    }
+                } else {
+                    copy_box(b + rank * 128 * GEMM_DEPTH * 2, p.w[i], depth, column + static_cast<int>(rank) * 128,
+                             here, 3);
+                }
+            }
+        }
+    }
+}
+
+// The three warps that neither copy nor multiply make the masks of tiles, a bit an element, ahead of their use.
+__device__ __forceinline__ void gemm_mask(const Gemm& p, uint32_t shared, uint32_t rank) {
+    const uint32_t full = shared + GEMM_MASK_BARRIERS, empty = full + 8 * 2;
+    const uint64_t seed = *p.masks.seed;
+    const GemmTiles tiles(p);
+    GemmRing<2> ring;
+    for (uint32_t tile = blockIdx.x / 2; tile < tiles.count(); tile += gridDim.x / 2, ring.next()) {
+        int row, column;
+        tiles.place(tile, row, column);
+        row += static_cast<int>(rank) * GEMM_ROWS;
+        barrier_wait(empty + 8 * ring.at, ring.parity ^ 1);
+        const uint32_t mask = shared + GEMM_MASKS + ring.at * GEMM_MASK_BYTES;
+        for (uint32_t word = threadIdx.x - 32; word < GEMM_MASK_BYTES / 4; word += 96) {
+            const uint64_t first = static_cast<uint64_t>(row + word / 8) * p.masks.columns + column + word % 8 * 32;
+            uint32_t bits = 0;
+#pragma unroll 2
+            for (uint32_t byte = 0; byte < 4; ++byte) {
+                bits |= kept_of_call<false>(seed, p.masked, first / 8 + byte) << 8 * byte;
+            }
+            asm volatile("st.shared.u32 [%0], %1;" ::"r"(mask + 4 * word), "r"(bits) : "memory");
+        }
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(full + 8 * ring.at);
+    }
+}
+
+// The LoRA term's sums where the tile's mask keeps them, else 0.
+__device__ __forceinline__ void gemm_apply_mask(float (&sums)[128], uint32_t mask) {
+    const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+            uint32_t words[4];
+            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                         : "r"(mask + (lane / 4 + 8 * half) * (GEMM_COLUMNS / 8) + 16 * part)
+                         : "memory");
+#pragma unroll
+            for (int word = 0; word < 4; ++word)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    // The lane's bit of each byte to the byte's sign, and the sign to all of a register.
+                    const uint32_t signs = words[word] << (7 - 2 * (lane % 4) - i);
+#pragma unroll
+                    for (int byte = 0; byte < 4; ++byte) {
+                        uint32_t keep;
+                        asm("prmt.b32 %0, %1, 0, %2;" : "=r"(keep) : "r"(signs), "r"(0x8888u + 0x1111u * byte));
+                        sums[4 * (16 * part + 4 * word + byte) + 2 * half + i] *= __uint_as_float(keep & 0x3F800000u);  // 1
+                    }
+                }
+        }
+    }
+}
+
+// A warp's 16 rows of sums to out, 32 columns at a time.
+template <typename T>
+__device__ __forceinline__ void gemm_store(const Gemm& p, float (&sums)[128], uint32_t buffers, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    if (p.bias != nullptr) {
+#pragma unroll
+        for (int t = 0; t < 32; ++t) {
+            const int at = column + 8 * t + 2 * (lane % 4);
+            if (at < static_cast<int>(p.w_columns)) {
+                const float2 bias = __ldg(reinterpret_cast<const float2*>(p.bias + at));
+                sums[4 * t] += bias.x, sums[4 * t + 1] += bias.y;
+                sums[4 * t + 2] += bias.x, sums[4 * t + 3] += bias.y;
+            }
+        }
+    }
+    // Sixteen bytes c of row r lie at c ^ r / 2 % 4 of the row's four.
+    const uint32_t my_row = lane % 16 * 64, turn = lane % 16 / 2 % 4;
+#pragma unroll
+    for (int slice = 0; slice < 8; ++slice) {
+        const uint32_t buffer = buffers + slice % 2 * GEMM_OUT_BYTES;
+        if (lane == 0) wait_stores_read<1>();
+        __syncwarp();
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float* s = sums + 16 * slice + 8 * half;
+            store_matrices(buffer + my_row + ((2 * half + lane / 16) ^ turn) * 16, pack2<T>(s[0], s[1]),
+                           pack2<T>(s[2], s[3]), pack2<T>(s[4], s[5]), pack2<T>(s[6], s[7]));
+        }
+        fence_async();
+        __syncwarp();
+        if (lane == 0) {
+            store_box(p.out, column + 32 * slice, row, buffer);
+            commit_stores();
+        }
+    }
+}
+
+template <typename T, int DOWN_ROWS>
+__device__ __forceinline__ void gemm_multiply(const Gemm& p, uint32_t shared, uint32_t rank) {
+    const uint32_t full = shared + GEMM_BARRIERS, empty = full + 8 * GEMM_STAGES;
+    const uint32_t warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0) - 4, group = warp / 4;
+    const uint32_t buffers = shared + GEMM_STAGES * GEMM_STAGE_BYTES + warp * 2 * GEMM_OUT_BYTES;
+    const GemmTiles tiles(p);
+    GemmRing<GEMM_STAGES> ring;
+    GemmRing<2> masks;
+    uint32_t held = GEMM_STAGES;  // the stage whose products may be under way
+    const auto release = [&](uint32_t stage) {
+        // One thread for each of the cluster's blocks, whose copies came to both.
+        if (stage < GEMM_STAGES && threadIdx.x % 128 < 2) barrier_arrive(empty + 8 * stage, threadIdx.x % 128);
+    };
+    float sums[128];
+    for (uint32_t tile = blockIdx.x / 2; tile < tiles.count(); tile += gridDim.x / 2) {
+        int row, column;
+        tiles.place(tile, row, column);
+        uint32_t add = 0;
+        for (uint32_t first = 0; first < p.chunks;) {
+            const uint32_t end = first < p.lower ? p.lower : p.chunks;
+            const uint32_t count = min(end - first, static_cast<uint32_t>(GEMM_CHUNKS_A_STAGE));
+            barrier_wait(full + 8 * ring.at, ring.parity);
+            const uint32_t a = shared + ring.at * GEMM_STAGE_BYTES + group * 64 * 32;
+            const uint32_t b = shared + ring.at * GEMM_STAGE_BYTES + GEMM_A_BYTES;
+            products_begin();
+            for (uint32_t i = 0; i < count; ++i, add = 1) {
+                const uint64_t of_h = operand(a + i * GEMM_ROWS * 32, Swizzle::BYTES_32, 256);
+                const uint32_t panel = b + i * GEMM_COLUMNS * 32;
+                if (p.adapters) {
+                    multiply_256<T, 1>(sums, of_h, operand(panel, Swizzle::BYTES_128, 1024, 64 * 32), add);
+                } else {
+                    multiply_256<T, 0>(sums, of_h, operand(panel, Swizzle::BYTES_32, 256), add);
+                }
+            }
+            products_commit();
+            first += count;
+            const bool masked = first == p.chunks && p.masks.seed != nullptr;
+            if (first == p.lower || masked) {
+                products_wait<0>(sums);
+                release(held);
+                release(ring.at);
+                held = GEMM_STAGES;
+                const float scale = first == p.lower ? 1.0f / PART_SCALE<T> : 1.0f;
+                if (scale != 1.0f) {
+#pragma unroll
+                    for (int i = 0; i < 128; ++i) sums[i] *= scale;
+                }
+                if (masked) {
+                    const uint32_t mask_full = shared + GEMM_MASK_BARRIERS + 8 * masks.at;
+                    barrier_wait(mask_full, masks.parity);
+                    gemm_apply_mask(
+                        sums, shared + GEMM_MASKS + masks.at * GEMM_MASK_BYTES + warp * 16 * (GEMM_COLUMNS / 8));
+                    __syncwarp();
+                    if (threadIdx.x % 32 == 0) barrier_arrive(mask_full + 8 * 2);
+                    masks.next();
+                }
+            } else {
+                products_wait<1>(sums);
+                release(held);
+                held = ring.at;
+            }
+            ring.next();
+        }
+        for (uint32_t i = 0; i < p.projections; ++i) {
+            for (uint32_t step = 0; step < p.steps[i]; ++step) {
+                barrier_wait(full + 8 * ring.at, ring.parity);
+                const uint32_t a = shared + ring.at * GEMM_STAGE_BYTES + group * 64 * GEMM_DEPTH * 2;
+                const uint32_t b = shared + ring.at * GEMM_STAGE_BYTES + GEMM_A_BYTES;
+                const uint64_t of_a = operand(a, Swizzle::BYTES_128, 1024);
+                const uint64_t of_b = DOWN_ROWS ? operand(b, Swizzle::BYTES_128, 1024, 64 * GEMM_DEPTH * 2)
+                                                : operand(b, Swizzle::BYTES_128, 1024);
+                products_begin();
+#pragma unroll
+                for (int part = 0; part < GEMM_DEPTH / 16; ++part, add = 1) {
+                    // Sixteen of the depth: 32 bytes along the rows, or two groups of eight rows.
+                    multiply_256<T, DOWN_ROWS>(sums, of_a + 2 * part, of_b + (DOWN_ROWS ? 128 : 2) * part, add);
+                }
+                products_commit();
+                products_wait<1>(sums);
+                release(held);
+                held = ring.at;
+                ring.next();
+            }
+        }
+        products_wait<0>(sums);
+        release(held);
+        held = GEMM_STAGES;
+        gemm_store<T>(p, sums, buffers, row + static_cast<int>(rank * GEMM_ROWS + warp * 16), column);
+    }
+    wait_stores();
+}
+
+// Floor: 2 m w depth / 790 TFLOP/s (what the chip's power allows); 8192 x 4096 x 4096: 348 us.
+template <typename T, int DOWN_ROWS>
+__device__ __forceinline__ void gemm(const Gemm& p) {
+    extern __shared__ unsigned char memory[];
+    const uint32_t shared = (shared_address(memory) + 1023u) & ~1023u;
+    const uint32_t rank = cluster_rank();
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < GEMM_STAGES; ++stage) {
+            barrier_init(shared + GEMM_BARRIERS + 8 * stage, 1);
+            barrier_init(shared + GEMM_BARRIERS + 8 * (GEMM_STAGES + stage), 4);  // two warpgroups of two blocks
+        }
+        for (int mask = 0; mask < 2; ++mask) {
+            barrier_init(shared + GEMM_MASK_BARRIERS + 8 * mask, 3);
+            barrier_init(shared + GEMM_MASK_BARRIERS + 8 * (2 + mask), 8);
+        }
+        barriers_visible();
+    }
+    cluster_sync();
+    // Masks need nothing of the kernel before this one, but no other may start before that is done.
+    if (threadIdx.x / 32 - 1 >= 3) begin();
+    if (threadIdx.x < 128) {
+        give_registers<56>();
+        if (threadIdx.x == 0) {
+            gemm_copy<DOWN_ROWS>(p, shared, rank);
+        } else if (threadIdx.x >= 32 && p.masks.seed != nullptr) {
+            gemm_mask(p, shared, rank);
+        }
+    } else {
+        take_registers<224>();
+        gemm_multiply<T, DOWN_ROWS>(p, shared, rank);
+    }
+    cluster_sync();  // a block that ends must not be arrived at
+}
+
+}  // namespace ferrotune

@@ -1,0 +1,317 @@
+"""What of a LoRA operation on CUDA follows from shapes and types alone: worked out once for them.
+
+A plan holds no tensor and no address. It is looked up at every call by all that it was made from.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from .. import _native
+from .cuda import NAMES, address
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Sequence
+
+    from torch import Tensor
+
+    from .types import Need, Projection
+
+_HALVES = (torch.float16, torch.bfloat16)
+_SEGMENT = 16  # ranks are padded to multiples of it
+_ALIGNMENT = 16  # bytes, of what ferrotune's own product reads
+_MOST_PLANS = 4096
+
+
+class Pass(NamedTuple):
+    """Projections that the kernels take together, by index, and where the H of each starts."""
+
+    members: list[int]
+    starts: list[int]
+    columns: int
+    planes: int  # parts of an adapter's value
+    onto: bool  # without products of our own: the LoRA terms are added to the base products
+    terms: str = "written"  # what forward does with them, as native calls name it
+    dropped: bool = False
+    workspace: int = 0  # bytes, of forward
+
+
+class Live(NamedTuple):
+    """A projection in a pass of backward."""
+
+    i: int
+    start: int
+    lora_A: bool  # whether its gradient is asked for
+    lora_B: bool
+    based: bool  # whether x's gradient gets its base product in the same call
+
+
+class BackwardPass(NamedTuple):
+    """A pass whose H was kept with projection ``first``; ``columns`` are those of that H."""
+
+    first: int
+    live: list[Live]
+    columns: int
+    planes: int
+    dropped: bool
+    workspace: int  # bytes
+
+
+class After(NamedTuple):
+    """What is left of projection i's gradients after the passes."""
+
+    i: int
+    term: bool  # the LoRA term's, by PyTorch
+    biases: bool
+    base: bool  # the base product's part of x's
+
+
+class BackwardPlan(NamedTuple):
+    passes: list[BackwardPass]
+    after: list[After]
+
+
+class Plan(NamedTuple):
+    """How forward runs, and backward for each way in which it was asked for."""
+
+    use: str
+    device: int  # its index
+    m: int
+    k: int
+    passes: list[Pass]
+    by_pytorch: list[int]  # projections that no kernel takes
+    backward: dict[Hashable, BackwardPlan]
+
+
+_plans: dict[Hashable, Plan] = {}
+
+
+def planned(x: Tensor, projections: Sequence[Projection], use: str) -> Plan:
+    """The plan for contiguous x ``[..., k]``; ``use`` is ``cuda_lora.hopper``."""
+    key = (use, x.shape, x.dtype, x.device, x.data_ptr() % _ALIGNMENT, *map(_facts, projections))
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = _plan(x, projections, use)
+    return plan
+
+
+def _facts(projection: Projection) -> Hashable:
+    """All of a projection that plans depend on: not the scaling, not the stream of the mask."""
+    weight, quant, bias, lora_A, lora_B, lora_bias, _, dropout_p, _ = projection
+    return (
+        weight is not None
+        and (weight.shape, weight.stride(), weight.dtype, weight.data_ptr() % _ALIGNMENT),
+        quant is not None
+        and (quant.shape, quant.dtype, *[part is not None and part.device for part in quant[:5]]),
+        bias is not None and bias.dtype,
+        lora_A is not None and (lora_A.shape, lora_A.dtype),
+        lora_B is not None and (lora_B.shape, lora_B.dtype),
+        lora_bias is not None and lora_bias.dtype,
+        dropout_p > 0,
+        dropout_p >= 1,
+    )
+
+
+def _plan(x: Tensor, projections: Sequence[Projection], use: str) -> Plan:
+    index = x.device.index
+    k = x.shape[-1]
+    m = x.shape[:-1].numel()
+    taken: list[Pass] = []
+    for one in passes(x, projections):
+        members = [projections[i] for i in one.members]
+        carried = all(_carried(x, m, member, use, backward=False) for member in members)
+        sizes = tuple((member.shape[0], member.rank) for member in members)
+        taken.append(
+            one._replace(
+                terms="left" if carried else "added" if one.onto else "written",
+                dropped=any(member.dropout_p for member in members),
+                workspace=_workspace_bytes(index, m, k, one.planes, sizes, False) if m else 0,
+            )
+        )
+    done = {i for one in taken for i in one.members}
+    rest = [i for i in range(len(projections)) if i not in done]
+    return Plan(use, index, m, k, taken, rest, {})
+
+
+@functools.cache
+def _max_columns(index: int, planes: int) -> int:
+    return _native.cuda_lora_max_columns(index, planes)
+
+
+@functools.lru_cache(maxsize=4096)
+def _carries(use: str, index: int, m: int, w: int, depth: int) -> bool:
+    can, pays = _native.cuda_lora_carries(index, m, w, depth)
+    return can and use != "never" and (pays or use == "always")
+
+
+@functools.lru_cache(maxsize=4096)
+def _workspace_bytes(
+    index: int, m: int, k: int, planes: int, sizes: tuple[tuple[int, int], ...], backward: bool
+) -> int:
+    return _native.cuda_lora_workspace(index, m, k, planes, list(sizes), backward)
+
+
+def _planes(x: Tensor, projection: Projection) -> int:
+    """1, or 3 where the adapter is wider than x; 0 where the kernels do not take it."""
+    lora_A, lora_B, lora_bias = projection.lora_A, projection.lora_B, projection.lora_bias
+    if lora_A is None or lora_B is None or x.dtype not in _HALVES:
+        return 0
+    kind = lora_A.dtype
+    if kind not in NAMES or lora_B.dtype != kind or lora_A.shape[0] == 0:
+        return 0
+    if lora_bias is not None and lora_bias.dtype not in NAMES:
+        return 0
+    if projection.shape[0] == 0 or projection.shape[1] == 0:
+        return 0
+    return 1 if kind == x.dtype else 3
+
+
+def passes(x: Tensor, projections: Sequence[Projection]) -> list[Pass]:
+    """The passes over x in which the kernels take the projections; reads no address."""
+    found: list[Pass] = []
+    for i, projection in enumerate(projections):
+        planes = _planes(x, projection)
+        if planes == 0:
+            continue
+        columns = -(-projection.rank // _SEGMENT) * _SEGMENT
+        most = _max_columns(x.device.index, planes)
+        if columns > most:
+            continue
+        has_base = projection.weight is not None or projection.quant is not None
+        onto = has_base and (planes > 1 or projection.dropout_p >= 1)
+        last = found[-1] if found else None
+        if (
+            last is None
+            or (last.planes, last.onto) != (planes, onto)
+            or last.columns + columns > most
+        ):
+            found.append(Pass([i], [0], columns, planes, onto))
+        else:
+            last.members.append(i)
+            last.starts.append(last.columns)
+            found[-1] = last._replace(columns=last.columns + columns)
+    return found
+
+
+def _carried(x: Tensor, m: int, projection: Projection, use: str, *, backward: bool) -> bool:
+    """Whether ferrotune's own product takes the projection's weight."""
+    weight, quant, bias = projection.weight, projection.quant, projection.bias
+    n, k = projection.shape
+    w, depth = (k, n) if backward else (n, k)
+    if not _carries(use, x.device.index, m, w, depth):
+        return False
+    if x.data_ptr() % _ALIGNMENT or (bias is not None and bias.dtype != x.dtype):
+        return False
+    if quant is not None:
+        if any(part is not None and part.device != x.device for part in quant.tensors):
+            raise ValueError(f"the parts of a 4-bit weight must all be on {x.device}")
+        return True
+    if weight is None:
+        return False
+    lies = weight.is_contiguous() or weight.t().is_contiguous()
+    return weight.dtype == x.dtype and lies and weight.data_ptr() % _ALIGNMENT == 0
+
+
+def planned_backward(
+    plan: Plan,
+    grads: Sequence[Tensor | None],
+    x: Tensor,
+    projections: Sequence[Projection],
+    need: Need,
+) -> BackwardPlan:
+    """How backward of ``plan`` runs, given contiguous ``grads`` ``[..., n]``."""
+    marks = [
+        grad is not None
+        and (grad.dtype, (grad.data_ptr() | address(projection.weight)) % _ALIGNMENT)
+        for grad, projection in zip(grads, projections, strict=True)
+    ]
+    key = (need, x.data_ptr() % _ALIGNMENT, *marks)
+    found = plan.backward.get(key)
+    if found is None:
+        found = plan.backward[key] = _plan_backward(plan, grads, x, projections, need)
+    return found
+
+
+def _plan_backward(
+    plan: Plan,
+    grads: Sequence[Tensor | None],
+    x: Tensor,
+    projections: Sequence[Projection],
+    need: Need,
+) -> BackwardPlan:
+    taken: list[BackwardPass] = []
+    based: set[int] = set()
+    for one in plan.passes:
+        members = [i for i in one.members if grads[i] is not None]
+        if not (need.x or any(need.lora_A[i] or need.lora_B[i] for i in members)) or not members:
+            continue
+        if need.x and plan.m:
+            based |= _based(plan, grads, x, projections, members)
+        live = [
+            Live(i, start, need.lora_A[i], need.lora_B[i], i in based)
+            for i, start in zip(one.members, one.starts, strict=True)
+            if i in members
+        ]
+        sizes = tuple((projections[i].shape[0], projections[i].rank) for i in members)
+        taken.append(
+            BackwardPass(
+                one.members[0],
+                live,
+                one.columns,
+                one.planes,
+                any(projections[i].dropout_p for i in members),
+                _workspace_bytes(plan.device, plan.m, plan.k, one.planes, sizes, True)
+                if plan.m
+                else 0,
+            )
+        )
+    after = []
+    for i, (grad, projection) in enumerate(zip(grads, projections, strict=True)):
+        if grad is None:
+            continue
+        term = i in plan.by_pytorch and projection.lora_A is not None
+        biases = not term and (need.bias[i] or need.lora_bias[i])
+        base = need.x and i not in based
+        base = base and (projection.weight is not None or projection.quant is not None)
+        if term or biases or base:
+            after.append(After(i, term, biases, base))
+    return BackwardPlan(taken, after)
+
+
+def _based(
+    plan: Plan,
+    grads: Sequence[Tensor | None],
+    x: Tensor,
+    projections: Sequence[Projection],
+    members: list[int],
+) -> set[int]:
+    """The projections whose base products x's gradient gets together with the LoRA terms."""
+    found: set[int] = set()
+    if len(members) > 1 and any(projections[i].dropout_p for i in members):
+        return found  # their masks differ, and the sums are one
+    room = 0.0
+    transposed: set[bool] = set()
+    for i in members:
+        grad, projection = grads[i], projections[i]
+        if grad is None or grad.data_ptr() % _ALIGNMENT or grad.dtype != x.dtype:
+            continue
+        if not _carried(x, plan.m, projection, plan.use, backward=True):
+            continue
+        if projection.quant is not None:
+            # Dense copies of one and a half times the first at most: they take memory all at once.
+            elements = projection.shape[0] * projection.shape[1]
+            room = room or 1.5 * elements
+            if elements > room:
+                continue
+            room -= elements
+        weight = projection.weight
+        lies = weight is not None and not weight.is_contiguous()
+        if not transposed or lies in transposed:
+            transposed.add(lies)
+            found.add(i)
+    return found

@@ -1,0 +1,274 @@
+//! Hopper's product that carries a LoRA term (`kernels/gemm_sm90a.cuh`): its parameters and its launch.
+
+use cudarc::driver::sys;
+
+use super::super::device::Device;
+use super::super::error::during;
+use super::super::launch::{Address, Grid, Parameters, Stream};
+use super::Float16;
+use super::kernels::{Masks, Segment};
+use crate::error::Result;
+
+/// Projections whose products one launch adds up.
+pub const MAX_PROJECTIONS: usize = 4;
+/// Chunks of sixteen columns that one launch takes.
+pub const MAX_CHUNKS: usize = 12;
+/// Of a cluster of two blocks.
+const TILE: u64 = 256;
+const THREADS: u32 = 384;
+/// Stages, boxes of the output, masks, barriers, and what aligns them to 1024 bytes.
+const SHARED: u32 = 4 * 49_152 + 16 * 1024 + 2 * 4096 + 64 + 32 + 1024;
+
+/// A `CUtensorMap`: where a matrix lies and which boxes of it are copied.
+#[repr(C, align(64))]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct TensorMap([u64; 16]);
+
+/// How a box's rows, of so many bytes, are mixed in shared memory.
+#[derive(Debug, Clone, Copy)]
+pub enum Swizzle {
+    Bytes32,
+    Bytes64,
+    Bytes128,
+}
+
+/// Sixteen columns of H times sixteen columns of a panel `[w, ..]`, or sixteen rows of an adapter `[r, w]` as it lies.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Chunk {
+    pub h_column: u16,
+    pub panel: u8,
+    /// The first of the sixteen.
+    pub place: u8,
+}
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct Gemm {
+    x: [TensorMap; MAX_PROJECTIONS],
+    w: [TensorMap; MAX_PROJECTIONS],
+    panel: [TensorMap; MAX_PROJECTIONS],
+    h: TensorMap,
+    out: TensorMap,
+    bias: Address,
+    masks: Masks,
+    masked: Segment,
+    m: u64,
+    w_columns: u64,
+    steps: [u32; MAX_PROJECTIONS],
+    projections: u32,
+    lower: u32,
+    chunks: u32,
+    rows_together: u32,
+    adapters: u32,
+    reserved: u32,
+    chunk: [Chunk; MAX_CHUNKS],
+}
+const _: () = assert!(size_of::<Gemm>() == 1984);
+// SAFETY: the kernel's structure, field for field.
+unsafe impl Parameters for Gemm {}
+
+/// A matrix of 16-bit elements, row-major, contiguous.
+#[derive(Debug, Clone, Copy)]
+pub struct Matrix {
+    pub address: Address,
+    pub rows: u64,
+    pub columns: u64,
+}
+
+impl Matrix {
+    pub fn new(address: Address, rows: u64, columns: u64) -> Self {
+        Self {
+            address,
+            rows,
+            columns,
+        }
+    }
+
+    /// How boxes of so many columns and rows are copied; what lies outside the matrix is zero.
+    pub fn map(
+        self,
+        dtype: Float16,
+        columns: u32,
+        rows: u32,
+        swizzle: Swizzle,
+    ) -> Result<TensorMap> {
+        let mut map = TensorMap::default();
+        let kind = match dtype {
+            Float16::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            Float16::BF16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        };
+        let swizzle = match swizzle {
+            Swizzle::Bytes32 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_32B,
+            Swizzle::Bytes64 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+            Swizzle::Bytes128 => sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+        };
+        let sizes = [self.columns, self.rows];
+        let strides = [2 * self.columns];
+        // SAFETY: writes the 128 bytes of `map` from the arrays, each of the rank's length.
+        unsafe {
+            sys::cuTensorMapEncodeTiled(
+                (&raw mut map).cast(),
+                kind,
+                2,
+                self.address as *mut std::ffi::c_void,
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                [columns, rows].as_ptr(),
+                [1, 1].as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                swizzle,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        }
+        .result()
+        .map_err(during("describing a matrix to the device"))?;
+        Ok(map)
+    }
+}
+
+/// A frozen weight's product with what shares its rows.
+#[derive(Debug, Clone, Copy)]
+pub struct Product {
+    /// `[m, depth]`
+    pub x: Matrix,
+    /// `[w, depth]`, or `[depth, w]`.
+    pub w: Matrix,
+}
+
+/// `out = mask(h · panelᵀ) + Σ x·W + bias`.
+#[derive(Debug)]
+pub struct Carried<'a> {
+    /// At most [`MAX_PROJECTIONS`]; every W is laid out alike.
+    pub products: &'a [Product],
+    /// W are `[depth, w]`.
+    pub down_rows: bool,
+    pub h: Matrix,
+    /// At most [`MAX_PROJECTIONS`].
+    pub panels: &'a [Matrix],
+    /// Panels are adapters `[r, w]`.
+    pub adapters: bool,
+    /// At most [`MAX_CHUNKS`]: first those of values' lower parts.
+    pub chunks: &'a [Chunk],
+    pub lower: usize,
+    pub masks: Masks,
+    pub masked: Segment,
+    /// f32 `[w]`, or 0.
+    pub bias: Address,
+    pub out: Matrix,
+}
+
+/// Whether a product `[m, w]` over `depth` can run here: on Hopper, where rows start on 16 bytes.
+pub fn takes(device: &Device, m: u64, w: u64, depth: u64) -> bool {
+    device.capability == (9, 0)
+        && w.is_multiple_of(8)
+        && depth.is_multiple_of(8)
+        && (1..1 << 31).contains(&m.max(w).max(depth))
+        && m.min(w).min(depth) > 0
+}
+
+/// Whether that is expected to be faster than cuBLAS beside the LoRA term's own kernel: its tiles come in whole waves,
+/// while cuBLAS has smaller ones for what does not fill the device. The rates are an H100's; only their ratios count.
+pub fn pays(device: &Device, m: u64, w: u64, depth: u64) -> bool {
+    const OURS: f64 = 790e6; // operations a microsecond
+    const CUBLAS: f64 = 760e6;
+    const BYTES: f64 = 2.2e6; // a microsecond, of the term that cuBLAS accumulates onto
+    const LAUNCH: f64 = 3.0; // microseconds
+    let clusters = u64::from(device.multiprocessors) / 2;
+    let waves = (m.div_ceil(TILE) * w.div_ceil(TILE)).div_ceil(clusters);
+    let ours = (waves * clusters * 2 * TILE * TILE * depth) as f64 / OURS;
+    let theirs = (2 * m * w * depth) as f64 / CUBLAS + (2 * m * w) as f64 / BYTES + LAUNCH;
+    ours < theirs
+}
+
+/// What is multiplied for columns of H and of the panel, 16 each, whose values' parts lie `h_plane` and `panel_plane`
+/// apart: the products that f32 keeps, and how many of them are of lower parts.
+pub fn chunks(
+    planes: u64,
+    columns: &[(u64, u64)],
+    h_plane: u64,
+    panel_plane: u64,
+) -> (Vec<Chunk>, usize) {
+    let mut found = Vec::with_capacity(3 * columns.len());
+    let mut add = |h_part: u64, panel_part: u64| {
+        found.extend(columns.iter().map(|&(h, panel)| Chunk {
+            h_column: (h + h_part * h_plane) as u16,
+            panel: 0,
+            place: (panel + panel_part * panel_plane) as u8,
+        }));
+    };
+    if planes > 1 {
+        add(0, 1);
+        add(1, 0);
+    }
+    add(0, 0);
+    let lower = found.len() - columns.len();
+    (found, lower)
+}
+
+const KERNELS: [[&str; 2]; 2] = [
+    ["gemm_nt_f16", "gemm_nt_bf16"],
+    ["gemm_nn_f16", "gemm_nn_bf16"],
+];
+
+/// # Safety
+/// [`takes`] said yes for every product; the addresses are `device`'s, aligned to 16 bytes (`bias`: 8), and hold what
+/// [`Carried`] says.
+///
+/// # Errors
+/// A launch that failed.
+pub unsafe fn launch(
+    device: &Device,
+    stream: Stream,
+    dtype: Float16,
+    carried: &Carried,
+) -> Result<()> {
+    let mut p = Gemm {
+        x: [TensorMap::default(); MAX_PROJECTIONS],
+        w: [TensorMap::default(); MAX_PROJECTIONS],
+        h: TensorMap::default(),
+        panel: [TensorMap::default(); MAX_PROJECTIONS],
+        out: carried.out.map(dtype, 32, 16, Swizzle::Bytes64)?,
+        bias: carried.bias,
+        masks: carried.masks,
+        masked: carried.masked,
+        m: carried.out.rows,
+        w_columns: carried.out.columns,
+        steps: [0; MAX_PROJECTIONS],
+        projections: carried.products.len() as u32,
+        lower: carried.lower as u32,
+        chunks: carried.chunks.len() as u32,
+        rows_together: 8,
+        adapters: u32::from(carried.adapters),
+        reserved: 0,
+        chunk: [Chunk::default(); MAX_CHUNKS],
+    };
+    let w_rows = if carried.down_rows { 64 } else { 128 };
+    for (i, product) in carried.products.iter().enumerate() {
+        p.x[i] = product.x.map(dtype, 64, 128, Swizzle::Bytes128)?;
+        p.w[i] = product.w.map(dtype, 64, w_rows, Swizzle::Bytes128)?;
+        p.steps[i] = product.x.columns.div_ceil(64) as u32;
+    }
+    if !carried.chunks.is_empty() {
+        p.h = carried.h.map(dtype, 16, 128, Swizzle::Bytes32)?;
+        for (map, panel) in p.panel.iter_mut().zip(carried.panels) {
+            *map = if carried.adapters {
+                panel.map(dtype, 64, 16, Swizzle::Bytes128)?
+            } else {
+                panel.map(dtype, 16, 128, Swizzle::Bytes32)?
+            };
+        }
+        p.chunk[..carried.chunks.len()].copy_from_slice(carried.chunks);
+    }
+    let tiles = p.m.div_ceil(TILE) * p.w_columns.div_ceil(TILE);
+    let clusters = tiles.min(u64::from(device.multiprocessors) / 2);
+    let grid = Grid {
+        blocks: (2 * clusters as u32, 1, 1),
+        threads: THREADS,
+        shared: SHARED,
+    };
+    let kernel = KERNELS[usize::from(carried.down_rows)][dtype as usize];
+    // SAFETY: the caller's promise.
+    Ok(unsafe { device.launch(kernel, grid, stream, &p) }?)
+}

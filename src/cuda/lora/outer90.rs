@@ -1,0 +1,174 @@
+//! Hopper's passes over x and over the gradients (`kernels/lora_outer_sm90a.cuh`): their parameters and launches.
+
+use super::super::device::Device;
+use super::super::launch::{Address, Grid, Parameters, Stream};
+use super::gemm::{Matrix, Swizzle, TensorMap};
+use super::kernels::{DownOuter, MAX_SEGMENTS, Masks, Outer, SEGMENT, Segment, divide};
+use super::{Float16, Hopper, Input};
+use crate::error::Result;
+
+const ROWS: u64 = 64;
+const COLUMNS: u64 = 256;
+const THREADS: u32 = 288;
+const SHARED: u32 = 224 << 10;
+/// Rows from which on these passes are the faster ones.
+const MANY: u64 = 1024;
+
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct Outer90 {
+    x: TensorMap,
+    g: TensorMap,
+    panel: TensorMap,
+    partial: Address,
+    g_partial: Address,
+    masks: Masks,
+    m: u64,
+    w: u64,
+    g_column: u32,
+    rows_per_range: u32,
+    early: u32,
+    reserved: u32,
+    segments: [Segment; MAX_SEGMENTS],
+}
+const _: () = assert!(size_of::<Outer90>() == 576);
+// SAFETY: the kernel's structure, field for field.
+unsafe impl Parameters for Outer90 {}
+
+/// Whether a pass over `[m, w]` at `address` runs here: on Hopper, for adapters of its type, where rows start on
+/// 16 bytes.
+pub fn takes(device: &Device, input: &Input, address: Address, w: u64) -> bool {
+    let used = match input.hopper {
+        Hopper::Auto => input.m >= MANY,
+        Hopper::Always => true,
+        Hopper::Never => false,
+    };
+    used && device.capability == (9, 0)
+        && input.planes == 1
+        && w.is_multiple_of(8)
+        && address.is_multiple_of(16)
+        && input.m.max(w) < 1 << 31
+}
+
+/// Into how many ranges the rows are divided, and the rows of each.
+pub fn ranges(device: &Device, m: u64, w: u64) -> (u64, u64) {
+    divide(
+        m,
+        ROWS,
+        w.div_ceil(COLUMNS),
+        u64::from(device.multiprocessors),
+    )
+}
+
+/// Blocks along the columns: partial sums of G.
+pub fn column_blocks(w: u64) -> u64 {
+    w.div_ceil(COLUMNS)
+}
+
+macro_rules! variants {
+    ($name:literal) => {
+        [
+            [
+                concat!($name, "_f16_r16"),
+                concat!($name, "_f16_r32"),
+                concat!($name, "_f16_r48"),
+                concat!($name, "_f16_r64"),
+            ],
+            [
+                concat!($name, "_bf16_r16"),
+                concat!($name, "_bf16_r32"),
+                concat!($name, "_bf16_r48"),
+                concat!($name, "_bf16_r64"),
+            ],
+        ]
+    };
+}
+
+const OUTER: [[&str; MAX_SEGMENTS]; 2] = variants!("lora_outer90");
+const DOWN_OUTER: [[&str; MAX_SEGMENTS]; 2] = variants!("lora_down_outer90");
+
+/// # Safety
+/// [`takes`] said yes; the addresses are `device`'s and hold what `kernels/lora_outer_sm90a.cuh` says.
+///
+/// # Errors
+/// A launch that failed.
+pub unsafe fn outer(
+    device: &Device,
+    stream: Stream,
+    dtype: Float16,
+    segments: usize,
+    of: &Outer,
+) -> Result<()> {
+    let (ranges, rows) = ranges(device, of.m, of.w);
+    let g = Matrix::new(of.g, of.m, u64::from(of.g_stride));
+    let p = Outer90 {
+        x: box_of(dtype, Matrix::new(of.x, of.m, of.w))?,
+        g: g.map(dtype, SEGMENT as u32, ROWS as u32, Swizzle::Bytes32)?,
+        panel: TensorMap::default(),
+        partial: of.partial,
+        g_partial: 0,
+        masks: of.masks,
+        m: of.m,
+        w: of.w,
+        g_column: 0,
+        rows_per_range: rows as u32,
+        early: of.early,
+        reserved: 0,
+        segments: of.segments,
+    };
+    let kernel = OUTER[dtype as usize][segments - 1];
+    // SAFETY: the caller's promise.
+    Ok(unsafe { device.launch(kernel, grid(of.w, ranges), stream, &p) }?)
+}
+
+/// `h` is H of the whole group, and the projection's starts at `h_column`.
+///
+/// # Safety
+/// As [`outer`].
+///
+/// # Errors
+/// A launch that failed.
+pub unsafe fn down_outer(
+    device: &Device,
+    stream: Stream,
+    dtype: Float16,
+    segments: usize,
+    of: &DownOuter,
+    h: Address,
+    h_column: u64,
+) -> Result<()> {
+    let (ranges, rows) = ranges(device, of.m, of.n);
+    let h = Matrix::new(h, of.m, u64::from(of.h_stride));
+    let width = SEGMENT * segments as u64;
+    let panel = Matrix::new(of.panel, of.n, width);
+    let p = Outer90 {
+        x: box_of(dtype, Matrix::new(of.grad, of.m, of.n))?,
+        g: h.map(dtype, SEGMENT as u32, ROWS as u32, Swizzle::Bytes32)?,
+        panel: panel.map(dtype, SEGMENT as u32, COLUMNS as u32, Swizzle::Bytes32)?,
+        partial: of.panel_partial,
+        g_partial: of.g_partial,
+        masks: Masks::default(),
+        m: of.m,
+        w: of.n,
+        g_column: h_column as u32,
+        rows_per_range: rows as u32,
+        early: 0,
+        reserved: 0,
+        segments: [Segment::default(); MAX_SEGMENTS],
+    };
+    let kernel = DOWN_OUTER[dtype as usize][segments - 1];
+    // SAFETY: the caller's promise.
+    Ok(unsafe { device.launch(kernel, grid(of.n, ranges), stream, &p) }?)
+}
+
+fn box_of(dtype: Float16, matrix: Matrix) -> Result<TensorMap> {
+    matrix.map(dtype, 64, ROWS as u32, Swizzle::Bytes128)
+}
+
+fn grid(w: u64, ranges: u64) -> Grid {
+    Grid {
+        blocks: (w.div_ceil(COLUMNS) as u32, ranges as u32, 1),
+        threads: THREADS,
+        shared: SHARED,
+    }
+}

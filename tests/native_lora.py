@@ -1,0 +1,166 @@
+"""The native calls of ops.cuda_lora on CPU tensors: what they promise, in float64 by address.
+
+`install` makes the CUDA backend the one of CPU tensors, so that all that Python decides for it, its
+addresses, sizes and types among that, is tested without a device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ferrotune import _native, ops
+
+F64 = torch.float64
+WORKSPACE = 64  # bytes
+KEPT = 3.0  # what H is full of between forward and backward
+
+
+def at(address: int, dtype: str, *shape: int) -> Tensor:
+    """The tensor of this shape that lies there."""
+    kind = getattr(torch, dtype)
+    size = math.prod(shape) * kind.itemsize
+    memory = (ctypes.c_char * size).from_address(address)
+    return torch.frombuffer(memory, dtype=kind).view(shape)
+
+
+class Native:
+    """Counts the calls; ``carries`` is what `cuda_lora_carries` answers."""
+
+    def __init__(self, carries: bool) -> None:
+        self.carries = carries
+        self.calls: list[str] = []
+
+    def cuda_lora_carries(self, device: int, m: int, w: int, depth: int) -> tuple[bool, bool]:
+        return self.carries, self.carries
+
+    def cuda_lora_max_columns(self, device: int, planes: int) -> int:
+        return 64 if planes == 1 else 32
+
+    def cuda_lora_workspace(self, *_: Any) -> int:
+        return WORKSPACE
+
+    def cuda_dequantize_4bit(
+        self, _: Any, stream: int, weight: Any, out: int, dtype: str, n: int, k: int, back: bool
+    ) -> None:
+        dense = torch.empty(n, k, dtype=getattr(torch, dtype))
+        self._dequantize(weight, dense)
+        at(out, dtype, *((k, n) if back else (n, k))).copy_(dense.t() if back else dense)
+
+    def cuda_lora_forward(
+        self, _: Any, stream: int, group: Any, given: list[Any], workspace: int
+    ) -> None:
+        self.calls.append("forward")
+        at(workspace, "uint8", WORKSPACE).fill_(255)
+        m, planes, columns = group[1], group[4], group[7]
+        at(group[6], group[3], m, planes * columns).fill_(KEPT)
+        for one in given:
+            (_, _, _, n, _), _, (y, bias, lora_bias, kind), _, weight = one
+            out = at(y, group[3], m, n)
+            if group[-1] == "left" and not weight[0]:
+                continue
+            total = self._term(group, one)
+            if lora_bias:
+                total += one[1][0] * at(lora_bias, kind, n).to(F64)
+            if bias:
+                total += at(bias, group[3], n).to(F64)
+            if group[-1] == "added":
+                total += out.to(F64)
+            if weight[0]:
+                total += self._x(group) @ self._weight(group, weight, n).t()
+            out.copy_(total)
+
+    def cuda_lora_products(self, *arguments: Any) -> None:
+        group, given = arguments[2], arguments[3]
+        assert group[-1] == "left"
+        assert sum(bool(one[4][0]) for one in given) == 1
+        self.cuda_lora_forward(*arguments)
+        self.calls[-1] = "products"
+
+    def cuda_lora_backward(
+        self, _: Any, stream: int, group: Any, given: list[Any], workspace: int, grad_x: int
+    ) -> None:
+        self.calls.append("backward")
+        at(workspace, "uint8", WORKSPACE).fill_(255)
+        m, k, dtype, planes, columns = group[1], group[2], group[3], group[4], group[7]
+        assert (at(group[6], dtype, m, planes * columns) == KEPT).all()
+        dx = torch.zeros(m, k, dtype=F64)
+        for one in given:
+            (A, B, kind, n, r), (scaling, *_), (grad, *_), (grad_A, grad_B), weight = one
+            g, mask = at(grad, dtype, m, n).to(F64), self._mask(group, one)
+            lora_A, lora_B = at(A, kind, r, k).to(F64), at(B, kind, n, r).to(F64)
+            dropped = self._x(group) * mask
+            if grad_A:
+                at(grad_A, kind, r, k).copy_(scaling * (g @ lora_B).t() @ dropped)
+            if grad_B:
+                at(grad_B, kind, n, r).copy_(scaling * g.t() @ (dropped @ lora_A.t()))
+            dx += scaling * mask * (g @ lora_B @ lora_A)
+            if weight[0]:
+                dx += g @ self._weight(group, weight, n)
+        if grad_x:
+            at(grad_x, dtype, m, k).copy_(dx)
+
+    def _x(self, group: Any) -> Tensor:
+        return at(group[0], group[3], group[1], group[2]).to(F64)
+
+    def _mask(self, group: Any, one: Any) -> Tensor:
+        shape, (_, p, stream, _) = (group[1], group[2]), one[1]
+        if not p:
+            return torch.ones(shape, dtype=F64)
+        return ops.dropout_mask(shape, p, at(group[5], "int64", 1), stream, dtype=F64)
+
+    def _term(self, group: Any, one: Any) -> Tensor:
+        (A, B, kind, n, r), (scaling, *_) = one[:2]
+        lora_A, lora_B = at(A, kind, r, group[2]).to(F64), at(B, kind, n, r).to(F64)
+        dropped = self._x(group) * self._mask(group, one)
+        return scaling * (dropped @ lora_A.t() @ lora_B.t())
+
+    def _weight(self, group: Any, weight: Any, n: int) -> Tensor:
+        address, transposed, quant = weight
+        k, dtype = group[2], group[3]
+        found = at(address, dtype, *((k, n) if transposed else (n, k)))
+        if quant is not None:
+            self._dequantize(quant, found)
+        return (found.t() if transposed else found).to(F64)
+
+    def _dequantize(self, weight: Any, out: Tensor) -> None:
+        packed, absmax, nested, code, offset, quant_type, blocksize, _ = weight
+        blocks = -(-out.numel() // blocksize)
+        _native.dequantize_4bit_at(
+            packed, -(-out.numel() // 2), absmax, blocks, nested,
+            -(-blocks // 256) if nested else 0, code,
+            at(offset, "float32", 1).item() if offset else 0.0,
+            quant_type, blocksize, 256 if nested else 0,
+            out.data_ptr(), out.numel(), str(out.dtype).removeprefix("torch."),
+        )  # fmt: skip
+
+
+def install(patch: pytest.MonkeyPatch, carries: bool) -> Native:
+    """The CUDA backend for CPU tensors, on a `Native` of its own."""
+    from ferrotune.ops import autograd, cuda, cuda_lora, cuda_plan, reference
+
+    native = Native(carries)
+    for name in dir(native):
+        if name.startswith("cuda_"):
+            patch.setattr(_native, name, getattr(native, name), raising=False)
+    for cached in (cuda_plan._carries, cuda_plan._max_columns, cuda_plan._workspace_bytes):
+        cached.cache_clear()
+    cuda_plan._plans.clear()
+    patch.setattr(cuda, "_ready", lambda index: None)
+    patch.setattr(cuda, "_raw_stream", lambda index: 0)
+    patch.setattr(autograd, "choose", lambda x: cuda_lora)
+    dense = reference.dense
+
+    def of_device(projection: Any, dtype: torch.dtype) -> Tensor | None:
+        quant = projection.quant
+        if quant is None:
+            return dense(projection, dtype)
+        return cuda.dequantize_4bit(quant, quant.dtype).to(dtype)
+
+    patch.setattr(reference, "dense", of_device)
+    return native
