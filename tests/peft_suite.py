@@ -3,8 +3,9 @@
     python tests/peft_suite.py PATH [--tests FILE] [-- arguments for pytest]
 
 PATH is PEFT's source distribution (the .tar.gz, or unpacked) or a clone of its repository. Each
-test must end as it did unpatched, and no plain LoRA linear layer may run by PEFT's forward; else
-the exit status is 1. Prints how many layers ran through ferrotune and through PEFT, and why.
+test must end as it did unpatched, a failed one for the same reason, and no plain LoRA linear layer
+may run by PEFT's forward; else the exit status is 1. Prints how many layers ran through ferrotune
+and through PEFT, and why, and the reasons for which tests fail in both runs alike.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +40,15 @@ ASKED_FOR = (
     "that ferrotune has no forward for",
     "lora.MultiheadAttention merges it",
 )
+# What tests lack that fail in both runs, by marks of their errors: neither PEFT nor ferrotune is at
+# fault then.
+LACKING = {
+    "the hub": (
+        "OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectError", "ConnectionError",
+        "couldn't connect to",
+    ),
+    "a package": ("ModuleNotFoundError", "ImportError"),
+}  # fmt: skip
 
 
 def main() -> int:
@@ -61,7 +72,7 @@ def _tests(path: Path, folder: Path) -> Path:
         with tarfile.open(path) as archive:
             archive.extractall(folder / "source", filter="data")
         path = next((folder / "source").iterdir())
-    target = folder / "peft_tests"
+    target = folder / "tests"  # a warning that a test expects names the package
     shutil.copytree(path / "tests", target)
     (target / "__init__.py").touch()
     return target
@@ -93,16 +104,18 @@ def _python_path() -> str:
 
 def _judge(stock: dict[str, Any], patched: dict[str, Any]) -> int:
     before, after = stock["outcomes"], patched["outcomes"]
+    ends = [_ends(found) for found in (stock, patched)]
     changed = {
-        name: (before.get(name), after.get(name))
+        name: tuple(end.get(name) for end in ends)
         for name in sorted({*before, *after})
-        if before.get(name) != after.get(name)
+        if ends[0].get(name) != ends[1].get(name)
     }
     layers, forwards = patched["layers"], patched["forwards"]
     print(f"\nstock:   {dict(Counter(before.values()))}")
     print(f"patched: {dict(Counter(after.values()))}")
     for name, (was, is_) in changed.items():
         print(f"  CHANGED {name}: {was} -> {is_}\n    {patched['texts'].get(name, '')}")
+    _print_failures([name for name in stock["reasons"] if name not in changed], stock["reasons"])
     print(f"{layers['ferrotune']} LoRA layers ran through ferrotune, {layers['PEFT']} only PEFT's")
     print(f"{forwards.pop('', 0)} forwards by ferrotune; by PEFT:")
     missed = 0
@@ -116,7 +129,43 @@ def _judge(stock: dict[str, Any], patched: dict[str, Any]) -> int:
     return 0 if good else 1
 
 
+def _ends(found: dict[str, Any]) -> dict[str, str]:
+    """How every test ended; of one that failed, for which reason, too."""
+    reasons = found["reasons"]
+    return {
+        name: f"{outcome}: {reasons[name]}" if name in reasons else outcome
+        for name, outcome in found["outcomes"].items()
+    }
+
+
+def _print_failures(names: list[str], reasons: dict[str, str]) -> None:
+    """Groups of the tests that fail stock and patched alike."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(reasons[name], []).append(name)
+    lacking = Counter(_lacking(reasons[name]) or "nothing known" for name in names)
+    print(f"{len(names)} tests fail in both runs, each for one reason; they lack {dict(lacking)}:")
+    for reason, tests in sorted(groups.items(), key=lambda item: -len(item[1])):
+        print(f"  {len(tests):6} {reason}\n         such as {tests[0].rpartition('::')[2]}")
+
+
+def _lacking(reason: str) -> str | None:
+    found = (what for what, marks in LACKING.items() if any(mark in reason for mark in marks))
+    return next(found, None)
+
+
 # ---- inside pytest: `-p peft_suite`
+
+
+def _reason(error: BaseException) -> str:
+    """The first error of a chain; addresses in its message are left out."""
+    seen = {id(error)}
+    while (cause := error.__cause__ or error.__context__) is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        error = cause
+    line = (str(error).strip() or "no message").splitlines()[0]
+    line = re.sub(r"https?://\S+|0x[0-9a-f]+", "…", line)
+    return f"{type(error).__name__}: {line[:200]}"
 
 
 class Suite:
@@ -126,22 +175,30 @@ class Suite:
         self.results = results
         self.outcomes: dict[str, str] = {}
         self.texts: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
+        self._errors: dict[str, str] = {}
         self.forwards: Counter[str] = Counter()
         self.layers: Counter[str] = Counter()
         self._seen: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
         if patched:
             self._take_over()
 
+    def pytest_runtest_makereport(self, item: Any, call: Any) -> None:
+        if call.excinfo is not None:
+            self._errors[item.nodeid] = _reason(call.excinfo.value)
+
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or report.outcome != "passed":
             self.outcomes[report.nodeid] = report.outcome
             if report.failed:
+                self.reasons[report.nodeid] = self._errors.get(report.nodeid, "no error")
                 self.texts[report.nodeid] = str(report.longrepr)[-1500:]
 
     def pytest_sessionfinish(self) -> None:
         found = {
             "outcomes": self.outcomes,
             "texts": self.texts,
+            "reasons": self.reasons,
             "forwards": dict(self.forwards),
             "layers": {"ferrotune": self.layers["ferrotune"], "PEFT": self.layers["PEFT"]},
         }

@@ -13,7 +13,7 @@ import ferrotune
 from error_table import ErrorTable, Row
 from ferrotune.patching.masks import index_dropout
 from side_by_side import assert_agree, both, counted
-from tiny_models import CONFIGS, base_4bit_model, base_model, batch, with_lora
+from tiny_models import CONFIGS, base_4bit_model, base_model, batch, fill_lora_b, with_lora
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 STEPS = 30
@@ -25,9 +25,11 @@ CURVE_OF_BF16_LOSS = {"bert": 3 * 2**-7, "roberta": 3 * 2**-7, "t5": 3 * 2**-5}
 # The worst gradient's error against float64 over the stock model's: two samples of like roundings.
 GRADIENT_ERROR = 1.25
 # T5's ReLU switches on other elements after bf16 rounding: single gradients then scatter, in their
-# difference from the stock model's and in both errors.
+# difference from the stock model's and in both errors, whose ratio was found between 0.68 and 1.78
+# in 24 draws of A, B, batch and masks. `test_t5_in_bf16_is_no_less_exact` holds their means.
 STEP_BF16 = {"t5": 0.25}
 GRADIENT_ERROR_BF16 = {"t5": 2.0}
+DRAWS = 24
 
 
 def build(name: str, quant: str, dtype: torch.dtype, folder: Path, **options: Any) -> Any:
@@ -87,6 +89,35 @@ def test_one_step(
             times = GRADIENT_ERROR_BF16.get(name) if dtype == "bf16" else None
             assert mine <= (times or GRADIENT_ERROR) * theirs, (of, mine, theirs)
     error_table.add(request.node.nodeid, rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["dense", "4bit"])
+def test_t5_in_bf16_is_no_less_exact(
+    quant: str, tmp_path: Path, error_table: ErrorTable, request: pytest.FixtureRequest
+) -> None:
+    """The worst gradient's error against float64, of several draws: its mean is no larger than the
+    stock model's, to two standard errors of their difference, which are a tenth of it at most."""
+    model = build("t5", quant, torch.bfloat16, tmp_path, lora_dropout=0.1)
+    rows = []
+    for seed in range(DRAWS):
+        fill_lora_b(model, seed)
+        torch.manual_seed(seed)
+        found = ferrotune.verify(model, batch("t5", seed=seed)).differences
+        (worst,) = [one for one in found if one.kind == "gradient"]
+        assert worst.patched_error is not None
+        assert worst.stock_error is not None
+        group = f"T5, {quant} bf16, {DRAWS} draws"
+        errors = (worst.patched_error, worst.stock_error)
+        rows.append(Row(group, f"draw {seed}", f"worst gradient {worst.dtype}", *errors, 1))
+    error_table.add(request.node.nodeid, rows)
+    ours, peft = (
+        torch.tensor([getattr(row, name) for row in rows]) for name in ("ferrotune", "peft")
+    )
+    standard_error = float((ours - peft).std()) / DRAWS**0.5
+    print(f"{quant}: {ours.mean():.2e}, PEFT {peft.mean():.2e}, within {standard_error:.1e}")
+    assert 2 * standard_error < 0.1 * float(peft.mean())
+    assert float(ours.mean() - peft.mean()) <= 2 * standard_error
 
 
 @pytest.mark.slow
