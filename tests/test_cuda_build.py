@@ -62,6 +62,18 @@ def test_products_run_on_tensor_cores(resources: ModuleType, file: str) -> None:
         assert not {"LDL", "STL"} & used, kernel
 
 
+@pytest.mark.parametrize("file", ["gemm_sm90a", "lora_down_sm90a", "lora_outer_sm90a"])
+def test_hopper_has_its_own_products_and_copies(resources: ModuleType, file: str) -> None:
+    program = resources.cuobjdump()
+    if program is None:
+        pytest.skip("no cuobjdump (triton's wheel has one)")
+    found = resources.instructions(program, file, "90a")
+    assert found
+    for kernel, used in found.items():
+        assert {"HGMMA", "UTMALDG"} <= used, kernel
+        assert not {"LDL", "STL"} & used, kernel
+
+
 def test_the_table_is_current(resources: ModuleType, usages: list[object]) -> None:
     text = resources.TABLE.read_text(encoding="utf-8")
     missing = {usage.kernel for usage in usages if f" {usage.kernel} " not in text}  # type: ignore[attr-defined]
