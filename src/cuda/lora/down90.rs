@@ -3,7 +3,7 @@
 use super::super::device::Device;
 use super::super::launch::{Address, Grid, Parameters, Stream};
 use super::gemm::{Matrix, Swizzle, TensorMap};
-use super::kernels::{MAX_SEGMENTS, Masks, SEGMENT, Segment};
+use super::kernels::{MAX_SEGMENTS, Masks, SEGMENT, Segment, Variants, variants};
 use super::{Hopper, Input, Projection};
 use crate::error::Result;
 
@@ -50,20 +50,7 @@ pub fn takes(device: &Device, input: &Input, projections: &[Projection]) -> bool
         && (input.planes > 1 || projections.iter().all(|one| one.lora_a.is_multiple_of(16)))
 }
 
-const KERNELS: [[&str; MAX_SEGMENTS]; 2] = [
-    [
-        "lora_down90_f16_r16",
-        "lora_down90_f16_r32",
-        "lora_down90_f16_r48",
-        "lora_down90_f16_r64",
-    ],
-    [
-        "lora_down90_bf16_r16",
-        "lora_down90_bf16_r32",
-        "lora_down90_bf16_r48",
-        "lora_down90_bf16_r64",
-    ],
-];
+const KERNELS: Variants = variants!("lora_down90");
 
 /// Writes H. `panels` are where each projection's A lies, `[planes, r, k]`.
 ///

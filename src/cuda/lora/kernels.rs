@@ -194,7 +194,7 @@ struct Reduce {
 unsafe impl Parameters for Reduce {}
 
 /// Names of a kernel's variants: by type, then by segments.
-type Variants = [[&'static str; MAX_SEGMENTS]; 2];
+pub type Variants = [[&'static str; MAX_SEGMENTS]; 2];
 
 macro_rules! variants {
     ($name:literal) => {
@@ -214,6 +214,7 @@ macro_rules! variants {
         ]
     };
 }
+pub(super) use variants;
 
 const DOWN: Variants = variants!("lora_down");
 const DOWN_FEW: Variants = variants!("lora_down_few");

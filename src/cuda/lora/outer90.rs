@@ -3,7 +3,9 @@
 use super::super::device::Device;
 use super::super::launch::{Address, Grid, Parameters, Stream};
 use super::gemm::{Matrix, Swizzle, TensorMap};
-use super::kernels::{DownOuter, MAX_SEGMENTS, Masks, Outer, SEGMENT, Segment, divide};
+use super::kernels::{
+    DownOuter, MAX_SEGMENTS, Masks, Outer, SEGMENT, Segment, Variants, divide, variants,
+};
 use super::{Float16, Hopper, Input};
 use crate::error::Result;
 
@@ -65,27 +67,8 @@ pub fn column_blocks(w: u64) -> u64 {
     w.div_ceil(COLUMNS)
 }
 
-macro_rules! variants {
-    ($name:literal) => {
-        [
-            [
-                concat!($name, "_f16_r16"),
-                concat!($name, "_f16_r32"),
-                concat!($name, "_f16_r48"),
-                concat!($name, "_f16_r64"),
-            ],
-            [
-                concat!($name, "_bf16_r16"),
-                concat!($name, "_bf16_r32"),
-                concat!($name, "_bf16_r48"),
-                concat!($name, "_bf16_r64"),
-            ],
-        ]
-    };
-}
-
-const OUTER: [[&str; MAX_SEGMENTS]; 2] = variants!("lora_outer90");
-const DOWN_OUTER: [[&str; MAX_SEGMENTS]; 2] = variants!("lora_down_outer90");
+const OUTER: Variants = variants!("lora_outer90");
+const DOWN_OUTER: Variants = variants!("lora_down_outer90");
 
 /// # Safety
 /// [`takes`] said yes; the addresses are `device`'s and hold what `kernels/lora_outer_sm90a.cuh` says.
