@@ -50,27 +50,28 @@ def test_every_chip_has_every_kernel(usages: list[object]) -> None:
     assert all(kernels == by_chip["90"] for chip, kernels in by_chip.items() if chip != "90a")
 
 
-@pytest.mark.parametrize("file", ["lora_down", "lora_up", "lora_outer", "lora_down_outer"])
-def test_products_run_on_tensor_cores(resources: ModuleType, file: str) -> None:
+MMA_SYNC = ("90", {"HMMA", "LDSM", "LDGSTS"})
+HOPPERS_OWN = ("90a", {"HGMMA", "UTMALDG"})
+
+
+@pytest.mark.parametrize(
+    ("file", "how"),
+    [
+        *[(file, MMA_SYNC) for file in ("lora_down", "lora_up", "lora_outer", "lora_down_outer")],
+        *[(file, HOPPERS_OWN) for file in ("gemm_sm90a", "lora_down_sm90a", "lora_outer_sm90a")],
+    ],
+)
+def test_products_run_on_tensor_cores(
+    resources: ModuleType, file: str, how: tuple[str, set[str]]
+) -> None:
     program = resources.cuobjdump()
     if program is None:
         pytest.skip("no cuobjdump (triton's wheel has one)")
-    found = resources.instructions(program, file, "90")
+    chip, needed = how
+    found = resources.instructions(program, file, chip)
     assert found
     for kernel, used in found.items():
-        assert {"HMMA", "LDSM", "LDGSTS"} <= used, kernel
-        assert not {"LDL", "STL"} & used, kernel
-
-
-@pytest.mark.parametrize("file", ["gemm_sm90a", "lora_down_sm90a", "lora_outer_sm90a"])
-def test_hopper_has_its_own_products_and_copies(resources: ModuleType, file: str) -> None:
-    program = resources.cuobjdump()
-    if program is None:
-        pytest.skip("no cuobjdump (triton's wheel has one)")
-    found = resources.instructions(program, file, "90a")
-    assert found
-    for kernel, used in found.items():
-        assert {"HGMMA", "UTMALDG"} <= used, kernel
+        assert needed <= used, kernel
         assert not {"LDL", "STL"} & used, kernel
 
 
