@@ -173,7 +173,7 @@ fn all_paths_agree_on_extreme_scales() {
         Isa::Portable.dequantize(&lut, &packed, &scales, 32, &mut expected, false);
         for isa in Isa::available() {
             for (past_caches, misplaced) in [(false, 0), (true, 0), (true, 1)] {
-                let mut memory = vec![<T as bytemuck::Zeroable>::zeroed(); 256 + 64];
+                let mut memory = [<T as bytemuck::Zeroable>::zeroed(); 256 + 64];
                 let start = memory.as_ptr().align_offset(64) + misplaced;
                 let out = &mut memory[start..start + 256];
                 isa.dequantize(&lut, &packed, &scales, 32, out, past_caches);
