@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import logging
 import os
 import random
 import sys
@@ -60,7 +61,8 @@ def main() -> int:
     from ferrotune import load_data
 
     datasets.disable_progress_bars()
-    transformers.logging.set_verbosity_error()  # texts longer than the model reads are no matter
+    # That texts are longer than the model reads is no matter.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     tokenizer = transformers.AutoTokenizer.from_pretrained(DATA / "demo-model")
     data = datasets.Dataset.from_dict({"text": texts(options.megabytes)})
     size = sum(len(text.encode()) for text in data["text"])
