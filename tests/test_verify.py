@@ -134,9 +134,10 @@ def test_finds_a_wrong_forward(monkeypatch: pytest.MonkeyPatch, float64: bool) -
 def test_finds_wrong_gradients_of_a(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lora_B that PEFT starts with is zero, and hides what lora_A gets."""
 
-    def without_gradient(right: Any, x: Any, weight: Any, **more: Any) -> torch.Tensor:
-        more["lora_A"] = more["lora_A"].detach()
-        found: torch.Tensor = right(x, weight, **more)
+    def without_gradient(
+        right: Any, x: Any, weight: Any, lora_A: torch.Tensor, *rest: Any, **more: Any
+    ) -> torch.Tensor:
+        found: torch.Tensor = right(x, weight, lora_A.detach(), *rest, **more)
         return found
 
     model = with_lora(base_model("llama"), filled=False)
