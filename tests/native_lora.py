@@ -18,6 +18,7 @@ from ferrotune import _native, ops
 
 F64 = torch.float64
 WORKSPACE = 64  # bytes
+ALIGNMENT = 16  # bytes, of what the product of the frozen weight reads
 KEPT = 3.0  # what H is full of between forward and backward
 
 
@@ -30,7 +31,7 @@ def at(address: int, dtype: str, *shape: int) -> Tensor:
 
 
 class Native:
-    """Counts the calls; ``carries`` is what `cuda_lora_carries` answers."""
+    """``calls``: each with what is asked of it. `cuda_lora_carries` answers ``carries``."""
 
     def __init__(self, carries: bool) -> None:
         self.carries = carries
@@ -55,7 +56,7 @@ class Native:
     def cuda_lora_forward(
         self, _: Any, stream: int, group: Any, given: list[Any], workspace: int
     ) -> None:
-        self.calls.append("forward")
+        self.calls.append(f"forward, {group[-1]}")
         at(workspace, "uint8", WORKSPACE).fill_(255)
         m, planes, columns = group[1], group[4], group[7]
         at(group[6], group[3], m, planes * columns).fill_(KEPT)
@@ -85,7 +86,7 @@ class Native:
     def cuda_lora_backward(
         self, _: Any, stream: int, group: Any, given: list[Any], workspace: int, grad_x: int
     ) -> None:
-        self.calls.append("backward")
+        self.calls.append(f"backward, {sum(bool(one[4][0]) for one in given)} weights")
         at(workspace, "uint8", WORKSPACE).fill_(255)
         m, k, dtype, planes, columns = group[1], group[2], group[3], group[4], group[7]
         assert (at(group[6], dtype, m, planes * columns) == KEPT).all()
@@ -101,6 +102,7 @@ class Native:
                 at(grad_B, kind, n, r).copy_(scaling * g.t() @ (dropped @ lora_A.t()))
             dx += scaling * mask * (g @ lora_B @ lora_A)
             if weight[0]:
+                assert grad % ALIGNMENT == 0
                 dx += g @ self._weight(group, weight, n)
         if grad_x:
             at(grad_x, dtype, m, k).copy_(dx)
@@ -122,6 +124,7 @@ class Native:
 
     def _weight(self, group: Any, weight: Any, n: int) -> Tensor:
         address, transposed, quant = weight
+        assert address % ALIGNMENT == group[0] % ALIGNMENT == 0
         k, dtype = group[2], group[3]
         found = at(address, dtype, *((k, n) if transposed else (n, k)))
         if quant is not None:

@@ -143,14 +143,26 @@ def test_plans_are_told_apart(native: Native, monkeypatch: pytest.MonkeyPatch) -
         one._replace(bias=None),
         one._replace(weight=random(K, N).t()),
         one._replace(weight=random(N * K + 1)[1:].view(N, K)),
+        one._replace(weight=random(N, 2 * K)[:, ::2]),
         one._replace(weight=None, quant=ops.quantize_4bit(random(N, K)), bias=None),
         projection("dense", adapter=F32),
+        projection("dense", adapter=F32, p=0.5),
+        projection("dense", p=1.0),
         projection("dense", r=R + 1),
         frozen,
     ]
+
+    def calls(variant: Projection) -> list[str]:
+        native.calls.clear()
+        agree(x, [variant], monkeypatch)
+        return list(native.calls)
+
+    alone = []
+    for variant in variants:
+        cuda_plan._plans.clear()
+        alone.append(calls(variant))
     for _ in range(2):
-        for variant in variants:
-            agree(x, [variant], monkeypatch)
+        assert [calls(variant) for variant in variants] == alone
     made = len(cuda_plan._plans)
     assert made < len(variants)  # scaling and stream are no matter of plans
     agree(x, [one], monkeypatch)
