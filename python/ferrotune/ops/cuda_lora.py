@@ -206,7 +206,7 @@ def _input(
         raise ValueError("dropout needs a seed on x's device: ops.dropout_seed(x)")
     return (
         x.data_ptr(), how.m, how.k, NAMES[x.dtype], one.planes, address(seed),
-        h.data_ptr(), one.columns, hopper, terms,
+        h.data_ptr(), one.columns, how.use, terms,
     )  # fmt: skip
 
 
