@@ -11,10 +11,6 @@ struct alignas(64) TensorMap {
     uint64_t words[16];
 };
 
-__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
-}
-
 // Barriers: 8 bytes of shared memory, named by their address.
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -107,7 +103,7 @@ __device__ __forceinline__ void take_registers() {
 
 // How an operand lies in shared memory, as wgmma's descriptors say it: `rows` bytes from eight rows to the next eight;
 // `columns` bytes from one swizzled box to the next, where the operand's depth runs down the rows.
-enum class Swizzle : uint64_t { BYTES_128 = 1, BYTES_64 = 2, BYTES_32 = 3 };
+enum class Swizzle : uint64_t { BYTES_128 = 1, BYTES_32 = 3 };
 __device__ __forceinline__ uint64_t operand(uint32_t address, Swizzle swizzle, uint32_t rows, uint32_t columns = 16) {
     return static_cast<uint64_t>((address & 0x3FFFFu) >> 4) | static_cast<uint64_t>(columns >> 4) << 16 |
            static_cast<uint64_t>(rows >> 4) << 32 | static_cast<uint64_t>(swizzle) << 62;
@@ -190,36 +186,6 @@ __device__ __forceinline__ void multiply_16(float (&sums)[8], const Fragments& a
 
 // Until all committed products are done: any sums and operands in registers may then be used.
 __device__ __forceinline__ void products_wait_all() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
-
-// sums += products over 64 of the depth, in four steps of sixteen, of `a(step)` with the three parts of the values of
-// `b(plane, step)`. Tensor cores cut their sums off: those of sixteen products are kept apart, and added in f32.
-template <typename T, int A_DOWN_ROWS, int B_DOWN_ROWS, typename A, typename B>
-__device__ __forceinline__ void multiply_parts_90(float (&sums)[8], const A& a, const B& b) {
-#pragma unroll
-    for (int half = 0; half < 4; half += 2) {
-        float now[2][3][8];
-        products_begin();
-#pragma unroll
-        for (int step = 0; step < 2; ++step)
-#pragma unroll
-            for (int plane = 0; plane < 3; ++plane) {
-                if constexpr (std::is_same_v<std::decay_t<decltype(a(0))>, Fragments>) {
-                    multiply_16<T, B_DOWN_ROWS>(now[step][plane], a(half + step), b(plane, half + step), 0);
-                } else {
-                    multiply_16<T, A_DOWN_ROWS, B_DOWN_ROWS>(now[step][plane], a(half + step), b(plane, half + step), 0);
-                }
-            }
-        products_commit();
-        products_wait_all();
-#pragma unroll
-        for (int step = 0; step < 2; ++step)
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                constexpr float SCALE = 1.0f / PART_SCALE<T>;
-                sums[i] += now[step][0][i] + (now[step][1][i] + now[step][2][i] * SCALE) * SCALE;
-            }
-    }
-}
 
 // Four 8 x 8 matrices of 16-bit elements to shared memory; lanes as for load_matrices.
 __device__ __forceinline__ void store_matrices(uint32_t row, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
