@@ -38,29 +38,35 @@ pub(super) fn dequantize<T: Element>(
     out: &mut [T],
     stream: bool,
 ) {
-    let to = out.as_mut_ptr();
-    // SAFETY: `Isa::dequantize` checked the lengths, and this path is only taken on CPUs with AVX-512 F and BW.
+    let to = out.as_mut_ptr().cast();
+    // SAFETY: `Isa::dequantize` checked the lengths and, for `stream`, the alignment; this path is only taken on CPUs
+    // with AVX-512 F and BW.
     unsafe {
-        match (T::DTYPE, stream) {
-            (DType::F32, false) => {
-                dequantize_f32::<false>(lut, packed, absmax, blocksize, to.cast());
-            }
-            (DType::F32, true) => dequantize_f32::<true>(lut, packed, absmax, blocksize, to.cast()),
-            (DType::F16, false) => {
-                dequantize_16::<F16, false>(lut, packed, absmax, blocksize, to.cast());
-            }
-            (DType::F16, true) => {
-                dequantize_16::<F16, true>(lut, packed, absmax, blocksize, to.cast());
-            }
-            (DType::BF16, false) => {
-                dequantize_16::<BF16, false>(lut, packed, absmax, blocksize, to.cast());
-            }
-            (DType::BF16, true) => {
-                dequantize_16::<BF16, true>(lut, packed, absmax, blocksize, to.cast());
-            }
-        }
         if stream {
+            dequantize_blocks::<true>(T::DTYPE, lut, packed, absmax, blocksize, to);
             _mm_sfence(); // before other threads read
+        } else {
+            dequantize_blocks::<false>(T::DTYPE, lut, packed, absmax, blocksize, to);
+        }
+    }
+}
+
+/// # Safety
+/// As `dequantize_f32`, with elements of `dtype`.
+unsafe fn dequantize_blocks<const STREAM: bool>(
+    dtype: DType,
+    lut: &[f32; 16],
+    packed: &[u8],
+    absmax: &[f32],
+    blocksize: usize,
+    to: *mut u8,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        match dtype {
+            DType::F32 => dequantize_f32::<STREAM>(lut, packed, absmax, blocksize, to.cast()),
+            DType::F16 => dequantize_16::<F16, STREAM>(lut, packed, absmax, blocksize, to.cast()),
+            DType::BF16 => dequantize_16::<BF16, STREAM>(lut, packed, absmax, blocksize, to.cast()),
         }
     }
 }
