@@ -39,6 +39,12 @@ mod native {
     };
     #[cfg(feature = "cuda")]
     #[pymodule_export]
+    use crate::python::cuda_blocks::{
+        cuda_glu, cuda_glu_backward, cuda_rms_norm, cuda_rms_norm_backward,
+        cuda_rms_norm_partial_rows, cuda_rope,
+    };
+    #[cfg(feature = "cuda")]
+    #[pymodule_export]
     use crate::python::cuda_lora::{
         cuda_lora_backward, cuda_lora_carries, cuda_lora_forward, cuda_lora_max_columns,
         cuda_lora_products, cuda_lora_workspace,

@@ -36,9 +36,13 @@ def test_report_names_every_layer(model: PeftModel) -> None:
     assert "2  base_model.model.model.layers.*.self_attn.q_proj" in text
     assert "default r=8" in text
     assert "lora.Linear on Linear float32" in text
-    assert report._repr_html_().count("<tr>") == 8
+    assert report._repr_html_().count("<tr>") == 14
     assert repr(report) == "<PatchReport: ferrotune runs 14 of 14 LoRA layers>"
     assert len(report.as_dict()["layers"]) == 14
+    assert [block.name for block in report.blocks if block.kind == "MLP"] == [
+        f"base_model.model.model.layers.{i}.mlp" for i in range(2)
+    ]
+    assert not ferrotune.patch(with_lora(base_model("llama")), blocks=False).blocks
 
 
 def test_nothing_but_the_forward_changes(model: PeftModel, tmp_path: Path) -> None:

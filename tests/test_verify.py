@@ -1,6 +1,7 @@
 """ferrotune.verify: what it finds, what it writes, and that it leaves no trace."""
 
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -112,15 +113,17 @@ def test_batch_norm_statistics_are_put_back() -> None:
     assert_same(before, dict(model.named_buffers()))
 
 
-def break_forward(monkeypatch: pytest.MonkeyPatch, change: Callable[..., torch.Tensor]) -> None:
-    right = ops.lora_linear
-    monkeypatch.setattr(ops, "lora_linear", lambda *a, **k: change(right, *a, **k))
+def break_forward(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[..., list[torch.Tensor]]
+) -> None:
+    right = ops.lora_linear_group
+    monkeypatch.setattr(ops, "lora_linear_group", lambda *a, **k: change(right, *a, **k))
 
 
 @pytest.mark.parametrize("float64", [False, True])
 def test_finds_a_wrong_forward(monkeypatch: pytest.MonkeyPatch, float64: bool) -> None:
     model = with_lora(base_model("llama"), filled=False)
-    break_forward(monkeypatch, lambda right, *a, **k: right(*a, **k) * 1.001)
+    break_forward(monkeypatch, lambda right, *a, **k: [y * 1.001 for y in right(*a, **k)])
     certificate = ferrotune.verify(model, batch("llama"), float64=float64)
     assert not certificate
     assert len(certificate.failures) > 20
@@ -134,10 +137,9 @@ def test_finds_a_wrong_forward(monkeypatch: pytest.MonkeyPatch, float64: bool) -
 def test_finds_wrong_gradients_of_a(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lora_B that PEFT starts with is zero, and hides what lora_A gets."""
 
-    def without_gradient(
-        right: Any, x: Any, weight: Any, lora_A: torch.Tensor, *rest: Any, **more: Any
-    ) -> torch.Tensor:
-        found: torch.Tensor = right(x, weight, lora_A.detach(), *rest, **more)
+    def without_gradient(right: Any, x: Any, projections: Any, **more: Any) -> list[torch.Tensor]:
+        frozen = [one._replace(lora_A=one.lora_A.detach()) for one in projections]
+        found: list[torch.Tensor] = right(x, frozen, **more)
         return found
 
     model = with_lora(base_model("llama"), filled=False)
@@ -148,7 +150,7 @@ def test_finds_wrong_gradients_of_a(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_finds_nan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    break_forward(monkeypatch, lambda right, *a, **k: right(*a, **k) * float("nan"))
+    break_forward(monkeypatch, lambda right, *a, **k: [y * math.nan for y in right(*a, **k)])
     path = tmp_path / "certificate.json"
     certificate = ferrotune.verify(with_lora(base_model("llama")), batch("llama"), path=path)
     assert not certificate

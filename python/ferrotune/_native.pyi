@@ -1,6 +1,6 @@
 """The Rust extension's functions. stubtest holds this file to the code."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, final
 
@@ -21,6 +21,8 @@ __all__ = [
     "cuda_devices",
     "cuda_driver",
     "cuda_dropout_mask",
+    "cuda_glu",
+    "cuda_glu_backward",
     "cuda_images",
     "cuda_lora_backward",
     "cuda_lora_carries",
@@ -31,6 +33,10 @@ __all__ = [
     "cuda_prepare",
     "cuda_quantize_4bit",
     "cuda_quantize_absmax",
+    "cuda_rms_norm",
+    "cuda_rms_norm_backward",
+    "cuda_rms_norm_partial_rows",
+    "cuda_rope",
     "dequantize_4bit",
     "dequantize_4bit_at",
     "dropout_at",
@@ -253,6 +259,60 @@ def cuda_quantize_absmax(
     code: int,
     codes: int,
     nested_absmax: int,
+) -> None: ...
+
+# gate, up, rows, columns, stride of rows in elements, dtype, activation ("silu", "gelu_tanh" or
+# "gelu")
+_Gated = tuple[int, int, int, int, int, str, str]
+
+def cuda_glu(device: int, stream: int, given: _Gated, out: int) -> None: ...
+def cuda_glu_backward(
+    device: int,
+    stream: int,
+    given: _Gated,
+    grad: int,
+    out: int,
+    grads: tuple[int, int],
+    grad_stride: int,
+) -> None: ...
+
+# rows, columns, dtype, weight, whether it is f32 beside another dtype, offset, epsilon
+_Normalised = tuple[int, int, str, int, bool, float, float]
+
+# Pairs: a residual and where its sum with x goes; x and 1 / rms of its rows; a gradient and one
+# that is added to x's. 0 stands for none.
+def cuda_rms_norm(
+    device: int,
+    stream: int,
+    norm: _Normalised,
+    x: int,
+    residual: tuple[int, int],
+    out: int,
+    inverse: int,
+) -> None: ...
+def cuda_rms_norm_backward(
+    device: int,
+    stream: int,
+    norm: _Normalised,
+    x: tuple[int, int],
+    grad: tuple[int, int],
+    out: int,
+    partial: int,
+) -> None: ...
+def cuda_rms_norm_partial_rows(device: int, rows: int, columns: int, dtype: str) -> int | None: ...
+
+# read, written, strides of batch, head and position of the one and of the other, in elements
+_Turned = tuple[int, int, Sequence[int], Sequence[int]]
+
+def cuda_rope(
+    device: int,
+    stream: int,
+    q: _Turned,
+    k: _Turned,
+    tables: tuple[int, int, Sequence[int]],
+    sizes: tuple[int, int, int, int, int, int],
+    dtype: str,
+    backward: bool,
 ) -> None: ...
 
 # x [m, k], m, k, dtype, planes, seed (0 without dropout), h, h_columns, where Hopper's kernels are

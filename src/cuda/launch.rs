@@ -13,6 +13,11 @@ pub type Address = u64;
 /// A raw `CUstream`; 0 is the default stream.
 pub type Stream = u64;
 
+/// Whether addresses, and distances in bytes, are multiples of the 16 bytes that kernels load at once.
+pub(super) fn aligned(bytes: &[u64]) -> bool {
+    bytes.iter().all(|bytes| bytes % 16 == 0)
+}
+
 /// How many threads run a kernel.
 #[derive(Debug, Clone, Copy)]
 pub struct Grid {

@@ -9,10 +9,13 @@ mod device;
 mod driver;
 pub mod dropout;
 mod error;
+pub mod glu;
 mod launch;
 pub mod lora;
 mod module;
 pub mod quant;
+pub mod rms_norm;
+pub mod rope;
 
 pub use device::Device;
 pub use driver::{DRIVER_NEEDED, device_count, driver_version};

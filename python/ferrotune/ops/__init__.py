@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import autograd, flat, library
+from . import autograd, flat, library, mlp
 from . import dropout as _dropout
+from .blocks import ACTIVATIONS, glu, rms_norm, rope
 from .types import BLOCKSIZES, Projection, Quant4bit
 
 if TYPE_CHECKING:
@@ -25,9 +26,13 @@ __all__ = [
     "dequantize_4bit",
     "dropout_mask",
     "dropout_seed",
+    "gated_mlp",
+    "glu",
     "lora_linear",
     "lora_linear_group",
     "quantize_4bit",
+    "rms_norm",
+    "rope",
 ]
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -85,11 +90,86 @@ def lora_linear_group(
     return _run(x, list(projections), seed)
 
 
+def gated_mlp(
+    x: Tensor,
+    gate: Projection,
+    up: Projection,
+    down: Projection,
+    activation: str = "silu",
+    *,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``down(activation(gate(x))·up(x))``, one node of autograd: the MLP of Llama and its kind.
+
+    What it keeps for backward is x, gate(x) and up(x); the product of the activation is made again.
+    With dropout the masks are streams 0, 1 and 2 of one seed. ``activation`` is one of `glu`'s,
+    and everything else as in ``lora_linear``.
+
+    Returns ``[..., n]`` of ``down``.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, not {activation!r}")
+    streamed = [one._replace(stream=i) for i, one in enumerate((gate, up, down))]
+    x, projections = _autocast(x, streamed)
+    for projection in projections[:2]:
+        _check(x, projection)
+    inner, hidden = projections[2].shape[1], [one.shape[0] for one in projections[:2]]
+    if hidden != [inner, inner]:
+        raise ValueError(f"gate and up have {hidden} out features, but down takes {inner}")
+    _check(x.new_empty(0, inner), projections[2])
+    if seed is None and any(projection.dropout_p > 0 for projection in projections):
+        seed = dropout_seed(x)
+    trained = any(_is_trained(projection.weight) for projection in projections)
+    if not trained and not torch.compiler.is_compiling():
+        return mlp.apply(x, projections, activation, seed, streamed)
+    first, second = _run(x, projections[:2], seed)
+    return _run(glu(first, second, activation), projections[2:], seed)[0]
+
+
+def _autocast(x: Tensor, projections: list[Projection]) -> tuple[Tensor, list[Projection]]:
+    """x and the projections as autocast has them; in eager mode what is cast of these is no part
+    of a graph, and the operation gives the originals their gradients."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, projections
+    dtype = torch.get_autocast_dtype(x.device.type)
+    x = x.to(dtype)
+    if torch.compiler.is_compiling() or any(_is_trained(one.weight) for one in projections):
+        return x, [_cast(projection, dtype) for projection in projections]
+    with torch.no_grad():
+        return x, _cast_together(projections, dtype)
+
+
+def _cast_together(projections: list[Projection], dtype: torch.dtype) -> list[Projection]:
+    """All tensors of another float type in one go."""
+    wanted: dict[int, Tensor] = {}
+    for projection in projections:
+        for tensor in (
+            projection.weight,
+            *(getattr(projection, name) for name in autograd.TRAINED),
+        ):
+            if tensor is not None and tensor.dtype != dtype and tensor.is_floating_point():
+                wanted[id(tensor)] = tensor
+    if not wanted:
+        return projections
+    sources = list(wanted.values())
+    made = [torch.empty_like(tensor, dtype=dtype) for tensor in sources]
+    torch._foreach_copy_(made, sources)
+    found = dict(zip(wanted, made, strict=True))
+    return [
+        projection._replace(
+            **{
+                name: found[id(tensor)]
+                for name in ("weight", *autograd.TRAINED)
+                if (tensor := getattr(projection, name)) is not None and id(tensor) in found
+            }
+        )
+        for projection in projections
+    ]
+
+
 def _run(x: Tensor, projections: list[Projection], seed: Tensor | None) -> list[Tensor]:
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.to(dtype)
-        projections = [_cast(projection, dtype) for projection in projections]
+    given = projections
+    x, projections = _autocast(x, projections)
     trained = dropped = False
     for projection in projections:
         _check(x, projection)
@@ -100,7 +180,7 @@ def _run(x: Tensor, projections: list[Projection], seed: Tensor | None) -> list[
     if seed is None and dropped:
         seed = dropout_seed(x)
     if not torch.compiler.is_compiling():
-        return list(autograd.apply(x, projections, seed))
+        return list(autograd.apply(x, projections, seed, given))
     numbers = flat.numbers(projections)
     if len(projections) == 1:
         return [

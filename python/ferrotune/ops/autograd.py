@@ -18,9 +18,21 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["apply", "as_rows"]
+    from .types import Grads
 
-_WIDTH = 4  # bias, lora_A, lora_B and lora_bias of a projection may get gradients
+__all__ = [
+    "TRAINED",
+    "apply",
+    "as_rows",
+    "by_projection",
+    "kept",
+    "no_autocast",
+    "restored",
+    "trained_tensors",
+]
+
+# What of a projection may get a gradient.
+TRAINED = ("bias", "lora_A", "lora_B", "lora_bias")
 
 
 class _LoraGroup(torch.autograd.Function):
@@ -37,19 +49,7 @@ class _LoraGroup(torch.autograd.Function):
         with no_autocast(x):
             ys, hs = backend.forward(laid_out, projections, seed, plan)
         ctx.shape, ctx.backend, ctx.plan = x.shape, backend, plan
-        # The frozen parts of a 4-bit weight are the layer's own memory. Everything else is saved:
-        # autograd then sees writes to it, and its hooks (checkpointing, FSDP) may let go of it.
-        ctx.frozen = [(one.quant, one.scaling, one.dropout_p, one.stream) for one in projections]
-        ctx.save_for_backward(
-            laid_out,
-            seed,
-            *hs,
-            *[
-                tensor
-                for one in projections
-                for tensor in (one.weight, one.bias, one.lora_A, one.lora_B, one.lora_bias)
-            ],
-        )
+        ctx.save_for_backward(laid_out, seed, *hs, *kept(ctx, projections))
         ctx.set_materialize_grads(False)
         if x.dim() == ys[0].dim():
             return tuple(ys)
@@ -63,42 +63,70 @@ class _LoraGroup(torch.autograd.Function):
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    backend, frozen = ctx.backend, ctx.frozen
-    count = len(frozen)
+    backend = ctx.backend
+    count = len(ctx.frozen)
     x, seed, *saved = ctx.saved_tensors
     hs = saved[:count]
-    projections = []
-    at = count
-    for quant, scaling, dropout_p, stream in frozen:
-        weight, bias, lora_A, lora_B, lora_bias = saved[at : at + 5]
-        at += 5
-        projections.append(
-            Projection(weight, quant, bias, lora_A, lora_B, lora_bias, scaling, dropout_p, stream)
-        )
-    _, need_x, *asked = ctx.needs_input_grad
-    bias, lora_A, lora_B, lora_bias = [tuple(asked[i::_WIDTH]) for i in range(_WIDTH)]
-    need = Need(need_x, lora_A, lora_B, bias, lora_bias)
+    projections, need = restored(ctx, saved[count:])
     laid_out = [None if grad is None else backend.laid_out(grad) for grad in grads]
     with no_autocast(x):
         found = backend.backward(laid_out, x, hs, projections, seed, need, ctx.plan)
     dx = found.x
     if dx is not None and dx.dim() != len(ctx.shape):
         dx = dx.view(ctx.shape)
+    return (None, dx, *by_projection(found))
+
+
+def kept(ctx: Any, projections: Sequence[Projection]) -> list[Tensor | None]:
+    """The tensors of projections that a node saves; it keeps the rest in ``ctx.frozen``.
+
+    The frozen parts of a 4-bit weight are the layer's own memory. Everything else is saved:
+    autograd then sees writes to it, and its hooks (checkpointing, FSDP) may let go of it.
+    """
+    ctx.frozen = [(one.quant, one.scaling, one.dropout_p, one.stream) for one in projections]
+    return [getattr(one, name) for one in projections for name in ("weight", *TRAINED)]
+
+
+def restored(ctx: Any, saved: Sequence[Tensor | None]) -> tuple[list[Projection], Need]:
+    """The projections of `kept`, and what is asked for of a node taking ``call, x, *trained``."""
+    projections = []
+    width = 1 + len(TRAINED)
+    for i, (quant, scaling, dropout_p, stream) in enumerate(ctx.frozen):
+        weight, bias, lora_A, lora_B, lora_bias = saved[i * width : (i + 1) * width]
+        projections.append(
+            Projection(weight, quant, bias, lora_A, lora_B, lora_bias, scaling, dropout_p, stream)
+        )
+    _, need_x, *asked = ctx.needs_input_grad
+    need = {name: tuple(asked[i :: len(TRAINED)]) for i, name in enumerate(TRAINED)}
+    return projections, Need(need_x, **need)
+
+
+def by_projection(found: Grads) -> list[Tensor | None]:
+    """Gradients in the order of ``TRAINED``, for one projection after the other."""
     columns = (found.bias, found.lora_A, found.lora_B, found.lora_bias)
-    return (None, dx, *[column[i] for i in range(count) for column in columns])
+    return [grad for one in zip(*columns, strict=True) for grad in one]
 
 
 _once = once_differentiable(_backward)  # where a second derivative is prepared, to refuse it
 
 
-def apply(x: Tensor, projections: Sequence[Projection], seed: Tensor | None) -> tuple[Tensor, ...]:
-    """``y`` of every projection, ``[..., n]``."""
-    tensors = [
-        tensor
-        for one in projections
-        for tensor in (one.bias, one.lora_A, one.lora_B, one.lora_bias)
-    ]
-    return _LoraGroup.apply((seed, projections), x, *tensors)  # type: ignore[no-any-return]
+def apply(
+    x: Tensor,
+    projections: Sequence[Projection],
+    seed: Tensor | None,
+    given: Sequence[Projection],
+) -> tuple[Tensor, ...]:
+    """``y`` of every projection, ``[..., n]``.
+
+    ``given`` are the projections whose tensors get the gradients: ``projections`` themselves, or
+    what those were cast from; autograd casts the gradients back.
+    """
+    return _LoraGroup.apply((seed, projections), x, *trained_tensors(given))  # type: ignore[no-any-return]
+
+
+def trained_tensors(projections: Sequence[Projection]) -> list[Tensor | None]:
+    """All that may get a gradient, for one projection after the other."""
+    return [getattr(one, name) for one in projections for name in TRAINED]
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:

@@ -25,6 +25,7 @@ __all__ = [
     "dropout_mask",
     "parts",
     "prepare",
+    "prepared_stream",
     "quantize_4bit",
     "raw_stream",
     "usable",
@@ -108,6 +109,13 @@ def raw_stream(index: int) -> int:
     """PyTorch's current stream of a device, asked for at every call."""
     assert _raw_stream is not None
     return _raw_stream(index)  # type: ignore[no-any-return]
+
+
+def prepared_stream(x: Tensor) -> tuple[int, int]:
+    """The index of x's device, ready for calls, and PyTorch's current stream there."""
+    index = x.device.index
+    _ready(index)
+    return index, raw_stream(index)
 
 
 def quantize_4bit(values: Tensor, blocksize: int, quant_type: str, double_quant: bool) -> Quant4bit:

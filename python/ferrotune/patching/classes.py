@@ -17,6 +17,7 @@ class Replaced(nn.Module):
     """Base of the classes that bring a forward; a replaced layer is an instance of it."""
 
     ferrotune_stock: ClassVar[type[nn.Module]]
+    ferrotune_block: ClassVar[bool] = False  # whether it stands around linear layers
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The subclass is made at run time, so that copies and pickles name what it is made of.

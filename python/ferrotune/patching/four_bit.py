@@ -11,6 +11,7 @@ from ..ops.autograd import no_autocast
 from . import runs
 from .base import quant_of
 from .classes import Replaced
+from .sharing import Part, given_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +23,9 @@ class FourBitForward(Replaced):
     """``y = x·Wᵀ + bias`` in the layer's compute dtype; y in x's dtype."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given = given_output(self, x)
+        if given is not None and not args and not kwargs:
+            return given
         reason = "arguments besides the input" if args or kwargs else runs.not_for_ferrotune(x)
         quant = None if reason else readable(self, x)
         if reason is None and quant is None:
@@ -60,6 +64,20 @@ def compute_dtype(base: Any, x: Tensor) -> torch.dtype:
 def bias_as(base: Any, dtype: torch.dtype) -> Tensor | None:
     bias: Tensor | None = base.bias
     return None if bias is None else bias.to(dtype)
+
+
+def part(layer: Any, x: Tensor, stream: int) -> Part | None:
+    """The layer for a group's call on x; None if it runs alone."""
+    quant = readable(layer, x)
+    if quant is None:
+        return None
+    dtype = compute_dtype(layer, x)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype:
+        return None  # bitsandbytes' product takes no part in autocast
+    runs.note(layer, None)
+    projection = ops.Projection(quant=quant, bias=bias_as(layer, dtype), stream=stream)
+    return Part(projection, dtype, x.dtype, "")
 
 
 def product(base: Any, quant: ops.Quant4bit, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from . import four_bit, runs
 from .base import FLOATS, dense_weight, is_4bit, is_bypassed, is_dense, is_plain, is_sharded
 from .classes import Replaced
 from .masks import IndexDropout
+from .sharing import SHARED, Part, given_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,6 +24,7 @@ _KEYWORDS = {"adapter_names", "alora_offsets"}  # PEFT's own; all others go to t
 class Adapter(NamedTuple):
     """One adapter of a layer, as ``ops.lora_linear`` takes it."""
 
+    name: str
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
@@ -38,12 +40,26 @@ class LoraForward(Replaced):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        given = given_output(self, x)
+        if given is not None and not args and not kwargs:
+            return given
         adapters = _adapters_now(self, x, args, kwargs)
         if isinstance(adapters, str):
             runs.note(self, adapters)
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         runs.note(self, None)
-        return _run(self.base_layer, adapters, x)
+        return _run(self, adapters, x)
+
+
+def part(layer: Any, x: Tensor, stream: int) -> Part | None:
+    """The layer for a group's call on x, its mask's stream ``stream``; None if it runs alone."""
+    adapters = _adapters_now(layer, x, (), {})
+    if isinstance(adapters, str) or len(adapters) != 1 or is_bypassed(layer.base_layer):
+        return None
+    found = _part(layer.base_layer, adapters[0], x, stream)
+    if found is not None:
+        runs.note(layer, None)
+    return found
 
 
 def _adapters_now(
@@ -116,7 +132,7 @@ def _read(layer: Any, name: str, *, between: bool = False) -> Adapter | str:
         return f"the scaling of adapter '{name}' is a {type(scaling).__name__}"
     # nn.Identity has no p; outside training nothing is dropped.
     p = dropout.p if dropout.training and type(dropout) is not nn.Identity else 0.0
-    return Adapter(weights[0], weights[1], scaling, lora_B.bias, p)
+    return Adapter(name, weights[0], weights[1], scaling, lora_B.bias, p)
 
 
 def _why_not_input(
@@ -150,34 +166,43 @@ def _variant_name(variant: object) -> str:
     return _VARIANTS.get(type(variant).__name__, type(variant).__name__)
 
 
-def _run(base: Any, adapters: list[Adapter], x: Tensor) -> Tensor:
+def _run(layer: Any, adapters: list[Adapter], x: Tensor) -> Tensor:
+    base = layer.base_layer
     first, *others = adapters
-    y = None if is_bypassed(base) else _base_with(base, first, x)
+    y = None if is_bypassed(base) else _base_with(layer, first, x)
     if y is None:
         y = base(x)
         others = adapters
     dtype = y.dtype
     for adapter in others:
-        y = y + _term(adapter, x)
+        y = y + _term(layer, adapter, x)
     return y.to(dtype)
 
 
-def _base_with(base: Any, adapter: Adapter, x: Tensor) -> Tensor | None:
+def _base_with(layer: Any, adapter: Adapter, x: Tensor) -> Tensor | None:
     """The base layer and one adapter as one operation; None where the base must run by itself."""
+    base = layer.base_layer
+    found = _part(base, adapter, x, _stream(layer))
+    if found is not None:
+        seed = _seed(layer, adapter, x)
+        y = ops.lora_linear_group(x.to(found.dtype), [found.projection], seed=seed)[0]
+        return y if found.out is None else y.to(found.out)
+    quant = four_bit.readable(base, x) if is_4bit(base) else None
+    if quant is None:
+        return None
+    # The adapter is not rounded to a compute dtype that is the base's alone.
+    return (four_bit.product(base, quant, x) + _term(layer, adapter, x)).to(x.dtype)
+
+
+def _part(base: Any, adapter: Adapter, x: Tensor, stream: int) -> Part | None:
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    if is_4bit(base):
-        return _base_4bit_with(base, adapter, x, autocast)
-    dense = dense_weight(base, x, autocast is not None)
-    if dense is None:
-        return None
-    weight, bias = dense
-    return _linear(x, weight, adapter, bias)
-
-
-def _base_4bit_with(
-    base: Any, adapter: Adapter, x: Tensor, autocast: torch.dtype | None
-) -> Tensor | None:
+    if not is_4bit(base):
+        dense = dense_weight(base, x, autocast is not None)
+        if dense is None:
+            return None
+        weight, bias = dense
+        return Part(_projection(adapter, stream, weight, None, bias), x.dtype, None, adapter.name)
     quant = four_bit.readable(base, x)
     if quant is None:
         return None
@@ -186,22 +211,41 @@ def _base_4bit_with(
         together = dtype == autocast
     else:
         together = torch.promote_types(x.dtype, dtype) == dtype
-    if not together:  # the adapter is not rounded to a compute dtype that is the base's alone
-        return (four_bit.product(base, quant, x) + _term(adapter, x)).to(x.dtype)
+    if not together:
+        return None
     bias = four_bit.bias_as(base, dtype)
-    return _linear(x.to(dtype), quant, adapter, bias).to(x.dtype)
+    return Part(_projection(adapter, stream, None, quant, bias), dtype, x.dtype, adapter.name)
 
 
-def _term(adapter: Adapter, x: Tensor) -> Tensor:
+def _projection(
+    adapter: Adapter,
+    stream: int,
+    weight: Tensor | None = None,
+    quant: ops.Quant4bit | None = None,
+    bias: Tensor | None = None,
+) -> ops.Projection:
+    _, lora_A, lora_B, scaling, lora_bias, dropout_p = adapter
+    return ops.Projection(
+        weight, quant, bias, lora_A, lora_B, lora_bias, scaling, dropout_p, stream
+    )
+
+
+def _stream(layer: Any) -> int:
+    """Of the layer's masks: its place in its group, 0 outside of blocks."""
+    shared = layer.__dict__.get(SHARED)
+    return 0 if shared is None else shared[1]
+
+
+def _seed(layer: Any, adapter: Adapter, x: Tensor) -> Tensor | None:
+    """Its group's seed; None: one of its own."""
+    shared = layer.__dict__.get(SHARED)
+    if shared is None or not adapter.dropout_p:
+        return None
+    return shared[0].take(adapter.name, shared[1], x)  # type: ignore[no-any-return]
+
+
+def _term(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:
     """The LoRA term alone, in the wider of x's and the adapter's dtypes."""
     wide = torch.promote_types(x.dtype, adapter.lora_A.dtype)
-    return _linear(x.to(wide), None, adapter)
-
-
-def _linear(
-    x: Tensor, weight: Tensor | ops.Quant4bit | None, adapter: Adapter, bias: Tensor | None = None
-) -> Tensor:
-    lora_A, lora_B, scaling, lora_bias, dropout_p = adapter
-    return ops.lora_linear(
-        x, weight, lora_A, lora_B, scaling, bias=bias, lora_bias=lora_bias, dropout_p=dropout_p
-    )
+    projection = _projection(adapter, _stream(layer))
+    return ops.lora_linear_group(x.to(wide), [projection], seed=_seed(layer, adapter, x))[0]

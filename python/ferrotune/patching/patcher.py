@@ -10,14 +10,15 @@ from . import runs
 from .base import is_instance
 from .classes import Replaced, subclass
 from .errors import PatchError
-from .report import LayerReport, PatchReport
-from .rules import Rule, rule_of
+from .report import LORA, LayerReport, PatchReport
+from .rule import Rule
+from .rules import RULES, rule_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
+def patch(model: nn.Module, *, strict: bool = False, blocks: bool = True) -> PatchReport:
     """Makes the LoRA layers of PEFT and the 4-bit layers of bitsandbytes in ``model`` run through
     ferrotune, in place, with the same results to rounding.
 
@@ -33,9 +34,15 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
         model: any module: a ``PeftModel``, a transformers model with ``add_adapter``, one with
             ``inject_adapter_in_model``, or one with bitsandbytes' ``Linear4bit`` alone.
         strict: raises if a LoRA layer would be left behind.
+        blocks: also what stands around the layers in transformers' models of Llama, Mistral,
+            Qwen2 and 3, Gemma 1 to 3, Phi-3, GPT-2, BERT and RoBERTa: projections of one input as
+            one operation (dropout masks then come from one seed), gated MLPs as one node of
+            autograd, RMSNorm, rotary positions and GELU as one kernel. They run on CUDA; on other
+            devices, and under ``torch.compile``, blocks keep their own forward.
 
     Returns:
-        A report of every LoRA and 4-bit layer: what replaced it, or why nothing did.
+        A report of every LoRA and 4-bit layer and every block: what replaced it, or why nothing
+        did.
 
     Raises:
         PatchError: (a ``ValueError``) without any LoRA or 4-bit layer; for a layer that is merged,
@@ -43,24 +50,26 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
             left behind. ``UnsupportedLayerError`` (also a ``NotImplementedError``) for a dtype or
             device that ferrotune does not compute on. The model is then as it was.
     """
-    return apply(model, strict=strict)[0]
+    return apply(model, strict=strict, blocks=blocks)[0]
 
 
 def unpatch(model: nn.Module) -> int:
-    """Gives every layer of ``model`` that `patch` replaced its own class back.
+    """Gives every layer and block of ``model`` that `patch` replaced its own class back.
 
-    Returns how many there were. Raises ``PatchError`` if another library changed such a layer's
-    class after `patch`; the model is then as it was.
+    Returns how many layers there were. Raises ``PatchError`` if another library changed such a
+    module's class after `patch`; the model is then as it was.
     """
     _check_module(model)
     return restore(list(model.modules()))
 
 
-def apply(model: nn.Module, *, strict: bool) -> tuple[PatchReport, list[nn.Module]]:
+def apply(
+    model: nn.Module, *, strict: bool, blocks: bool = True
+) -> tuple[PatchReport, list[nn.Module]]:
     """`patch`, and the modules that it replaced."""
     _check_module(model)
-    found = list(_look(model))
-    if not found:
+    found = list(_look(model, blocks))
+    if not any(rule in RULES for _, _, rule, _ in found):
         raise PatchError(_nothing(model))
     swaps: list[tuple[nn.Module, type[nn.Module]]] = []
     layers: list[LayerReport] = []
@@ -74,7 +83,11 @@ def apply(model: nn.Module, *, strict: bool) -> tuple[PatchReport, list[nn.Modul
             told.add(id(getattr(module, "base_layer", None)))
         if id(module) not in told:
             layers.append(_report(name, module, rule, reason))
-    report = PatchReport(tuple(layers))
+    kinds = {rule.kind for rule in RULES}
+    report = PatchReport(
+        tuple(one for one in layers if one.kind in kinds),
+        tuple(one for one in layers if one.kind not in kinds),
+    )
     if strict:
         _refuse_left(report)
     for module, made in swaps:
@@ -83,7 +96,8 @@ def apply(model: nn.Module, *, strict: bool) -> tuple[PatchReport, list[nn.Modul
 
 
 def restore(modules: list[nn.Module]) -> int:
-    """Gives those of ``modules`` that are replaced their own classes back; returns how many."""
+    """Gives those of ``modules`` that are replaced their own classes back; returns how many of
+    them were layers."""
     replaced: list[tuple[nn.Module, type[nn.Module]]] = [
         (module, module.ferrotune_stock) for module in modules if isinstance(module, Replaced)
     ]
@@ -93,9 +107,10 @@ def restore(modules: list[nn.Module]) -> int:
                 f"a {type(module).__name__} layer got another class after patch (FSDP2's "
                 "fully_shard does that): unpatch before, or keep it"
             )
+    layers = sum(not module.ferrotune_block for module, _ in replaced)
     for module, stock in replaced:
         module.__class__ = stock
-    return len(replaced)
+    return layers
 
 
 def _check_module(model: object) -> None:
@@ -103,11 +118,11 @@ def _check_module(model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
 
 
-def _look(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule, str | None]]:
+def _look(model: nn.Module, blocks: bool) -> Iterator[tuple[str, nn.Module, Rule, str | None]]:
     """Every module that a rule is for, outer before inner, and why its place keeps it as it is."""
     inside: list[str] = []
     for name, module in model.named_modules():
-        rule = rule_of(module)
+        rule = rule_of(module, blocks)
         if rule is None:
             continue
         place = any(name.startswith(prefix) for prefix in inside)
@@ -134,7 +149,7 @@ def _report(name: str, module: nn.Module, rule: Rule, reason: str | None) -> Lay
 
 
 def _refuse_left(report: PatchReport) -> None:
-    left = [layer for layer in report.left if layer.kind == "LoRA"]
+    left = [layer for layer in report.left if layer.kind == LORA]
     if left:
         listed = "\n".join(f"  {layer.name}: {layer.reason}" for layer in left)
         raise PatchError(

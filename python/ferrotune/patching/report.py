@@ -7,6 +7,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
+LORA, FOUR_BIT = "LoRA", "4-bit"  # the kinds of layers
 _HEADINGS = ("layers", "name", "class", "adapters", "now")
 
 
@@ -17,11 +18,12 @@ class LayerReport:
     name: str
     """Its name in ``model.named_modules()``."""
     kind: str
-    """"LoRA" or "4-bit"."""
+    """"LoRA" or "4-bit"; of a block "norm", "MLP", "attention", "decoder layer" or
+    "activation"."""
     layer: str
     """Its class and base: ``lora.Linear4bit on Linear4bit nf4``."""
     details: str
-    """Its adapters with rank and dropout, or the compute dtype of a 4-bit layer."""
+    """Its adapters with rank and dropout, the compute dtype of a 4-bit layer, a block's parts."""
     replaced_by: str | None
     """What runs it now; None where it keeps its own forward."""
     reason: str | None
@@ -36,7 +38,7 @@ class LayerReport:
     @property
     def outcome(self) -> str:
         if self.replaced_by is None:
-            owner = "PEFT" if self.kind == "LoRA" else "its own forward"
+            owner = "PEFT" if self.kind == LORA else "its own forward"
             return f"{owner}: {self.reason}"
         return f"ferrotune {self.replaced_by}" + (f" ({self.note})" if self.note else "")
 
@@ -49,6 +51,8 @@ class PatchReport:
     """
 
     layers: tuple[LayerReport, ...]
+    blocks: tuple[LayerReport, ...] = ()
+    """What stands around the layers and runs through ferrotune on CUDA, or why it does not."""
 
     @property
     def replaced(self) -> tuple[LayerReport, ...]:
@@ -67,7 +71,10 @@ class PatchReport:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"layers": [asdict(layer) for layer in self.layers]}
+        return {
+            "layers": [asdict(layer) for layer in self.layers],
+            "blocks": [asdict(block) for block in self.blocks],
+        }
 
     def __bool__(self) -> bool:
         return bool(self.replaced)
@@ -106,9 +113,10 @@ class PatchReport:
         return f"ferrotune runs {' and '.join(parts)}"
 
     def _rows(self) -> list[tuple[str, ...]]:
-        """Layers that differ in their number only share a row; what was left comes first."""
+        """Layers that differ in their number only share a row; what was left comes first, blocks
+        last."""
         groups: dict[tuple[str, ...], int] = {}
-        for layer in (*self.left, *self.replaced):
+        for layer in (*self.left, *self.replaced, *self.blocks):
             pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", layer.name)
             key = (pattern, layer.layer, layer.details, layer.outcome)
             groups[key] = groups.get(key, 0) + 1

@@ -5,7 +5,7 @@ A rule is all that `patch` knows of a kind of module; a further kind is one more
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from . import four_bit, lora
 from .base import (
@@ -22,38 +22,20 @@ from .base import (
     is_sharded,
     quant_of,
 )
-from .classes import Replaced, defined_in, stock_of
+from .block_rules import BLOCK_RULES
+from .classes import defined_in, stock_of
 from .errors import PatchError, UnsupportedLayerError
+from .report import FOUR_BIT, LORA
+from .rule import Rule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch import Tensor, nn
 
 
-class Rule(NamedTuple):
-    """One kind of module.
-
-    ``matches`` says whether a module is of the kind; it imports nothing, for of a library that is
-    not imported there are no modules. ``why_not`` says why one keeps its own forward, or None.
-    ``check`` raises ``PatchError`` for one that is broken. ``describe`` and ``details`` are what
-    the report shows. ``replacement`` brings the forward.
-    """
-
-    kind: str
-    matches: Callable[[nn.Module], bool]
-    why_not: Callable[[Any], str | None]
-    check: Callable[[str, Any], None]
-    describe: Callable[[Any], str]
-    details: Callable[[Any], str]
-    notes: Callable[[Any], str | None]
-    replacement: type[Replaced]
-    product: str
-    """What the report says a replaced module is."""
-
-
-def rule_of(module: nn.Module) -> Rule | None:
-    return next((rule for rule in RULES if rule.matches(module)), None)
+def rule_of(module: nn.Module, blocks: bool) -> Rule | None:
+    """The first that matches; ``blocks`` is whether those of `block_rules` count."""
+    rules = [*RULES, *BLOCK_RULES] if blocks else RULES
+    return next((rule for rule in rules if rule.matches(module)), None)
 
 
 # ---- PEFT's LoRA layers
@@ -239,7 +221,7 @@ def _details_4bit(layer: Any) -> str:
 
 RULES: list[Rule] = [
     Rule(
-        kind="LoRA",
+        kind=LORA,
         matches=_is_lora,
         why_not=_why_not_lora,
         check=_check_lora,
@@ -250,7 +232,7 @@ RULES: list[Rule] = [
         product="LoRA linear",
     ),
     Rule(
-        kind="4-bit",
+        kind=FOUR_BIT,
         matches=is_4bit,
         why_not=_why_not_4bit,
         check=_check_4bit,

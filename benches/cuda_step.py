@@ -1,0 +1,289 @@
+"""A whole QLoRA training step of a Llama-shaped model, beside PEFT + bitsandbytes and Unsloth.
+
+``python benches/cuda_step.py --peers FOLDER`` writes results/cuda_step.{md,json}. The model has
+random weights, which it writes once and every contender loads in NF4 (double-quantised); LoRA
+r = 16 on all seven projections, bf16 autocast, AdamW. Each contender has a process of its own.
+``--profile`` prints where ferrotune's step spends its time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3-8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+    "llama-3.2-1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "head_dim": 64,
+    },
+    "qwen2.5-7b": {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064,
+    },
+}  # fmt: skip
+CONTENDERS = ("ferrotune", "Unsloth", "PEFT + bitsandbytes")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One configuration; ``least`` is what Unsloth's tokens/s are multiplied by for the bar."""
+
+    layers: int
+    batch: int
+    checkpointing: bool
+    least: float | None
+    shape: str = "llama-3-8b"
+    length: int = 2048
+    dropout: float = 0.0
+
+    def __str__(self) -> str:
+        kept = "with" if self.checkpointing else "without"
+        dropped = f", dropout {self.dropout:g}" if self.dropout else ""
+        return (
+            f"{self.shape}, {self.layers} layers, {self.batch}x{self.length} tokens, "
+            f"{kept} checkpointing{dropped}"
+        )
+
+
+CASES = [
+    Case(8, 4, True, 1.2),
+    Case(8, 4, False, 1.2),
+    Case(8, 1, False, 1.3),
+    Case(8, 4, False, None, dropout=0.05),
+    Case(16, 4, False, None, "llama-3.2-1b"),
+    Case(8, 4, False, None, "qwen2.5-7b"),
+    Case(32, 2, True, 1.25),
+    Case(32, 2, False, 1.3),
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--peers", help="a folder to put first on the path")
+    parser.add_argument("--cases", default="0,1,2", help="numbers of the cases, from 0")
+    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="which to run")
+    parser.add_argument(
+        "--models", default="/tmp/ferrotune-models", help="where models are written"
+    )
+    parser.add_argument("--steps", type=int, default=12, help="of which four warm up")
+    parser.add_argument("--name", default="cuda_step", help="name of the result files")
+    parser.add_argument("--profile", action="store_true", help="print kernels; write no results")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(json.loads(options.worker), options)
+        return 0
+    return compare(options)
+
+
+def compare(options: argparse.Namespace) -> int:
+    import common
+
+    record: dict[str, Any] = {"results": {}}
+    rows: list[list[object]] = []
+    bars: list[common.Bar] = []
+    for case in (CASES[int(number)] for number in options.cases.split(",")):
+        found = {name: run(name, case, options) for name in options.contenders.split(",")}
+        record["results"][str(case)] = found
+        ours, theirs = found.get("ferrotune"), found.get("Unsloth")
+        for name, one in found.items():
+            if one is not None:
+                ratio = f"{ours['step_ms'] / one['step_ms']:.2f}" if ours else ""
+                rows.append(
+                    [str(case), name, f"{one['step_ms']:.1f}", f"{one['tokens_per_second']:.0f}",
+                     f"{one['peak_gib']:.2f}", ratio, f"{one['losses'][-1]:.4f}"]
+                )  # fmt: skip
+        if ours and theirs and case.least:
+            speed = theirs["step_ms"] / ours["step_ms"]
+            bars.append(common.Bar(f"{case}: speed over Unsloth", speed, case.least))
+            more = ours["peak_gib"] / theirs["peak_gib"]
+            bars.append(common.Bar(f"{case}: memory of Unsloth's", more, 1.0, at_least=False))
+    header = ["case", "by", "ms a step", "tokens/s", "peak GiB", "ours over it", "last loss"]
+    body = common.table(header, rows)
+    print(body, flush=True)
+    if options.profile:
+        return 0
+    record["machine"] = common.machine(0, ["torch", "transformers", "peft", "bitsandbytes"])
+    return 0 if common.write(options.name, "A QLoRA training step", record, body, bars) else 1
+
+
+def run(name: str, case: Case, options: argparse.Namespace) -> dict[str, Any] | None:
+    """One contender's figures, from a process of its own; None if that failed."""
+    given = json.dumps({"name": name, **dataclasses.asdict(case)})
+    arguments = [sys.executable, __file__, "--worker", given, "--models", options.models]
+    arguments += ["--steps", str(options.steps)]
+    arguments += ["--peers", options.peers] if options.peers else []
+    arguments += ["--profile"] if options.profile else []
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    *said, last = done.stdout.splitlines() or [""]
+    print("\n".join(said), flush=True)
+    try:
+        found: dict[str, Any] = json.loads(last)
+    except json.JSONDecodeError:
+        print(f"{case}: without {name}:\n{done.stdout[-500:]}{done.stderr[-1500:]}", flush=True)
+        return None
+    print(f"{case}: {name} {found['step_ms']:.1f} ms, {found['peak_gib']:.2f} GiB", flush=True)
+    return found
+
+
+def worker(given: dict[str, Any], options: argparse.Namespace) -> None:
+    name = given.pop("name")
+    case = Case(**given)
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    os.environ.update(UNSLOTH_DISABLE_STATISTICS="1", TOKENIZERS_PARALLELISM="false")
+    if options.peers:
+        sys.path.insert(0, options.peers)
+    if name == "Unsloth":
+        import unsloth  # type: ignore[import-not-found]  # before transformers
+
+        _ = unsloth
+    import torch
+
+    torch.manual_seed(0)
+    folder = Path(options.models) / f"{case.shape}-{case.layers}"
+    if not (folder / "config.json").is_file():
+        make(case, folder)
+    model = load(name, case, folder)
+    print(json.dumps(train(model, case, options)), flush=True)
+
+
+def make(case: Case, folder: Path) -> None:
+    """The model and a tokenizer, which Unsloth wants."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+
+    kind = Qwen2Config if case.shape.startswith("qwen") else LlamaConfig
+    config = kind(
+        **SHAPES[case.shape], num_hidden_layers=case.layers, max_position_embeddings=8192,
+        rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, pad_token_id=3,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    torch.set_default_dtype(torch.float32)
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(special)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        pad_token="<pad>",
+    ).save_pretrained(folder)  # fmt: skip
+    del model
+    torch.cuda.empty_cache()
+
+
+def load(name: str, case: Case, folder: Path) -> Any:
+    import torch
+
+    settings: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": TARGETS}
+    settings["lora_dropout"] = case.dropout
+    if name == "Unsloth":
+        from unsloth import FastLanguageModel
+
+        model, _ = FastLanguageModel.from_pretrained(
+            str(folder), max_seq_length=case.length, load_in_4bit=True, dtype=torch.bfloat16,
+            local_files_only=True,
+        )  # fmt: skip
+        checkpointing = "unsloth" if case.checkpointing else False
+        return FastLanguageModel.get_peft_model(
+            model, **settings, use_gradient_checkpointing=checkpointing, random_state=0
+        )
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": 0}
+    )
+    reentrant = {"use_reentrant": False}
+    if name == "PEFT + bitsandbytes":  # as its documentation has it
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=case.checkpointing,
+            gradient_checkpointing_kwargs=reentrant,
+        )  # fmt: skip
+    model = get_peft_model(model, LoraConfig(**settings, task_type="CAUSAL_LM"))
+    if name == "ferrotune":
+        import ferrotune
+
+        if case.checkpointing:
+            model.gradient_checkpointing_enable(reentrant)
+            model.enable_input_require_grads()
+        print(str(ferrotune.patch(model)).splitlines()[0], flush=True)
+    return model
+
+
+def train(model: Any, case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """Median time of a step, peak memory after the first ones, losses."""
+    import torch
+
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    ids = torch.randint(4, 1000, (case.batch, case.length), device="cuda")
+    times, losses = [], []
+
+    def step() -> Any:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    for i in range(options.steps):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        loss = step()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+        losses.append(round(float(loss), 4))
+        if i == 3:
+            torch.cuda.reset_peak_memory_stats()
+    seconds = statistics.median(times[4:])
+    if options.profile:
+        profile(step)
+    return {
+        "step_ms": seconds * 1e3,
+        "spread_ms": [min(times[4:]) * 1e3, max(times[4:]) * 1e3],
+        "tokens_per_second": case.batch * case.length / seconds,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "losses": losses,
+        "trained": sum(parameter.numel() for parameter in trained),
+    }
+
+
+def profile(step: Any) -> None:
+    import torch
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    with profiler(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+        step()
+        torch.cuda.synchronize()
+    averages = found.key_averages()
+    print(averages.table(sort_by="self_cuda_time_total", row_limit=32, max_name_column_width=60))
+    print(averages.table(sort_by="self_cpu_time_total", row_limit=24, max_name_column_width=60))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

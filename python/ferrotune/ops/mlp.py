@@ -1,0 +1,125 @@
+"""A gated MLP as one node of autograd: what it keeps is x, gate and up, and ranks' worth of H."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import blocks, cuda_blocks
+from .autograd import by_projection, kept, no_autocast, restored, trained_tensors
+from .backend import choose
+from .types import Grads, Need
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from .types import Projection
+
+
+def apply(
+    x: Tensor,
+    projections: Sequence[Projection],
+    activation: str,
+    seed: Tensor | None,
+    given: Sequence[Projection],
+) -> Tensor:
+    """``down(activation(gate(x))·up(x))``; the projections are gate, up and down.
+
+    ``given`` is as for `autograd.apply`.
+    """
+    call = (seed, projections, activation)
+    return _GatedMlp.apply(call, x, *trained_tensors(given))  # type: ignore[no-any-return]
+
+
+class _GatedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Any, x: Tensor, *_: Tensor | None) -> Tensor:
+        seed, projections, activation = call
+        backend = choose(x)
+        laid_out = backend.laid_out(x)
+        plan = backend.plan(laid_out, projections[:2])
+        with no_autocast(x):
+            (gate, up), hs = backend.forward(laid_out, projections[:2], seed, plan)
+            hidden = _gated(gate, up, activation)
+            down_plan = backend.plan(hidden, projections[2:])
+            (y,), down_hs = backend.forward(hidden, projections[2:], seed, down_plan)
+        ctx.shape, ctx.backend, ctx.plans, ctx.activation = (
+            x.shape,
+            backend,
+            (plan, down_plan),
+            activation,
+        )
+        ctx.save_for_backward(laid_out, seed, gate, up, *hs, *down_hs, *kept(ctx, projections))
+        return y if x.dim() == y.dim() else y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, seed, gate, up, *saved = ctx.saved_tensors
+        hs = saved[:3]
+        projections, need = restored(ctx, saved[3:])
+        first, last = _split(need)
+        backend = ctx.backend
+        found = Grads(None, [None] * 2, [None] * 2, [None] * 2, [None] * 2)
+        with no_autocast(x):
+            grad = backend.laid_out(grad)
+
+            def down(hidden: Tensor, need: Need) -> Grads:
+                return backend.backward(  # type: ignore[no-any-return]
+                    [grad], hidden, hs[2:], projections[2:], seed, need, ctx.plans[1]
+                )
+
+            # Of the hidden state all but A's gradient needs the shape alone, which is gate's.
+            late = down(gate, last._replace(lora_A=(False,)))
+            hidden = None
+            if late.x is not None:
+                grads, hidden = _gated_backward(
+                    late.x.view(gate.shape), gate, up, ctx.activation, last.lora_A[0]
+                )
+            elif last.lora_A[0]:
+                hidden = _gated(gate, up, ctx.activation)
+            if hidden is not None:
+                early = down(hidden, Need(False, (True,), *((False,),) * 3))
+                late = late._replace(lora_A=early.lora_A)
+                del hidden
+            if late.x is not None:
+                found = backend.backward(
+                    grads, x, hs[:2], projections[:2], seed, first, ctx.plans[0]
+                )
+        dx = found.x
+        if dx is not None and dx.shape != ctx.shape:
+            dx = dx.view(ctx.shape)
+        return (None, dx, *by_projection(found), *by_projection(late))
+
+
+def _split(need: Need) -> tuple[Need, Need]:
+    """What is asked for of gate and up, and of down: its input's gradient if anything before is."""
+    first = Need(need.x, *(column[:2] for column in need[1:]))
+    return first, Need(need.x or any(map(any, first[1:])), *(column[2:] for column in need[1:]))
+
+
+def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    if blocks.fused(gate):
+        return cuda_blocks.glu(gate, up, activation)
+    return blocks.activated(gate, activation) * up
+
+
+def _gated_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, activation: str, again: bool
+) -> tuple[list[Tensor], Tensor | None]:
+    """The gradients of gate and up, one in the memory of ``grad`` where that serves; and with
+    ``again`` their product once more."""
+    if blocks.fused(gate):
+        first, second, hidden = cuda_blocks.glu_backward(
+            grad, gate, up, activation, in_place=True, again=again
+        )
+        assert second is not None
+        return [first, second], hidden
+    with torch.enable_grad():
+        gate, up = gate.detach().requires_grad_(), up.detach().requires_grad_()
+        out = blocks.activated(gate, activation) * up
+    return list(torch.autograd.grad(out, (gate, up), grad)), out.detach() if again else None
