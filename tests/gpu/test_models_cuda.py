@@ -16,12 +16,25 @@ from peft import prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 import ferrotune
+from ferrotune import ops
 from ferrotune.patching.masks import index_dropout
 from side_by_side import assert_agree, both, counted
 from test_patch_models import DTYPES, train
 from tiny_models import base_4bit_model, base_model, batch, with_lora
 
-NAMES = ("llama", "qwen2", "gpt2", "bert")
+NAMES = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt2", "bert", "roberta",
+)  # fmt: skip
+# Operations of a forward of two layers, besides those of linear layers: MLPs in one node, gated
+# activations alone, rotary positions, norms by themselves, and groups of q, k and v.
+OPERATIONS = {
+    "llama": {"gated_mlp": 2, "rope": 2, "rms_norm": 3, "group of 3": 2},
+    "qwen3": {"gated_mlp": 2, "rope": 2, "rms_norm": 7, "group of 3": 2},
+    "gemma": {"gated_mlp": 2, "rope": 2, "rms_norm": 3, "group of 3": 2},
+    "phi3": {"glu": 2, "rope": 2, "rms_norm": 5},
+    "bert": {"group of 3": 2},
+    "gpt2": {},
+}
 CASES = [(name, quant, dtype) for name in NAMES for quant in ("dense", "4bit") for dtype in DTYPES]
 # Largest difference of two loss curves in 30 steps (nats): what rounding in another order makes of
 # a f32 model; three steps of bf16's grid where the loss itself is in bf16 (bert).
@@ -55,6 +68,38 @@ def test_one_step(name: str, quant: str, dtype: str, tmp_path: Path, device: tor
     assert_agree(stock, patched, DTYPES[dtype])
     certificate = ferrotune.verify(model, inputs)
     assert certificate.passed, str(certificate)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_blocks_are_used(
+    name: str, tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: dict[str, int] = {}
+
+    def counting(name: str) -> None:
+        right = getattr(ops, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            label = name
+            if name == "lora_linear_group":
+                label = f"group of {len(args[1])}"
+            counts[label] = counts.get(label, 0) + 1
+            return right(*args, **kwargs)
+
+        monkeypatch.setattr(ops, name, call)
+
+    for operation in ("gated_mlp", "glu", "rope", "rms_norm", "lora_linear_group"):
+        counting(operation)
+    model = build(name, "4bit", "bf16", tmp_path, device)
+    ferrotune.patch(model, strict=True)
+    model(**batch(name, device=device.type)).loss.backward()
+    counts.pop("group of 1", None)
+    assert counts == (OPERATIONS[name] if device.type == "cuda" else {})
+    ferrotune.unpatch(model)
+    ferrotune.patch(model, blocks=False)
+    counts.clear()
+    model(**batch(name, device=device.type))
+    assert set(counts) == {"group of 1"}
 
 
 @pytest.mark.parametrize(("name", "quant", "dtype"), CASES)

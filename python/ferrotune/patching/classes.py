@@ -42,6 +42,18 @@ def subclass(stock: type[nn.Module], mixin: type[Replaced]) -> type[nn.Module]:
     return found
 
 
+def without(cls: type[nn.Module], stock: type[nn.Module]) -> type[nn.Module]:
+    """``stock`` for a class that `subclass` made of it; for what another library derived from such
+    a class (FSDP2's ``fully_shard``), the same derived from ``stock``."""
+    if "ferrotune_stock" in cls.__dict__:
+        return stock
+    bases = tuple(
+        stock if getattr(base, "ferrotune_stock", None) is stock else base for base in cls.__bases__
+    )
+    names = {k: v for k, v in cls.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, bases, names)
+
+
 def mixin_of(cls: type) -> type[Replaced]:
     """The class that a subclass got its forward from."""
     return next(base for base in cls.__mro__ if Replaced in base.__bases__)

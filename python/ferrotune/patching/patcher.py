@@ -8,7 +8,7 @@ from torch import nn
 
 from . import runs
 from .base import is_instance
-from .classes import Replaced, subclass
+from .classes import Replaced, subclass, without
 from .errors import PatchError
 from .report import LORA, LayerReport, PatchReport
 from .rule import Rule
@@ -102,14 +102,14 @@ def restore(modules: list[nn.Module]) -> int:
         (module, module.ferrotune_stock) for module in modules if isinstance(module, Replaced)
     ]
     for module, _ in replaced:
-        if "ferrotune_stock" not in type(module).__dict__:
+        if "ferrotune_stock" not in type(module).__dict__ and not module.ferrotune_block:
             raise PatchError(
                 f"a {type(module).__name__} layer got another class after patch (FSDP2's "
                 "fully_shard does that): unpatch before, or keep it"
             )
     layers = sum(not module.ferrotune_block for module, _ in replaced)
     for module, stock in replaced:
-        module.__class__ = stock
+        module.__class__ = without(type(module), stock)
     return layers
 
 
