@@ -79,10 +79,10 @@ def lora_cases() -> Iterator[dict[str, Any]]:
 
 
 def work() -> None:
-    """Every operation once: quantisation, masks, linears and groups."""
+    """Every operation once: quantisation, masks, linears and groups, and what is between them."""
     import torch
 
-    from ferrotune.ops import cuda
+    from ferrotune.ops import cuda, cuda_lora
 
     device = torch.device("cuda")
     seed = torch.tensor([5], device=device)
@@ -102,8 +102,12 @@ def work() -> None:
     from test_lora_cuda import build
     from test_lora_groups_cuda import GROUPS, gathered, group, members
 
-    for i, settings in enumerate(cases):
-        tools.run(build(**settings, seed=i).to(device), tools.ours)
+    for cuda_lora.hopper in ("never", "always"):  # kernels that the chip alone has, and the others
+        for i, settings in enumerate(cases):
+            tools.run(build(**settings, seed=i).to(device), tools.ours)
+    cuda_lora.hopper = "auto"
+    for dtype in floats:
+        between(dtype, device)
     for i, name in enumerate(GROUPS):
         settings = {"group": name, "shape": (2, 40, 72), "dropout_p": "some", "bias": i % 2 == 0}
         for dtype in floats:
@@ -113,6 +117,29 @@ def work() -> None:
         tools.ours(tools.make((3, 40), 24).to(device), torch.randn(3, 40, device=device))
     torch.cuda.synchronize()
     print(DONE, flush=True)
+
+
+def between(dtype: Any, device: Any) -> None:
+    """Norms, gated activations and rotary positions, in rows that fit vectors and that do not."""
+    import torch
+
+    from ferrotune import ops
+
+    for rows, columns in ((3, 64), (5, 130), (2, 9000)):
+        x, other = (torch.randn(rows, columns, device=device).to(dtype) for _ in range(2))
+        weight = torch.randn(columns, device=device).to(dtype).requires_grad_()
+        x.requires_grad_()
+        normed, total = ops.rms_norm(x, weight, residual=other)
+        y = ops.rms_norm(total, weight) + normed
+        for activation in ops.ACTIVATIONS:
+            y = ops.glu(y, other, activation)
+        half = ops.glu(y, None, "silu")
+        torch.autograd.grad(half.sum() + y.sum(), (x, weight))
+        heads = x.detach()[:, : columns // 4 * 4].reshape(1, rows, 2, -1).transpose(1, 2)
+        angles = torch.randn(1, rows, heads.shape[-1] // 4 * 2, device=device).to(dtype)
+        q = heads.requires_grad_()
+        turned = ops.rope(q, q, angles.cos(), angles.sin())
+        torch.autograd.grad(turned[0].sum() + turned[1].sum(), q)
 
 
 def coverage(names: Sequence[str]) -> None:
