@@ -92,9 +92,12 @@ def main() -> int:
 
 
 def compare(options: argparse.Namespace) -> int:
+    import cuda_common as cuda
+
     import common
 
-    record: dict[str, Any] = {"results": {}}
+    packages = ["torch", "transformers", "peft", "bitsandbytes", "unsloth"]
+    record: dict[str, Any] = {"results": {}, "machine": cuda.machine(packages)}
     rows: list[list[object]] = []
     bars: list[common.Bar] = []
     for case in (CASES[int(number)] for number in options.cases.split(",")):
@@ -118,7 +121,8 @@ def compare(options: argparse.Namespace) -> int:
     print(body, flush=True)
     if options.profile:
         return 0
-    record["machine"] = common.machine(0, ["torch", "transformers", "peft", "bitsandbytes"])
+    where = record["machine"]
+    body = f"{where['device']}, driver for {where['driver']}.\n\n{body}"
     return 0 if common.write(options.name, "A QLoRA training step", record, body, bars) else 1
 
 
@@ -217,7 +221,7 @@ def load(name: str, case: Case, folder: Path) -> Any:
     )
     reentrant = {"use_reentrant": False}
     if name == "PEFT + bitsandbytes":  # as its documentation has it
-        model = prepare_model_for_kbit_training(
+        model = prepare_model_for_kbit_training(  # type: ignore[no-untyped-call]
             model, use_gradient_checkpointing=case.checkpointing,
             gradient_checkpointing_kwargs=reentrant,
         )  # fmt: skip
