@@ -11,6 +11,8 @@ mod caller;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 #[cfg(feature = "cuda")]
+pub mod cuda_cross_entropy;
+#[cfg(feature = "cuda")]
 pub mod cuda_lora;
 #[cfg(feature = "engine")]
 pub mod engine;
