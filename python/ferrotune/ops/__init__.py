@@ -12,6 +12,7 @@ import torch
 
 from . import autograd, flat, library
 from . import dropout as _dropout
+from .cross_entropy import linear_cross_entropy
 from .types import BLOCKSIZES, Projection, Quant4bit
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = [
     "dequantize_4bit",
     "dropout_mask",
     "dropout_seed",
+    "linear_cross_entropy",
     "lora_linear",
     "lora_linear_group",
     "quantize_4bit",

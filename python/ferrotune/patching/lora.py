@@ -38,7 +38,7 @@ class LoraForward(Replaced):
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapters = _adapters_now(self, x, args, kwargs)
+        adapters = adapters_now(self, x, args, kwargs)
         if isinstance(adapters, str):
             runs.note(self, adapters)
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
@@ -46,7 +46,7 @@ class LoraForward(Replaced):
         return _run(self.base_layer, adapters, x)
 
 
-def _adapters_now(
+def adapters_now(
     layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Adapter] | str:
     """What this forward takes; or why it is PEFT's."""

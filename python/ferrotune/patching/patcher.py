@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
+def patch(model: nn.Module, *, strict: bool = False, fused_loss: bool = False) -> PatchReport:
     """Makes the LoRA layers of PEFT and the 4-bit layers of bitsandbytes in ``model`` run through
     ferrotune, in place, with the same results to rounding.
 
@@ -33,9 +33,14 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
         model: any module: a ``PeftModel``, a transformers model with ``add_adapter``, one with
             ``inject_adapter_in_model``, or one with bitsandbytes' ``Linear4bit`` alone.
         strict: raises if a LoRA layer would be left behind.
+        fused_loss: transformers' causal language models compute their loss by
+            ``ops.linear_cross_entropy`` in training, where labels are given. It saves the memory
+            of the logits, and the output's ``logits`` are then None: so it is to be asked for.
+            The Trainer reads the loss alone.
 
     Returns:
-        A report of every LoRA and 4-bit layer: what replaced it, or why nothing did.
+        A report of every LoRA and 4-bit layer, and of the loss: what replaced it, or why nothing
+        did.
 
     Raises:
         PatchError: (a ``ValueError``) without any LoRA or 4-bit layer; for a layer that is merged,
@@ -43,7 +48,7 @@ def patch(model: nn.Module, *, strict: bool = False) -> PatchReport:
             left behind. ``UnsupportedLayerError`` (also a ``NotImplementedError``) for a dtype or
             device that ferrotune does not compute on. The model is then as it was.
     """
-    return apply(model, strict=strict)[0]
+    return apply(model, strict=strict, fused_loss=fused_loss)[0]
 
 
 def unpatch(model: nn.Module) -> int:
@@ -56,10 +61,12 @@ def unpatch(model: nn.Module) -> int:
     return restore(list(model.modules()))
 
 
-def apply(model: nn.Module, *, strict: bool) -> tuple[PatchReport, list[nn.Module]]:
+def apply(
+    model: nn.Module, *, strict: bool, fused_loss: bool = False
+) -> tuple[PatchReport, list[nn.Module]]:
     """`patch`, and the modules that it replaced."""
     _check_module(model)
-    found = list(_look(model))
+    found = list(_look(model, fused_loss))
     if not found:
         raise PatchError(_nothing(model))
     swaps: list[tuple[nn.Module, type[nn.Module]]] = []
@@ -103,11 +110,11 @@ def _check_module(model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
 
 
-def _look(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule, str | None]]:
+def _look(model: nn.Module, fused_loss: bool) -> Iterator[tuple[str, nn.Module, Rule, str | None]]:
     """Every module that a rule is for, outer before inner, and why its place keeps it as it is."""
     inside: list[str] = []
     for name, module in model.named_modules():
-        rule = rule_of(module)
+        rule = rule_of(module, fused_loss=fused_loss)
         if rule is None:
             continue
         place = any(name.startswith(prefix) for prefix in inside)

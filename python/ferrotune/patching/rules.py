@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import four_bit, lora
+from . import four_bit, lora, loss
 from .base import (
     FLOATS,
     describe_base,
@@ -52,8 +52,14 @@ class Rule(NamedTuple):
     """What the report says a replaced module is."""
 
 
-def rule_of(module: nn.Module) -> Rule | None:
-    return next((rule for rule in RULES if rule.matches(module)), None)
+def rule_of(module: nn.Module, *, fused_loss: bool = False) -> Rule | None:
+    """Its rule; that of losses only if asked for, or where one was replaced before."""
+    for rule in RULES:
+        if rule.matches(module) and (
+            rule.kind != "loss" or fused_loss or isinstance(module, Replaced)
+        ):
+            return rule
+    return None
 
 
 # ---- PEFT's LoRA layers
@@ -259,5 +265,16 @@ RULES: list[Rule] = [
         notes=lambda _: None,
         replacement=four_bit.FourBitForward,
         product="4-bit linear",
+    ),
+    Rule(
+        kind="loss",
+        matches=loss.is_causal_lm,
+        why_not=loss.why_not,
+        check=lambda _, __: None,
+        describe=lambda model: stock_of(model).__name__,
+        details=loss.details,
+        notes=lambda _: "in training with labels, without logits",
+        replacement=loss.CausalLMForward,
+        product="linear cross-entropy",
     ),
 ]
