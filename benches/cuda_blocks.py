@@ -41,10 +41,11 @@ def main() -> int:
     rate = cuda.copy_bandwidth(1 << 28) / 1e12
     bars: list[common.Bar] = []
     where = record["machine"]
-    text = [
+    intro = (
         f"{where['device']}, driver for {where['driver']}; {options.tokens} tokens. A device copy "
         f"moves {rate:.2f} TB/s (bytes read and written).\n"
-    ]
+    )
+    text = [intro]
     text.append(alone(options, rate, record["results"], bars))
     text.append(whole(options, record["results"], bars))
     body = "\n".join(text)
@@ -93,7 +94,7 @@ def alone(
     }  # fmt: skip
     rows: list[list[object]] = []
     for name, (ours, shapes, fixed, forward, backward) in cases.items():
-        sets = [[draw(*shape).requires_grad_() for shape in shapes] for _ in range(SETS)]
+        sets = [[draw(*shape) for shape in shapes] for _ in range(SETS)]
         contenders = {"ferrotune": ours} | ({"Liger": theirs[name]} if name in theirs else {})
         works: dict[str, cuda.Work] = {}
         for label, function in contenders.items():
@@ -128,7 +129,7 @@ def timed(
     grads = [torch.randn_like(output) for output in call(sets[0])]
 
     def work(i: int) -> object:
-        leaves = sets[i % len(sets)]
+        leaves = [leaf.detach().requires_grad_() for leaf in sets[i % len(sets)]]
         if both:
             return torch.autograd.grad(call(leaves), leaves, grads)
         with torch.no_grad():
@@ -141,9 +142,7 @@ def projection(n: int, k: int) -> ops.Projection:
     """QLoRA, r = 16, bf16 adapters."""
     quant = ops.quantize_4bit(draw(n, k, scale=k**-0.5))
     lora_A, lora_B = draw(16, k, scale=k**-0.5), draw(n, 16, scale=0.05)
-    return ops.Projection(
-        quant=quant, lora_A=lora_A.requires_grad_(), lora_B=lora_B.requires_grad_()
-    )
+    return ops.Projection(quant=quant, lora_A=lora_A, lora_B=lora_B)
 
 
 def whole(options: argparse.Namespace, results: dict[str, Any], bars: list[common.Bar]) -> str:
@@ -171,30 +170,34 @@ def whole(options: argparse.Namespace, results: dict[str, Any], bars: list[commo
 def block(
     tokens: int, layers: list[ops.Projection], chained: bool, options: argparse.Namespace
 ) -> dict[str, cuda.DeviceTiming]:
-    """An MLP, ``chained``, or a group, beside bf16 products of the same sizes, dX summed in them."""
+    """An MLP, ``chained``, or a group, beside bf16 products of its sizes, dX summed in them."""
 
-    def run(x: Tensor) -> list[Tensor]:
+    def run(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs and the leaves that they are of, new ones: a graph takes no others."""
+        leaves = [x.detach().requires_grad_()]
+        new = []
+        for one in layers:
+            assert one.lora_A is not None
+            assert one.lora_B is not None
+            leaves += [tensor.detach().requires_grad_() for tensor in (one.lora_A, one.lora_B)]
+            new.append(one._replace(lora_A=leaves[-2], lora_B=leaves[-1]))
         if not chained:
-            return ops.lora_linear_group(x, layers)
-        gate, up, down = layers
-        return [ops.gated_mlp(x, gate, up, down)]
+            return ops.lora_linear_group(leaves[0], new), leaves
+        gate, up, down = new
+        return [ops.gated_mlp(leaves[0], gate, up, down)], leaves
 
-    xs = [draw(tokens, 4096).requires_grad_() for _ in range(SETS)]
-    trained = [
-        tensor for one in layers for tensor in (one.lora_A, one.lora_B) if tensor is not None
-    ]
+    xs = [draw(tokens, 4096) for _ in range(SETS)]
     weights = [draw(*one.shape, scale=0.02) for one in layers]
-    outputs = run(xs[0])
-    grads = [torch.randn_like(y) for y in ([outputs] if isinstance(outputs, Tensor) else outputs)]
+    grads = [torch.randn_like(y) for y in run(xs[0])[0]]
 
     def ours(i: int) -> object:
-        x = xs[i % SETS]
-        return torch.autograd.grad(run(x), [x, *trained], grads)
+        outputs, leaves = run(xs[i % SETS])
+        return torch.autograd.grad(outputs, leaves, grads)
 
     hidden = draw(tokens, 14336) if chained else None
 
     def products(i: int) -> object:
-        x = xs[i % SETS].detach()
+        x = xs[i % SETS]
         if hidden is not None:
             gate, up, down = weights
             kept = [x @ gate.t(), x @ up.t(), hidden @ down.t()]

@@ -232,7 +232,7 @@ def load(name: str, case: Case, folder: Path) -> Any:
         if case.checkpointing:
             model.gradient_checkpointing_enable(reentrant)
             model.enable_input_require_grads()
-        print(str(ferrotune.patch(model)).splitlines()[0], flush=True)
+        print(str(ferrotune.patch(model, fused_loss=True)).splitlines()[0], flush=True)
     return model
 
 

@@ -45,6 +45,11 @@ mod native {
     };
     #[cfg(feature = "cuda")]
     #[pymodule_export]
+    use crate::python::cuda_cross_entropy::{
+        cuda_cross_entropy, cuda_cross_entropy_prepare, cuda_scale_gradient,
+    };
+    #[cfg(feature = "cuda")]
+    #[pymodule_export]
     use crate::python::cuda_lora::{
         cuda_lora_backward, cuda_lora_carries, cuda_lora_forward, cuda_lora_max_columns,
         cuda_lora_products, cuda_lora_workspace,

@@ -17,6 +17,8 @@ __all__ = [
     "__version__",
     "audit",
     "compute",
+    "cuda_cross_entropy",
+    "cuda_cross_entropy_prepare",
     "cuda_dequantize_4bit",
     "cuda_devices",
     "cuda_driver",
@@ -37,6 +39,7 @@ __all__ = [
     "cuda_rms_norm_backward",
     "cuda_rms_norm_partial_rows",
     "cuda_rope",
+    "cuda_scale_gradient",
     "dequantize_4bit",
     "dequantize_4bit_at",
     "dropout_at",
@@ -223,6 +226,42 @@ def cuda_dropout_mask(
     p: float,
     seed: int,
     index: int,
+) -> None: ...
+
+# labels, rows, ignore_index, classes
+_RowLabels = tuple[int, int, int, int]
+
+def cuda_cross_entropy_prepare(
+    device: int,
+    stream: int,
+    labels: _RowLabels,
+    reduction: str,
+    divisor: int,
+    lift: float,
+    facts: int,
+) -> None: ...
+def cuda_cross_entropy(
+    device: int,
+    stream: int,
+    logits: int,
+    dtype: str,
+    stride: int,
+    labels: _RowLabels,
+    smoothing: float,
+    softcap: float,
+    multiplier: int,
+    losses: int,
+) -> None: ...
+def cuda_scale_gradient(
+    device: int,
+    stream: int,
+    gradient: int,
+    dtype: str,
+    elements: int,
+    scale: int,
+    grad: int,
+    out: int,
+    out_dtype: str,
 ) -> None: ...
 
 # packed, absmax, nested absmax, nested code, nested offset (the last three 0 without double

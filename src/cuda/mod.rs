@@ -5,6 +5,7 @@
 //! primary context, which PyTorch uses too. Nothing here runs before the first call: without a driver the rest of the
 //! crate works, and a call raises one clear error.
 
+pub mod cross_entropy;
 mod device;
 mod driver;
 pub mod dropout;

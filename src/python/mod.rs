@@ -13,6 +13,8 @@ pub mod cuda;
 #[cfg(feature = "cuda")]
 pub mod cuda_blocks;
 #[cfg(feature = "cuda")]
+pub mod cuda_cross_entropy;
+#[cfg(feature = "cuda")]
 pub mod cuda_lora;
 #[cfg(feature = "engine")]
 pub mod engine;

@@ -79,7 +79,7 @@ def lora_cases() -> Iterator[dict[str, Any]]:
 
 
 def work() -> None:
-    """Every operation once: quantisation, masks, linears and groups, and what is between them."""
+    """Every operation once: quantisation, masks, linears, groups, losses, what is between them."""
     import torch
 
     from ferrotune.ops import cuda, cuda_lora
@@ -115,6 +115,13 @@ def work() -> None:
             gathered(made, [True] * len(made), group)
     with torch.no_grad():
         tools.ours(tools.make((3, 40), 24).to(device), torch.randn(3, 40, device=device))
+    import loss_cases as losses
+
+    for dtype in floats:  # rows within shared memory, and beyond it
+        for shape, classes in (((5,), 37), ((2, 3), 1001), ((3,), 130_001)):
+            for softcap in (None, 5.0):
+                settings = {"softcap": softcap, "label_smoothing": 0.1, "dtype": dtype}
+                losses.run(losses.make(shape, classes, device="cuda", **settings), losses.ours)
     torch.cuda.synchronize()
     print(DONE, flush=True)
 

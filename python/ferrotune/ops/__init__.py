@@ -13,6 +13,7 @@ import torch
 from . import autograd, flat, library, mlp
 from . import dropout as _dropout
 from .blocks import ACTIVATIONS, glu, rms_norm, rope
+from .cross_entropy import linear_cross_entropy
 from .types import BLOCKSIZES, Projection, Quant4bit
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ __all__ = [
     "dropout_seed",
     "gated_mlp",
     "glu",
+    "linear_cross_entropy",
     "lora_linear",
     "lora_linear_group",
     "quantize_4bit",

@@ -55,8 +55,9 @@ _SCHEMAS = {
 _TENSORS = len(flat.TENSORS)
 
 
-def _define(name: str, kernel: Any, fake: Any) -> None:
-    torch.library.define(f"ferrotune::{name}", _SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
+def define(name: str, schema: str, kernel: Any, fake: Any) -> None:
+    """Registers an operator of the namespace ``ferrotune``."""
+    torch.library.define(f"ferrotune::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(f"ferrotune::{name}", "default", kernel)
     torch.library.register_fake(f"ferrotune::{name}", fake)
 
@@ -285,19 +286,25 @@ def _codes_grads(ctx: Any, *grads: Tensor | None) -> None:
     return None
 
 
-def _second(ctx: Any, *grads: Any) -> None:
+def second_derivative(ctx: Any, *grads: Any) -> None:
+    """The derivative of what computes gradients: refused."""
     raise RuntimeError("ferrotune.ops has first derivatives only: this asks for a second one")
 
 
-_define("lora_linear_group", _group, _group_fake)
-_define("lora_linear_group_backward", _group_backward, _group_backward_fake)
-_define("lora_linear", _one, _one_fake)
-_define("quantize_4bit", _quantize, _quantize_fake)
-_define("dequantize_4bit", _dequantize, _dequantize_fake)
+define("lora_linear_group", _SCHEMAS["lora_linear_group"], _group, _group_fake)
+define(
+    "lora_linear_group_backward",
+    _SCHEMAS["lora_linear_group_backward"],
+    _group_backward,
+    _group_backward_fake,
+)
+define("lora_linear", _SCHEMAS["lora_linear"], _one, _one_fake)
+define("quantize_4bit", _SCHEMAS["quantize_4bit"], _quantize, _quantize_fake)
+define("dequantize_4bit", _SCHEMAS["dequantize_4bit"], _dequantize, _dequantize_fake)
 torch.library.register_autograd(
     "ferrotune::lora_linear_group", _group_grads, setup_context=_group_setup
 )
 torch.library.register_autograd("ferrotune::lora_linear", _one_grads, setup_context=_one_setup)
-torch.library.register_autograd("ferrotune::lora_linear_group_backward", _second)
+torch.library.register_autograd("ferrotune::lora_linear_group_backward", second_derivative)
 for _name in ("quantize_4bit", "dequantize_4bit"):
     torch.library.register_autograd(f"ferrotune::{_name}", _codes_grads, setup_context=_codes_setup)

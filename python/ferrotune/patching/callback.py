@@ -35,11 +35,13 @@ class TrainerCallback(_TrainerCallback):
 
     Args:
         strict: as for ``ferrotune.patch``.
+        fused_loss: as for ``ferrotune.patch``.
         show: prints the report when training begins.
     """
 
-    def __init__(self, *, strict: bool = False, show: bool = True):
+    def __init__(self, *, strict: bool = False, fused_loss: bool = False, show: bool = True):
         self.strict = strict
+        self.fused_loss = fused_loss
         self.show = show
         self.report: PatchReport | None = None
         """What was patched; None before training."""
@@ -59,7 +61,7 @@ class TrainerCallback(_TrainerCallback):
         if model is None:
             raise ValueError("the Trainer gave its callback no model to patch")
         self._end()  # of a training that was broken off
-        self.report, self._replaced = apply(model, strict=self.strict)
+        self.report, self._replaced = apply(model, strict=self.strict, fused_loss=self.fused_loss)
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
         self._tokens, self._since = 0, time.perf_counter()
         if self.show and state.is_local_process_zero:

@@ -14,6 +14,7 @@ from . import float64 as wide
 from . import runs
 from .base import dtype_name
 from .certificate import Certificate, Difference
+from .loss import CausalLMForward
 from .masks import index_dropout
 from .patcher import apply, restore
 from .probe import Generators, Outcome, preserved, run
@@ -40,6 +41,7 @@ def verify(
     *,
     path: str | os.PathLike[str] | None = None,
     float64: bool = True,
+    fused_loss: bool = False,
 ) -> Certificate:
     """Runs the stock model and the patched one on ``batch`` and compares outputs and gradients.
 
@@ -56,6 +58,8 @@ def verify(
             argument of ``model``. With labels the model's own loss is taken.
         path: where to save the certificate as JSON.
         float64: whether to run the float64 copy.
+        fused_loss: as for `patch`. The patched model then has no logits: the loss and the gradients
+            are compared.
 
     Returns:
         A certificate; it is true if the models agree.
@@ -67,7 +71,7 @@ def verify(
     own: Counter[str] = Counter()
     with preserved(model), index_dropout(model):
         model.train()
-        report, _ = apply(model, strict=False)
+        report, _ = apply(model, strict=False, fused_loss=fused_loss)
         with _filled_lora_b(model) as filled:
             start = Generators(model)
             replaced = [(module, type(module)) for module in model.modules()]
@@ -80,6 +84,9 @@ def verify(
                 module.__class__ = cls
             with runs.listening(lambda _, reason: own.update([reason] if reason else [])):
                 patched = run(model, batch, start)
+        if any(isinstance(module, CausalLMForward) for module in model.modules()):
+            for name in {"logits"} - patched.outputs.keys():
+                stock.outputs.pop(name, None)
         dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
         lowest = _lowest(model)
         differences, failures = _compare(stock, patched, truth, lowest)

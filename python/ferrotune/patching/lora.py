@@ -43,7 +43,7 @@ class LoraForward(Replaced):
         given = given_output(self, x)
         if given is not None and not args and not kwargs:
             return given
-        adapters = _adapters_now(self, x, args, kwargs)
+        adapters = adapters_now(self, x, args, kwargs)
         if isinstance(adapters, str):
             runs.note(self, adapters)
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
@@ -53,7 +53,7 @@ class LoraForward(Replaced):
 
 def part(layer: Any, x: Tensor, stream: int) -> Part | None:
     """The layer for a group's call on x, its mask's stream ``stream``; None if it runs alone."""
-    adapters = _adapters_now(layer, x, (), {})
+    adapters = adapters_now(layer, x, (), {})
     if isinstance(adapters, str) or len(adapters) != 1 or is_bypassed(layer.base_layer):
         return None
     found = _part(layer.base_layer, adapters[0], x, stream)
@@ -62,7 +62,7 @@ def part(layer: Any, x: Tensor, stream: int) -> Part | None:
     return found
 
 
-def _adapters_now(
+def adapters_now(
     layer: Any, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> list[Adapter] | str:
     """What this forward takes; or why it is PEFT's."""

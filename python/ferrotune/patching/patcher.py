@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def patch(model: nn.Module, *, strict: bool = False, blocks: bool = True) -> PatchReport:
+def patch(
+    model: nn.Module, *, strict: bool = False, blocks: bool = True, fused_loss: bool = False
+) -> PatchReport:
     """Makes the LoRA layers of PEFT and the 4-bit layers of bitsandbytes in ``model`` run through
     ferrotune, in place, with the same results to rounding.
 
@@ -39,10 +41,14 @@ def patch(model: nn.Module, *, strict: bool = False, blocks: bool = True) -> Pat
             one operation (dropout masks then come from one seed), gated MLPs as one node of
             autograd, RMSNorm, rotary positions and GELU as one kernel. They run on CUDA; on other
             devices, and under ``torch.compile``, blocks keep their own forward.
+        fused_loss: transformers' causal language models compute their loss by
+            ``ops.linear_cross_entropy`` in training, where labels are given. It saves the memory
+            of the logits, and the output's ``logits`` are then None: so it is to be asked for.
+            The Trainer reads the loss alone.
 
     Returns:
-        A report of every LoRA and 4-bit layer and every block: what replaced it, or why nothing
-        did.
+        A report of every LoRA and 4-bit layer, every block and the loss: what replaced it, or why
+        nothing did.
 
     Raises:
         PatchError: (a ``ValueError``) without any LoRA or 4-bit layer; for a layer that is merged,
@@ -50,7 +56,7 @@ def patch(model: nn.Module, *, strict: bool = False, blocks: bool = True) -> Pat
             left behind. ``UnsupportedLayerError`` (also a ``NotImplementedError``) for a dtype or
             device that ferrotune does not compute on. The model is then as it was.
     """
-    return apply(model, strict=strict, blocks=blocks)[0]
+    return apply(model, strict=strict, blocks=blocks, fused_loss=fused_loss)[0]
 
 
 def unpatch(model: nn.Module) -> int:
@@ -64,11 +70,11 @@ def unpatch(model: nn.Module) -> int:
 
 
 def apply(
-    model: nn.Module, *, strict: bool, blocks: bool = True
+    model: nn.Module, *, strict: bool, blocks: bool = True, fused_loss: bool = False
 ) -> tuple[PatchReport, list[nn.Module]]:
     """`patch`, and the modules that it replaced."""
     _check_module(model)
-    found = list(_look(model, blocks))
+    found = list(_look(model, blocks, fused_loss))
     if not any(rule in RULES for _, _, rule, _ in found):
         raise PatchError(_nothing(model))
     swaps: list[tuple[nn.Module, type[nn.Module]]] = []
@@ -118,11 +124,13 @@ def _check_module(model: object) -> None:
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
 
 
-def _look(model: nn.Module, blocks: bool) -> Iterator[tuple[str, nn.Module, Rule, str | None]]:
+def _look(
+    model: nn.Module, blocks: bool, fused_loss: bool
+) -> Iterator[tuple[str, nn.Module, Rule, str | None]]:
     """Every module that a rule is for, outer before inner, and why its place keeps it as it is."""
     inside: list[str] = []
     for name, module in model.named_modules():
-        rule = rule_of(module, blocks)
+        rule = rule_of(module, blocks, fused_loss)
         if rule is None:
             continue
         place = any(name.startswith(prefix) for prefix in inside)

@@ -7,7 +7,8 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-LORA, FOUR_BIT = "LoRA", "4-bit"  # the kinds of layers
+LORA, FOUR_BIT, LOSS = "LoRA", "4-bit", "loss"  # the kinds that are no blocks
+_COUNTED = {LOSS: "{} of {} losses"}
 _HEADINGS = ("layers", "name", "class", "adapters", "now")
 
 
@@ -18,12 +19,13 @@ class LayerReport:
     name: str
     """Its name in ``model.named_modules()``."""
     kind: str
-    """"LoRA" or "4-bit"; of a block "norm", "MLP", "attention", "decoder layer" or
+    """"LoRA", "4-bit" or "loss"; of a block "norm", "MLP", "attention", "decoder layer" or
     "activation"."""
     layer: str
     """Its class and base: ``lora.Linear4bit on Linear4bit nf4``."""
     details: str
-    """Its adapters with rank and dropout, the compute dtype of a 4-bit layer, a block's parts."""
+    """Its adapters with rank and dropout, the compute dtype of a 4-bit layer, the size of the head
+    that a loss is of, a block's parts."""
     replaced_by: str | None
     """What runs it now; None where it keeps its own forward."""
     reason: str | None
@@ -65,7 +67,7 @@ class PatchReport:
         return tuple(layer for layer in self.layers if not layer.replaced)
 
     def counts(self, kind: str) -> tuple[int, int]:
-        """Layers of a kind ("LoRA", "4-bit") that run through ferrotune, and all of them."""
+        """Those of a kind ("LoRA", "4-bit", "loss") that run through ferrotune, and all of it."""
         found = [layer for layer in self.layers if layer.kind == kind]
         return sum(layer.replaced for layer in found), len(found)
 
@@ -109,7 +111,10 @@ class PatchReport:
 
     def _summary(self) -> str:
         kinds = list(dict.fromkeys(layer.kind for layer in self.layers))
-        parts = ("{} of {} {} layers".format(*self.counts(kind), kind) for kind in kinds)
+        parts = (
+            _COUNTED.get(kind, "{} of {} {} layers").format(*self.counts(kind), kind)
+            for kind in kinds
+        )
         return f"ferrotune runs {' and '.join(parts)}"
 
     def _rows(self) -> list[tuple[str, ...]]:

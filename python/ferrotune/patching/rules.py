@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import four_bit, lora
+from . import four_bit, lora, loss
 from .base import (
     FLOATS,
     describe_base,
@@ -23,19 +23,23 @@ from .base import (
     quant_of,
 )
 from .block_rules import BLOCK_RULES
-from .classes import defined_in, stock_of
+from .classes import Replaced, defined_in, stock_of
 from .errors import PatchError, UnsupportedLayerError
-from .report import FOUR_BIT, LORA
+from .report import FOUR_BIT, LORA, LOSS
 from .rule import Rule
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def rule_of(module: nn.Module, blocks: bool) -> Rule | None:
-    """The first that matches; ``blocks`` is whether those of `block_rules` count."""
-    rules = [*RULES, *BLOCK_RULES] if blocks else RULES
-    return next((rule for rule in rules if rule.matches(module)), None)
+def rule_of(module: nn.Module, blocks: bool = False, fused_loss: bool = False) -> Rule | None:
+    """The first that matches; those of `block_rules`, and of losses, if asked for, or where one was
+    replaced before."""
+    for rule in (*RULES, *BLOCK_RULES):
+        asked = blocks if rule in BLOCK_RULES else fused_loss or rule.kind != LOSS
+        if rule.matches(module) and (asked or isinstance(module, Replaced)):
+            return rule
+    return None
 
 
 # ---- PEFT's LoRA layers
@@ -241,5 +245,16 @@ RULES: list[Rule] = [
         notes=lambda _: None,
         replacement=four_bit.FourBitForward,
         product="4-bit linear",
+    ),
+    Rule(
+        kind=LOSS,
+        matches=loss.is_causal_lm,
+        why_not=loss.why_not,
+        check=lambda _, __: None,
+        describe=lambda model: stock_of(model).__name__,
+        details=loss.details,
+        notes=lambda _: "in training with labels, without logits",
+        replacement=loss.CausalLMForward,
+        product="linear cross-entropy",
     ),
 ]
