@@ -142,10 +142,21 @@ def bar_table(bars: Sequence[Bar]) -> str:
     return table(["bar", "measured", "asked", ""], [row(bar) for bar in bars])
 
 
-def write(name: str, title: str, record: Mapping[str, Any], body: str, bars: Sequence[Bar]) -> bool:
+TURNS = "Median of the rounds with the first and third quartile; the contenders took turns."
+
+
+def write(
+    name: str,
+    title: str,
+    record: Mapping[str, Any],
+    body: str,
+    bars: Sequence[Bar],
+    method: str = TURNS,
+) -> bool:
     """Writes ``results/<name>.json`` (``record`` and the bars) and ``.md`` (for people).
 
-    Prints the latter, and returns whether every bar was met.
+    ``method`` says how the figures came about. Prints the latter file, and returns whether every
+    bar was met.
     """
     where = record["machine"]
     versions = ", ".join(f"{key} {value}" for key, value in where["versions"].items())
@@ -154,9 +165,9 @@ def write(name: str, title: str, record: Mapping[str, Any], body: str, bars: Seq
         f"{where['date']}, commit {where['commit']}; {where['cpu']}, {where['threads']} threads of "
         f"{where['cores']} cores, load {where['load_before']} before; Python {where['python']}, "
         f"{versions}.\n"
-        "Median of the rounds with the first and third quartile; the contenders took turns.\n"
+        f"{method}\n"
     )
-    markdown = f"{head}\n{body}\n\n{bar_table(bars)}\n"
+    markdown = "\n".join([head, body, *([f"\n{bar_table(bars)}"] if bars else []), ""])
     verdicts = [{**dataclasses.asdict(bar), "passed": bar.passed} for bar in bars]
     data = {"name": name, **record, "bars": verdicts}
     RESULTS.mkdir(exist_ok=True)

@@ -1,6 +1,7 @@
 """What the tests of the Python face share: the fake engine, in this process or in another one."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,3 +45,8 @@ def ferrotune_cli(
         command(*words), cwd=cwd, env=environment(**more), capture_output=True, text=True,
         timeout=120, stdin=subprocess.DEVNULL, check=False, encoding="utf-8",
     )  # fmt: skip
+
+
+def interruptible() -> None:
+    """For a child before its program: Ctrl-C is not ignored, as it is in a shell's background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -14,7 +14,7 @@ import ferrotune
 from ferrotune import cli, registry
 from ferrotune.config import read_toml
 from ferrotune.options import settings_of
-from python_face import command, environment, ferrotune_cli
+from python_face import command, environment, ferrotune_cli, interruptible
 
 
 @pytest.mark.parametrize(
@@ -148,6 +148,7 @@ def test_ctrl_c_says_how_to_resume(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command(*words, "--checkpoint-every", 20),
         cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=interruptible,
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not (tmp_path / "run/checkpoint/step").exists() and time.monotonic() < deadline:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from typing import Any
 
@@ -158,7 +159,11 @@ def test_uniform_absmax() -> None:
 @given(
     values=hnp.arrays(
         np.float32,
-        hnp.array_shapes(max_dims=3, max_side=70),
+        # bitsandbytes takes the one byte of up to two values for a transposed weight, and fails
+        # where that has three dimensions.
+        hnp.array_shapes(max_dims=3, max_side=70).filter(
+            lambda shape: len(shape) < 3 or math.prod(shape) > 2
+        ),
         elements=st.floats(-1e4, 1e4, width=32, allow_subnormal=False),
     ),
     blocksize=st.sampled_from(BLOCKSIZES),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import ferrotune
-from python_face import environment
+from python_face import environment, interruptible
 from runs import base, column, metrics, settings
 from texts import write_lines
 
@@ -46,8 +46,9 @@ def run(words: list[str]) -> subprocess.CompletedProcess[str]:
 def stop_after(words: list[str], folder: Path, steps: int, how: signal.Signals) -> tuple[int, str]:
     """Starts a run, sends it `how` after `steps` steps; its exit code and standard error."""
     process = subprocess.Popen(
-        words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+        words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=interruptible,
+    )  # fmt: skip
     path = folder / "metrics.jsonl"
     deadline = time.monotonic() + 240
     while not path.exists() or path.read_text().count('"event":"step"') < steps:
