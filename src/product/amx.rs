@@ -104,6 +104,10 @@ pub struct Segment {
 ///
 /// # Safety
 /// The thread holds a [`Tiles`]; the segments' tiles and C are valid, the latter for writes.
+#[expect(
+    clippy::too_many_lines,
+    reason = "one piece of assembly: tiles must last from its start to its end"
+)]
 pub unsafe fn multiply(segments: &[Segment], c: *mut f32, stride: usize, accumulate: bool) {
     // SAFETY: the caller's; the labels' loops end with their counts, and empty segments are passed over.
     unsafe {

@@ -1,5 +1,6 @@
 //! Sums from a block of tiles to the caller's memory.
 
+#[allow(clippy::wildcard_imports)] // the vector instructions
 use std::arch::x86_64::*;
 
 use super::parts::{narrow, transpose, widen};
@@ -54,7 +55,7 @@ impl Block<'_> {
                     let load = |i| _mm512_loadu_si512(at.add(i * self.stride).cast());
                     let mut words = std::array::from_fn(load);
                     if transposed {
-                        words = transpose(words);
+                        words = transpose(&words);
                     }
                     let mask = mask_16(self.row_columns.end - column);
                     let bias = self.bias.map_or(_mm512_setzero_ps(), |bias| {

@@ -1,5 +1,6 @@
 //! f32 values as bf16: rounded, or exactly as sums of three.
 
+#[allow(clippy::wildcard_imports)] // the vector instructions
 use std::arch::x86_64::*;
 
 use crate::dtype::DType;
@@ -68,9 +69,9 @@ pub fn parts_of(values: __m512, planes: Planes) -> [__m256i; 3] {
 /// The transpose of 16 by 16 words.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-pub fn transpose(rows: [__m512i; 16]) -> [__m512i; 16] {
-    let mut a = rows;
-    let mut b = rows;
+pub fn transpose(rows: &[__m512i; 16]) -> [__m512i; 16] {
+    let mut a = *rows;
+    let mut b = *rows;
     // Within 128 bits: words of pairs of rows, then of quadruples.
     for i in (0..16).step_by(2) {
         b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);

@@ -4,6 +4,7 @@
 //! 16 columns, side by side. Tiles of one row (or column) of tiles lie behind each other along the inner dimension,
 //! the planes of a step together; what is beyond the matrix is zeros.
 
+#[allow(clippy::wildcard_imports)] // the vector instructions
 use std::arch::x86_64::*;
 
 use super::amx::TILE_BYTES;
@@ -141,9 +142,10 @@ impl Operand<'_> {
             }
             if right {
                 for tile in 0..steps * self.planes.count() {
+                    #[expect(clippy::cast_ptr_alignment, reason = "tiles start on 64 bytes")]
                     let at = out.add(tile * TILE_BYTES).cast::<__m512i>();
                     let rows = std::array::from_fn(|i| _mm512_load_si512(at.add(i)));
-                    for (i, row) in transpose(rows).into_iter().enumerate() {
+                    for (i, row) in transpose(&rows).into_iter().enumerate() {
                         _mm512_store_si512(at.add(i), row);
                     }
                 }

@@ -1,5 +1,6 @@
 //! 4-bit weights as the product reads them: where they lie, row by row, in parts of bf16.
 
+#[allow(clippy::wildcard_imports)] // the vector instructions
 use std::arch::x86_64::*;
 
 use super::parts::{Planes, parts_of, round_16};
@@ -172,7 +173,7 @@ impl FourBit<'_> {
                     }
                 }
                 let [even, odd] = starts.map(|start| {
-                    let source = self.packed.as_ptr().add((start + at) / 2);
+                    let source = self.packed.as_ptr().add(start / 2 + at / 2);
                     _mm_loadu_si128(source.cast())
                 });
                 let pairs = [_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)];
