@@ -36,6 +36,9 @@ __all__ = [
     "usable",
 ]
 
+# Elements of W up to which six products of 16-bit parts beat PyTorch's own in float32: they did at
+# 1024x1024, and did not at 2048x5632 (benches/lora_cpu.py).
+_MOST_IN_F32 = 1 << 22
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
@@ -117,6 +120,8 @@ def _takes(x: Tensor, projection: Projection) -> bool:
     if quant is None or x.dtype not in _NAMES or quant.packed.device != x.device:
         return False
     if x.shape[0] == 0 or 0 in quant.shape:
+        return False
+    if x.dtype == torch.float32 and quant.shape[0] * quant.shape[1] > _MOST_IN_F32:
         return False
     return lora_A is None or (lora_A.shape[0] > 0 and term_dtype(x, lora_A) in _NAMES)
 
