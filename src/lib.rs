@@ -1,6 +1,6 @@
 //! ferrotune: LoRA and QLoRA fine-tuning at the speed of the frozen model.
 //!
-//! Dependencies point one way: `python` → `engine`, `data`, `adapter` → `folder`, `lora`, `quant` → `error`, `dtype`, `file`.
+//! Dependencies point one way: `python` → `engine`, `data`, `adapter` → `folder`, `lora`, `product`, `quant` → `error`, `dtype`, `file`.
 //! `cuda` stands beside the engine: `python` → `cuda` → `error`, `dtype`.
 
 pub mod adapter;
@@ -17,6 +17,8 @@ pub mod folder;
 pub mod lora;
 pub mod matmul;
 pub mod parallel;
+#[cfg(target_arch = "x86_64")]
+pub mod product;
 pub mod quant;
 pub mod scratch;
 pub mod simd;
@@ -31,6 +33,9 @@ mod native {
     use crate::error::{CudaError, FormatError};
     #[pymodule_export]
     use crate::python::adapter::{match_targets, read_adapter, write_adapter};
+    #[cfg(target_arch = "x86_64")]
+    #[pymodule_export]
+    use crate::python::cpu_lora::{cpu_product_at, cpu_product_available};
     #[cfg(feature = "cuda")]
     #[pymodule_export]
     use crate::python::cuda::{

@@ -37,6 +37,14 @@ pub unsafe fn use_openmp(parallel: GompParallel, max_threads: MaxThreads) {
     });
 }
 
+/// Threads that [`for_each`] runs on at most.
+pub fn threads() -> usize {
+    match TEAM.get() {
+        Some(team) => usize::try_from((team.max_threads)()).unwrap_or(1),
+        None => rayon::current_num_threads(),
+    }
+}
+
 /// Runs all tasks, each once. The caller's thread is one of those that work and starts at once: dequantising a weight
 /// takes a millisecond or two, of which waking threads is a part that counts.
 pub fn for_each<I>(tasks: I, run: impl Fn(I::Item) + Sync)
@@ -51,11 +59,7 @@ where
             run(task);
         }
     };
-    let threads = match TEAM.get() {
-        Some(team) => usize::try_from((team.max_threads)()).unwrap_or(1),
-        None => rayon::current_num_threads(),
-    };
-    let helpers = most.min(threads).saturating_sub(1);
+    let helpers = most.min(threads()).saturating_sub(1);
     match TEAM.get() {
         _ if helpers == 0 => work(),
         Some(team) => on_team(team, helpers + 1, &work),

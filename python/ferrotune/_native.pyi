@@ -17,6 +17,8 @@ __all__ = [
     "__version__",
     "audit",
     "compute",
+    "cpu_product_at",
+    "cpu_product_available",
     "cuda_cross_entropy",
     "cuda_cross_entropy_prepare",
     "cuda_dequantize_4bit",
@@ -205,6 +207,26 @@ def dequantize_4bit_at(
     dtype: str,
 ) -> None: ...
 def dropout_at(values: int, out: int, len: int, p: float, seed: int, stream: int) -> None: ...
+
+# A product with a 4-bit weight `[n, k]`; sizes are (m, n, k), addresses 0 for what is not there.
+# False, and `out` unspecified, where it would not be exact. On x86-64 alone.
+def cpu_product_available() -> bool: ...
+def cpu_product_at(
+    backward: bool,
+    sizes: tuple[int, int, int],
+    dtype: str,
+    input: int,
+    weight: tuple[
+        tuple[int, int],  # packed: address, bytes
+        tuple[int, int],  # absmax: address, length
+        tuple[int, int, int, float, int],  # nested: absmax, length, code, offset, blocksize
+        tuple[str, int, str],  # quant_type, blocksize, dtype
+    ],
+    term: tuple[str, int, int, int] | None,  # dtype, r, [m, r], [n, r] or [r, k]
+    bias: int,
+    accumulate: bool,
+    out: int,
+) -> bool: ...
 
 # ---- threads
 # Addresses of libgomp's functions of these names.

@@ -12,7 +12,7 @@ use crate::quant::{self, Absmax, Element, QuantState};
 ///
 /// # Safety
 /// The address is 0 only if `len` is, is aligned for T, and `len` elements there stay valid and unwritten for `'a`.
-unsafe fn at<'a, T>(address: usize, len: usize) -> &'a [T] {
+pub(super) unsafe fn at<'a, T>(address: usize, len: usize) -> &'a [T] {
     if len == 0 {
         return &[];
     }

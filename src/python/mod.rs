@@ -8,6 +8,8 @@
 pub mod adapter;
 #[cfg(feature = "engine")]
 mod caller;
+#[cfg(target_arch = "x86_64")]
+pub mod cpu_lora;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 #[cfg(feature = "cuda")]

@@ -62,7 +62,9 @@ class Backend(Protocol):
 
 def choose(x: Tensor) -> Backend:
     """The implementation for tensors on x's device."""
-    return _on_cuda(x.device.index) if x.is_cuda else reference
+    if x.is_cuda:
+        return _on_cuda(x.device.index)
+    return _on_cpu() if x.device.type == "cpu" else reference
 
 
 @functools.cache
@@ -70,3 +72,10 @@ def _on_cuda(index: int) -> Backend:
     from . import cuda, cuda_lora
 
     return cuda_lora if cuda.usable(index) else reference
+
+
+@functools.cache
+def _on_cpu() -> Backend:
+    from . import cpu_lora
+
+    return cpu_lora if cpu_lora.usable() else reference
