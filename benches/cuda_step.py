@@ -179,13 +179,13 @@ def make(case: Case, folder: Path) -> None:
     )  # fmt: skip
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     model.to(torch.bfloat16).save_pretrained(folder)
     torch.set_default_dtype(torch.float32)
     special = ["<unk>", "<s>", "</s>", "<pad>"]
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(special)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    PreTrainedTokenizerFast(
+    PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
         pad_token="<pad>",
     ).save_pretrained(folder)  # fmt: skip
@@ -212,7 +212,7 @@ def load(name: str, case: Case, folder: Path) -> Any:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    quantization = BitsAndBytesConfig(
+    quantization = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from .cross_entropy import linear_cross_entropy
 from .types import BLOCKSIZES, Projection, Quant4bit
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -157,16 +157,11 @@ def _cast_together(projections: list[Projection], dtype: torch.dtype) -> list[Pr
     made = [torch.empty_like(tensor, dtype=dtype) for tensor in sources]
     torch._foreach_copy_(made, sources)
     found = dict(zip(wanted, made, strict=True))
-    return [
-        projection._replace(
-            **{
-                name: found[id(tensor)]
-                for name in ("weight", *autograd.TRAINED)
-                if (tensor := getattr(projection, name)) is not None and id(tensor) in found
-            }
-        )
-        for projection in projections
-    ]
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        return tensor if tensor is None else found.get(id(tensor), tensor)
+
+    return [_each(projection, cast) for projection in projections]
 
 
 def _run(x: Tensor, projections: list[Projection], seed: Tensor | None) -> list[Tensor]:
@@ -230,6 +225,11 @@ def _cast(projection: Projection, dtype: torch.dtype) -> Projection:
     def cast(tensor: Tensor | None) -> Tensor | None:
         return tensor.to(dtype) if tensor is not None and tensor.is_floating_point() else tensor
 
+    return _each(projection, cast)
+
+
+def _each(projection: Projection, cast: Callable[[Tensor | None], Tensor | None]) -> Projection:
+    """The projection with ``cast`` of its dense weight and of all that may be trained."""
     return projection._replace(
         weight=cast(projection.weight),
         bias=cast(projection.bias),
