@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ferrotune import ops
+from ferrotune.patching import blocks
 from mlp_cases import ACTIVATIONS, apart, assert_same, draw, layer, leaves, mlp
+from side_by_side import assert_agree, both, counted
+from tiny_models import base_model, batch, with_lora
 
 CPU = torch.device("cpu")
 
@@ -159,3 +162,38 @@ def test_the_formulas() -> None:
         a, b = before[..., :8], before[..., 8:]
         whole = torch.complex(a, b) * torch.exp(1j * angles[:, None, :, :8])
         torch.testing.assert_close(after, torch.cat((whole.real, whole.imag), -1))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma", "phi3", "bert"])
+def test_blocks_by_plain_pytorch(
+    name: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks' own ways, as on CUDA, with the operations in PyTorch: as the stock model."""
+    monkeypatch.setattr(blocks, "takes", lambda x: isinstance(x, Tensor))
+    monkeypatch.setattr(blocks.NormForward, "takes", lambda self, x: False)
+    calls: dict[str, int] = {}
+
+    def counting(key: str) -> None:
+        right = getattr(ops, key)
+
+        def call(*args: Any) -> Any:
+            label = f"group of {len(args[1])}" if key == "lora_linear_group" else key
+            calls[label] = calls.get(label, 0) + 1
+            return right(*args)
+
+        monkeypatch.setattr(ops, key, call)
+
+    for operation in ("gated_mlp", "lora_linear_group", "rope"):
+        counting(operation)
+    model = with_lora(base_model(name).train(), name, lora_dropout=dropout)
+    with counted() as counts:
+        stock, patched, report = both(model, batch(name))
+    assert not report.left
+    assert set(counts) == {None}
+    assert_agree(stock, patched)
+    grouped = not dropout and name != "phi3"
+    assert calls.get("group of 3", 0) == (2 if grouped else 0)
+    assert calls.get("gated_mlp", 0) == (2 if grouped and name != "bert" else 0)
+    assert calls.get("rope", 0) == (0 if name == "bert" else 2)
+    assert not [module for module in model.modules() if "_ferrotune_given" in module.__dict__]

@@ -65,7 +65,7 @@ def entry(table: dict[tuple[str, str], _T], module: nn.Module) -> _T | None:
 
 
 def members_of(module: nn.Module) -> list[nn.Module | None]:
-    """The layers of a block that draw the masks of one seed, in the order of their calls."""
+    """The linear layers of a block, by their kind's names, in the order of their calls."""
     names: tuple[str | None, ...] | None = entry(ATTENTIONS, module)
     if names is None:
         mlp = entry(MLPS, module)

@@ -21,9 +21,11 @@ from .base import is_bypassed, is_plain
 from .classes import Replaced
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from torch import Tensor
+
+    from .given import Part
 
 
 class NormForward(Replaced):
@@ -70,12 +72,12 @@ class DecoderForward(Replaced):
             "use_cache": use_cache,
             "position_embeddings": position_embeddings,
         }
+        if torch.compiler.is_compiling():
+            return super().forward(hidden_states, **kwargs)
         names = entry(DECODER_LAYERS, self)
         assert names is not None
         first, attention, second, mlp = (getattr(self, name) for name in names)
-        if torch.compiler.is_compiling() or not (
-            _norms(first, hidden_states) and _norms(second, hidden_states)
-        ):
+        if not (_norms(first, hidden_states) and _norms(second, hidden_states)):
             return super().forward(hidden_states, **kwargs)
         offset = entry(NORMS, first) or 0.0
         normed, residual = rms_norm_and_x(hidden_states, first.weight, norm_eps(first), offset)
@@ -110,47 +112,41 @@ class MlpForward(Replaced):
     ferrotune_block = True
 
     def forward(self, x: Tensor) -> Any:
-        names = entry(MLPS, self)
-        activation = activation_of(self)
-        assert names is not None
-        if activation is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return super().forward(x)
-        members = members_of(self)
-        gate, up, down = members
+        activation = activation_of(self)
+        if activation is None:
+            return super().forward(x)
+        if not takes(x):
+            return super().forward(x)
+        gate, up, down = members_of(self)
         assert gate is not None
         assert down is not None
-        with groups.shared(members) as seed:
-            if not takes(x):
-                return super().forward(x)
-            if up is None:
-                return down(ops.glu(gate(x), None, activation))
-            whole = None if any(map(is_bypassed, (gate, up, down))) else _whole(members, x)
-            if whole is None:
-                groups.run_ahead(members[:2], x, seed)
-                return down(ops.glu(gate(x), up(x), activation))
-            first, second, third = (part.projection for part in whole)
-            drawn = seed.draw(whole, x)
-            y = ops.gated_mlp(x.to(whole[0].dtype), first, second, third, activation, seed=drawn)
-            return y if whole[2].out is None else y.to(whole[2].out)
+        if up is None:
+            return down(ops.glu(gate(x), None, activation))
+        whole = None if any(map(is_bypassed, (gate, up, down))) else _whole(gate, up, down, x)
+        if whole is None:
+            with groups.run_ahead((gate, up), x):
+                hidden = ops.glu(gate(x), up(x), activation)
+            return down(hidden)
+        first, second, third = (part.projection for part in whole)
+        y = ops.gated_mlp(x.to(whole[0].dtype), first, second, third, activation)
+        return y if whole[2].out is None else y.to(whole[2].out)
 
 
-def _whole(members: Sequence[nn.Module | None], x: Tensor) -> list[Any] | None:
+def _whole(gate: nn.Module, up: nn.Module, down: nn.Module, x: Tensor) -> list[Part] | None:
     """All layers of an MLP for one operation: those that take x, and the one that takes the rest.
 
     The last one's input is of the type that the first ones give, of the width that it has.
     """
-    gate, up, down = members
-    assert gate is not None
-    assert up is not None
-    assert down is not None
-    first = groups.together([(gate, 0), (up, 1)], x)
+    first = groups.together([gate, up], x)
     if first is None:
         return None
     dtype = first[0].out or (
         torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else first[0].dtype
     )
     hidden = x.new_empty(0, first[0].projection.shape[0], dtype=dtype)
-    last = groups.together([(down, 2)], hidden)
+    last = groups.together([down], hidden)
     if last is None or last[0].dtype != first[0].dtype:
         return None
     return [*first, *last]
@@ -176,12 +172,9 @@ class AttentionForward(Replaced):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)
-        members = members_of(self)
         x = args[0] if args else kwargs.get("hidden_states")
-        with groups.shared(members) as seed:
-            if takes(x):
-                groups.run_ahead(members, x, seed)
-            stock: Any = self.ferrotune_stock
+        stock: Any = self.ferrotune_stock
+        with groups.run_ahead(members_of(self) if takes(x) else (), x):
             return with_fused_rope(stock)(self, *args, **kwargs)
 
 

@@ -11,7 +11,7 @@ from ..ops.autograd import no_autocast
 from . import runs
 from .base import quant_of
 from .classes import Replaced
-from .sharing import Part, given_output
+from .given import Part, given_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +66,7 @@ def bias_as(base: Any, dtype: torch.dtype) -> Tensor | None:
     return None if bias is None else bias.to(dtype)
 
 
-def part(layer: Any, x: Tensor, stream: int) -> Part | None:
+def part(layer: Any, x: Tensor) -> Part | None:
     """The layer for a group's call on x; None if it runs alone."""
     quant = readable(layer, x)
     if quant is None:
@@ -76,8 +76,7 @@ def part(layer: Any, x: Tensor, stream: int) -> Part | None:
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype:
         return None  # bitsandbytes' product takes no part in autocast
     runs.note(layer, None)
-    projection = ops.Projection(quant=quant, bias=bias_as(layer, dtype), stream=stream)
-    return Part(projection, dtype, x.dtype, "")
+    return Part(ops.Projection(quant=quant, bias=bias_as(layer, dtype)), dtype, x.dtype)
 
 
 def product(base: Any, quant: ops.Quant4bit, x: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from .. import ops
 from . import four_bit, runs
 from .base import FLOATS, dense_weight, is_4bit, is_bypassed, is_dense, is_plain, is_sharded
 from .classes import Replaced
+from .given import Part, given_output
 from .masks import IndexDropout
-from .sharing import SHARED, Part, given_output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,6 @@ _KEYWORDS = {"adapter_names", "alora_offsets"}  # PEFT's own; all others go to t
 class Adapter(NamedTuple):
     """One adapter of a layer, as ``ops.lora_linear`` takes it."""
 
-    name: str
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
@@ -51,12 +50,12 @@ class LoraForward(Replaced):
         return _run(self, adapters, x)
 
 
-def part(layer: Any, x: Tensor, stream: int) -> Part | None:
-    """The layer for a group's call on x, its mask's stream ``stream``; None if it runs alone."""
+def part(layer: Any, x: Tensor) -> Part | None:
+    """The layer for a group's call on x; None if it runs alone."""
     adapters = adapters_now(layer, x, (), {})
     if isinstance(adapters, str) or len(adapters) != 1 or is_bypassed(layer.base_layer):
         return None
-    found = _part(layer.base_layer, adapters[0], x, stream)
+    found = _part(layer.base_layer, adapters[0], x)
     if found is not None:
         runs.note(layer, None)
     return found
@@ -132,7 +131,7 @@ def _read(layer: Any, name: str, *, between: bool = False) -> Adapter | str:
         return f"the scaling of adapter '{name}' is a {type(scaling).__name__}"
     # nn.Identity has no p; outside training nothing is dropped.
     p = dropout.p if dropout.training and type(dropout) is not nn.Identity else 0.0
-    return Adapter(name, weights[0], weights[1], scaling, lora_B.bias, p)
+    return Adapter(weights[0], weights[1], scaling, lora_B.bias, p)
 
 
 def _why_not_input(
@@ -169,32 +168,30 @@ def _variant_name(variant: object) -> str:
 def _run(layer: Any, adapters: list[Adapter], x: Tensor) -> Tensor:
     base = layer.base_layer
     first, *others = adapters
-    y = None if is_bypassed(base) else _base_with(layer, first, x)
+    y = None if is_bypassed(base) else _base_with(base, first, x)
     if y is None:
         y = base(x)
         others = adapters
     dtype = y.dtype
     for adapter in others:
-        y = y + _term(layer, adapter, x)
+        y = y + _term(adapter, x)
     return y.to(dtype)
 
 
-def _base_with(layer: Any, adapter: Adapter, x: Tensor) -> Tensor | None:
+def _base_with(base: Any, adapter: Adapter, x: Tensor) -> Tensor | None:
     """The base layer and one adapter as one operation; None where the base must run by itself."""
-    base = layer.base_layer
-    found = _part(base, adapter, x, _stream(layer))
+    found = _part(base, adapter, x)
     if found is not None:
-        seed = _seed(layer, adapter, x)
-        y = ops.lora_linear_group(x.to(found.dtype), [found.projection], seed=seed)[0]
+        (y,) = ops.lora_linear_group(x.to(found.dtype), [found.projection])
         return y if found.out is None else y.to(found.out)
     quant = four_bit.readable(base, x) if is_4bit(base) else None
     if quant is None:
         return None
     # The adapter is not rounded to a compute dtype that is the base's alone.
-    return (four_bit.product(base, quant, x) + _term(layer, adapter, x)).to(x.dtype)
+    return (four_bit.product(base, quant, x) + _term(adapter, x)).to(x.dtype)
 
 
-def _part(base: Any, adapter: Adapter, x: Tensor, stream: int) -> Part | None:
+def _part(base: Any, adapter: Adapter, x: Tensor) -> Part | None:
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     if not is_4bit(base):
@@ -202,7 +199,7 @@ def _part(base: Any, adapter: Adapter, x: Tensor, stream: int) -> Part | None:
         if dense is None:
             return None
         weight, bias = dense
-        return Part(_projection(adapter, stream, weight, None, bias), x.dtype, None, adapter.name)
+        return Part(_projection(adapter, weight, None, bias), x.dtype, None)
     quant = four_bit.readable(base, x)
     if quant is None:
         return None
@@ -214,38 +211,20 @@ def _part(base: Any, adapter: Adapter, x: Tensor, stream: int) -> Part | None:
     if not together:
         return None
     bias = four_bit.bias_as(base, dtype)
-    return Part(_projection(adapter, stream, None, quant, bias), dtype, x.dtype, adapter.name)
+    return Part(_projection(adapter, None, quant, bias), dtype, x.dtype)
 
 
 def _projection(
     adapter: Adapter,
-    stream: int,
     weight: Tensor | None = None,
     quant: ops.Quant4bit | None = None,
     bias: Tensor | None = None,
 ) -> ops.Projection:
-    _, lora_A, lora_B, scaling, lora_bias, dropout_p = adapter
-    return ops.Projection(
-        weight, quant, bias, lora_A, lora_B, lora_bias, scaling, dropout_p, stream
-    )
+    lora_A, lora_B, scaling, lora_bias, dropout_p = adapter
+    return ops.Projection(weight, quant, bias, lora_A, lora_B, lora_bias, scaling, dropout_p)
 
 
-def _stream(layer: Any) -> int:
-    """Of the layer's masks: its place in its group, 0 outside of blocks."""
-    shared = layer.__dict__.get(SHARED)
-    return 0 if shared is None else shared[1]
-
-
-def _seed(layer: Any, adapter: Adapter, x: Tensor) -> Tensor | None:
-    """Its group's seed; None: one of its own."""
-    shared = layer.__dict__.get(SHARED)
-    if shared is None or not adapter.dropout_p:
-        return None
-    return shared[0].take(adapter.name, shared[1], x)  # type: ignore[no-any-return]
-
-
-def _term(layer: Any, adapter: Adapter, x: Tensor) -> Tensor:
+def _term(adapter: Adapter, x: Tensor) -> Tensor:
     """The LoRA term alone, in the wider of x's and the adapter's dtypes."""
     wide = torch.promote_types(x.dtype, adapter.lora_A.dtype)
-    projection = _projection(adapter, _stream(layer))
-    return ops.lora_linear_group(x.to(wide), [projection], seed=_seed(layer, adapter, x))[0]
+    return ops.lora_linear_group(x.to(wide), [_projection(adapter)])[0]
