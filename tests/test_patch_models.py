@@ -26,10 +26,12 @@ CURVE_OF_BF16_LOSS = {"bert": 3 * 2**-7, "roberta": 3 * 2**-7, "t5": 3 * 2**-5}
 GRADIENT_ERROR = 1.25
 # T5's ReLU switches on other elements after bf16 rounding: single gradients then scatter, in their
 # difference from the stock model's and in both errors, whose ratio was found between 0.68 and 1.78
-# in 24 draws of A, B, batch and masks. `test_t5_in_bf16_is_no_less_exact` holds their means.
+# in 24 draws of A, B, batch and masks. RoBERTa's scatter, too, by how a CPU sums its products: from
+# 1.36 in the one draw of `test_one_step` to a mean of 0.93. `test_bf16_is_no_less_exact` holds the
+# means of both.
 STEP_BF16 = {"t5": 0.25}
-GRADIENT_ERROR_BF16 = {"t5": 2.0}
-DRAWS = 24
+GRADIENT_ERROR_BF16 = {"t5": 2.0, "roberta": 2.0}
+DRAWS = 32
 
 
 def build(name: str, quant: str, dtype: torch.dtype, folder: Path, **options: Any) -> Any:
@@ -92,32 +94,35 @@ def test_one_step(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", list(GRADIENT_ERROR_BF16))
 @pytest.mark.parametrize("quant", ["dense", "4bit"])
-def test_t5_in_bf16_is_no_less_exact(
-    quant: str, tmp_path: Path, error_table: ErrorTable, request: pytest.FixtureRequest
+def test_bf16_is_no_less_exact(
+    quant: str, name: str, tmp_path: Path, error_table: ErrorTable, request: pytest.FixtureRequest
 ) -> None:
-    """The worst gradient's error against float64, of several draws: its mean is no larger than the
-    stock model's, to two standard errors of their difference, which are a tenth of it at most."""
-    model = build("t5", quant, torch.bfloat16, tmp_path, lora_dropout=0.1)
+    """The worst gradients' errors against float64 over the stock model's, of several draws: their
+    geometric mean is no more than 1, to two standard errors, which are a tenth at most."""
+    model = build(name, quant, torch.bfloat16, tmp_path, lora_dropout=0.1)
     rows = []
     for seed in range(DRAWS):
         fill_lora_b(model, seed)
         torch.manual_seed(seed)
-        found = ferrotune.verify(model, batch("t5", seed=seed)).differences
-        (worst,) = [one for one in found if one.kind == "gradient"]
-        assert worst.patched_error is not None
-        assert worst.stock_error is not None
-        group = f"T5, {quant} bf16, {DRAWS} draws"
-        errors = (worst.patched_error, worst.stock_error)
-        rows.append(Row(group, f"draw {seed}", f"worst gradient {worst.dtype}", *errors, 1))
+        found = ferrotune.verify(model, batch(name, seed=seed)).differences
+        for worst in found:  # one a dtype
+            if worst.kind != "gradient":
+                continue
+            assert worst.patched_error is not None
+            assert worst.stock_error is not None
+            group = f"{name}, {quant} bf16, {DRAWS} draws"
+            errors = (worst.patched_error, worst.stock_error)
+            rows.append(Row(group, f"draw {seed}", f"worst gradient {worst.dtype}", *errors, 1))
+    assert len(rows) >= DRAWS
     error_table.add(request.node.nodeid, rows)
-    ours, peft = (
-        torch.tensor([getattr(row, name) for row in rows]) for name in ("ferrotune", "peft")
-    )
-    standard_error = float((ours - peft).std()) / DRAWS**0.5
-    print(f"{quant}: {ours.mean():.2e}, PEFT {peft.mean():.2e}, within {standard_error:.1e}")
-    assert 2 * standard_error < 0.1 * float(peft.mean())
-    assert float(ours.mean() - peft.mean()) <= 2 * standard_error
+    ours, peft = (torch.tensor([getattr(row, of) for row in rows]) for of in ("ferrotune", "peft"))
+    ratios = (ours / peft).log()
+    standard_error = float(ratios.std()) / len(rows) ** 0.5
+    print(f"{quant}: {float(ratios.mean().exp()):.3f} of PEFT's, within {standard_error:.3f}")
+    assert 2 * standard_error < 0.1
+    assert float(ratios.mean()) <= 2 * standard_error
 
 
 @pytest.mark.slow
