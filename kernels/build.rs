@@ -2,13 +2,16 @@
 //!
 //! nvcc comes from pip (`cuda-toolkit` in pyproject.toml) or a CUDA installation; no GPU and no driver are needed.
 //! A file whose name ends in `_sm90a.cu` uses what only Hopper has and is compiled for that alone.
+//!
+//! An image is named by a hash of all that it is made from and kept in `kernels/` of cargo's target folder: whatever
+//! profile, features or environment builds next, it is compiled once.
 
 use std::collections::BTreeSet;
 use std::error::Error;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::SystemTime;
 use std::{env, fmt::Write, fs, thread};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
@@ -61,41 +64,43 @@ fn run() -> Result<()> {
     } else {
         Vec::new() // CUDA has no other platform that this extension is built for
     };
+    let mut list = String::from("&[\n");
     if !sources.is_empty() {
-        compile(&folder, &sources, &out)?;
+        for (source, image) in sources.iter().zip(compile(&folder, &sources, &out)?) {
+            let image = image.display().to_string();
+            writeln!(list, "    ({:?}, include_bytes!({image:?})),", stem(source))?;
+        }
     }
-    let mut images = String::from("&[\n");
-    for source in &sources {
-        let image = image_of(source, &out);
-        writeln!(
-            images,
-            "    ({:?}, include_bytes!({:?})),",
-            stem(source),
-            image.display().to_string()
-        )?;
-    }
-    images.push(']');
-    fs::write(out.join("images.rs"), images)?;
+    list.push(']');
+    fs::write(out.join("images.rs"), list)?;
     Ok(())
 }
 
-/// Compiles what is out of date, as many files at a time as cargo runs jobs.
-fn compile(folder: &Path, sources: &[PathBuf], out: &Path) -> Result<()> {
-    let nvcc = find_nvcc()?;
-    let mut newest = fs::metadata(folder.join("build.rs"))?.modified()?;
-    for header in files(&folder.join("common"), "cuh")?
-        .into_iter()
-        .chain(files(folder, "cuh")?)
-    {
-        newest = newest.max(fs::metadata(header)?.modified()?);
+/// The sources' images: compiles those that are not there, as many at a time as cargo runs jobs.
+fn compile(folder: &Path, sources: &[PathBuf], out: &Path) -> Result<Vec<PathBuf>> {
+    let (nvcc, version) = find_nvcc()?;
+    let kept = target_folder(out).join("kernels");
+    fs::create_dir_all(&kept)?;
+    let mut shared = DefaultHasher::new();
+    version.hash(&mut shared);
+    for header in [folder.join("common"), folder.to_path_buf()] {
+        for header in files(&header, "cuh")? {
+            header.strip_prefix(folder)?.hash(&mut shared);
+            fs::read(header)?.hash(&mut shared);
+        }
     }
+    let mut images = Vec::new();
     let mut stale = Vec::new();
     for source in sources {
-        let needs = newest.max(fs::metadata(source)?.modified()?);
-        let command = arguments(source, out);
-        if !is_fresh(source, &nvcc, &command, out, needs) {
-            stale.push((source, command));
+        let arguments = arguments(source);
+        let mut hash = shared.clone();
+        arguments.hash(&mut hash);
+        fs::read(source)?.hash(&mut hash);
+        let image = kept.join(format!("{}-{:016x}.fatbin", stem(source), hash.finish()));
+        if !image.is_file() {
+            stale.push((source, arguments, image.clone()));
         }
+        images.push(image);
     }
     let jobs: usize = env::var("NUM_JOBS")?.parse()?;
     let workers = jobs.clamp(1, stale.len().max(1));
@@ -103,8 +108,9 @@ fn compile(folder: &Path, sources: &[PathBuf], out: &Path) -> Result<()> {
     let next = AtomicUsize::new(0);
     let work = || {
         let mut failures = Vec::new();
-        while let Some((source, command)) = stale.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if let Err(error) = build(&nvcc, folder, source, command, threads, out) {
+        while let Some((source, arguments, image)) = stale.get(next.fetch_add(1, Ordering::Relaxed))
+        {
+            if let Err(error) = build(&nvcc, folder, source, arguments, threads, image) {
                 failures.push(error.to_string());
             }
         }
@@ -122,14 +128,14 @@ fn compile(folder: &Path, sources: &[PathBuf], out: &Path) -> Result<()> {
             .collect()
     });
     if failures.is_empty() {
-        Ok(())
+        Ok(images)
     } else {
         Err(failures.join("\n").into())
     }
 }
 
 /// Paths are relative to `kernels`, where nvcc runs: it writes the source's into the image.
-fn arguments(source: &Path, out: &Path) -> Vec<String> {
+fn arguments(source: &Path) -> Vec<String> {
     let targets = if stem(source).ends_with("_sm90a") {
         HOPPER_ONLY
     } else {
@@ -144,14 +150,13 @@ fn arguments(source: &Path, out: &Path) -> Vec<String> {
     ]
     .map(String::from)
     .to_vec();
-    if env::var("DEBUG").is_ok_and(|debug| !matches!(debug.as_str(), "false" | "0" | "none")) {
+    // Line tables alone are for Rust's backtraces: the development profile shares the release's images.
+    if env::var("DEBUG").is_ok_and(|debug| matches!(debug.as_str(), "true" | "full" | "limited")) {
         arguments.push("-lineinfo".into());
     }
     arguments.extend(targets.iter().map(|target| format!("-gencode={target}")));
     arguments.push("-I.".into());
     arguments.push(format!("{}.cu", stem(source)));
-    arguments.push("-o".into());
-    arguments.push(image_of(source, out).display().to_string());
     arguments
 }
 
@@ -161,12 +166,14 @@ fn build(
     source: &Path,
     arguments: &[String],
     threads: usize,
-    out: &Path,
+    image: &Path,
 ) -> Result<()> {
+    let aside = image.with_extension(format!("{}.part", std::process::id()));
     let output = Command::new(nvcc)
         .current_dir(folder)
         .args(arguments)
-        .args(["--threads", &threads.to_string()])
+        .args(["--threads", &threads.to_string(), "-o"])
+        .arg(&aside)
         .output()
         .map_err(|error| format!("{}: {error}", nvcc.display()))?;
     if !output.status.success() {
@@ -175,38 +182,25 @@ fn build(
         let more = String::from_utf8_lossy(&output.stdout);
         return Err(format!("nvcc failed on {}:\n{said}\n{more}", source.display()).into());
     }
-    fs::write(
-        out.join(format!("{}.cmd", stem(source))),
-        record(nvcc, arguments),
-    )?;
+    fs::rename(aside, image)?;
     Ok(())
 }
 
-fn is_fresh(
-    source: &Path,
-    nvcc: &Path,
-    arguments: &[String],
-    out: &Path,
-    needs: SystemTime,
-) -> bool {
-    let made = fs::metadata(image_of(source, out)).and_then(|image| image.modified());
-    let command = fs::read_to_string(out.join(format!("{}.cmd", stem(source))));
-    made.is_ok_and(|made| made > needs)
-        && command.is_ok_and(|command| command == record(nvcc, arguments))
+/// The folder that cargo marks as a cache, above `out`; `out` itself where there is none.
+fn target_folder(out: &Path) -> &Path {
+    let marked = |folder: &&Path| folder.join("CACHEDIR.TAG").is_file();
+    out.ancestors().find(marked).unwrap_or(out)
 }
 
-fn record(nvcc: &Path, arguments: &[String]) -> String {
-    format!("{} {}", nvcc.display(), arguments.join(" "))
-}
-
-/// The first nvcc of the right version: `$NVCC`, `$CUDA_HOME`, the wheels of the Pythons about, `$PATH`.
-fn find_nvcc() -> Result<PathBuf> {
+/// The first nvcc of the right version, and what it says of that: `$NVCC`, `$CUDA_HOME`, the wheels of the Pythons
+/// about, `$PATH`.
+fn find_nvcc() -> Result<(PathBuf, String)> {
     let mut seen = BTreeSet::new();
     let mut refused = String::new();
     if let Some(nvcc) = env::var_os("NVCC") {
         let nvcc = std::path::absolute(nvcc)?;
-        check(&nvcc).map_err(|why| format!("$NVCC is {}: {why}", nvcc.display()))?;
-        return Ok(nvcc);
+        let version = check(&nvcc).map_err(|why| format!("$NVCC is {}: {why}", nvcc.display()))?;
+        return Ok((nvcc, version));
     }
     let home = env::var_os("CUDA_HOME").map(|home| Path::new(&home).join("bin/nvcc"));
     let wheels = pythons()
@@ -219,7 +213,7 @@ fn find_nvcc() -> Result<PathBuf> {
             continue;
         }
         match check(&nvcc) {
-            Ok(()) => return Ok(nvcc),
+            Ok(version) => return Ok((nvcc, version)),
             Err(why) => write!(refused, "\n  {}: {why}", nvcc.display())?,
         }
     }
@@ -235,7 +229,7 @@ fn find_nvcc() -> Result<PathBuf> {
     .into())
 }
 
-fn check(nvcc: &Path) -> std::result::Result<(), String> {
+fn check(nvcc: &Path) -> std::result::Result<String, String> {
     let output = Command::new(nvcc)
         .arg("--version")
         .output()
@@ -244,7 +238,7 @@ fn check(nvcc: &Path) -> std::result::Result<(), String> {
     let release = text.split("release ").nth(1).unwrap_or_default();
     let major = release.split('.').next().and_then(|text| text.parse().ok());
     match major {
-        Some(CUDA_MAJOR) => Ok(()),
+        Some(CUDA_MAJOR) => Ok(text.into_owned()),
         Some(other) => Err(format!("version {other}, not {CUDA_MAJOR}")),
         None => Err("its --version names no release".into()),
     }
@@ -284,10 +278,6 @@ fn files(folder: &Path, extension: &str) -> Result<Vec<PathBuf>> {
     }
     found.sort();
     Ok(found)
-}
-
-fn image_of(source: &Path, out: &Path) -> PathBuf {
-    out.join(format!("{}.fatbin", stem(source)))
 }
 
 fn stem(source: &Path) -> String {
