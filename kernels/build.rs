@@ -54,7 +54,7 @@ fn run() -> Result<()> {
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return Ok(());
     }
-    for name in ["NVCC", "CUDA_HOME"] {
+    for name in ["NVCC", "CUDA_HOME", "NVCC_APPEND_FLAGS"] {
         println!("cargo::rerun-if-env-changed={name}");
     }
     let folder = Path::new(&env::var("CARGO_MANIFEST_DIR")?).join("kernels");
@@ -83,6 +83,7 @@ fn compile(folder: &Path, sources: &[PathBuf], out: &Path) -> Result<Vec<PathBuf
     fs::create_dir_all(&kept)?;
     let mut shared = DefaultHasher::new();
     version.hash(&mut shared);
+    env::var_os("NVCC_APPEND_FLAGS").hash(&mut shared); // nvcc reads it: `-lineinfo` for profilers, say
     for header in [folder.join("common"), folder.to_path_buf()] {
         for header in files(&header, "cuh")? {
             header.strip_prefix(folder)?.hash(&mut shared);
@@ -150,10 +151,6 @@ fn arguments(source: &Path) -> Vec<String> {
     ]
     .map(String::from)
     .to_vec();
-    // Line tables alone are for Rust's backtraces: the development profile shares the release's images.
-    if env::var("DEBUG").is_ok_and(|debug| matches!(debug.as_str(), "true" | "full" | "limited")) {
-        arguments.push("-lineinfo".into());
-    }
     arguments.extend(targets.iter().map(|target| format!("-gencode={target}")));
     arguments.push("-I.".into());
     arguments.push(format!("{}.cu", stem(source)));

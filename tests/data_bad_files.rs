@@ -7,7 +7,7 @@ mod data_support;
 
 use std::sync::Arc;
 
-use arrow::array::{ArrayRef, Int64Array, StringArray};
+use arrow_array::{ArrayRef, Int64Array, StringArray};
 use data_support::{columns, error, read, texts, write, write_parquet};
 use ferrotune::data::{Columns, MAX_RECORD_BYTES, open};
 use ferrotune::error::Error;

@@ -7,10 +7,10 @@ mod data_support;
 
 use std::sync::Arc;
 
-use arrow::array::{
+use arrow_array::types::Int32Type;
+use arrow_array::{
     ArrayRef, DictionaryArray, Int64Array, LargeStringArray, StringArray, StringViewArray,
 };
-use arrow::datatypes::Int32Type;
 use data_support::{columns, read, texts, write, write_parquet};
 use ferrotune::data::{Columns, Content, Reason, expand};
 use tempfile::tempdir;

@@ -6,10 +6,10 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ::arrow::array::RecordBatch;
-use ::arrow::buffer::Buffer;
-use ::arrow::ipc::reader::StreamDecoder;
-use ::arrow::ipc::{MessageHeader, root_as_message};
+use arrow_array::RecordBatch;
+use arrow_buffer::Buffer;
+use arrow_ipc::reader::StreamDecoder;
+use arrow_ipc::{MessageHeader, root_as_message};
 
 use super::columnar::{Projection, block};
 use super::guarded;

@@ -3,12 +3,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, AsArray, RecordBatch, StringViewArray};
-use arrow::compute::{can_cast_types, cast};
-use arrow::datatypes::{DataType, FieldRef, Fields};
-use arrow::error::ArrowError;
-use arrow::json::EncoderOptions;
-use arrow::json::writer::{NullableEncoder, make_encoder};
+use arrow_array::{Array, ArrayRef, AsArray, RecordBatch, StringViewArray};
+use arrow_cast::{can_cast_types, cast};
+use arrow_json::EncoderOptions;
+use arrow_json::writer::{NullableEncoder, make_encoder};
+use arrow_schema::ArrowError;
+use arrow_schema::{DataType, FieldRef, Fields};
 
 use super::guarded;
 use crate::data::columns::{Cell, Columns, Role, Selection};
