@@ -3,12 +3,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use arrow_array::{Array, ArrayRef, AsArray, RecordBatch, StringViewArray};
+use arrow_array::cast::AsArray;
+use arrow_array::{Array, ArrayRef, RecordBatch, StringViewArray};
 use arrow_cast::{can_cast_types, cast};
 use arrow_json::EncoderOptions;
 use arrow_json::writer::{NullableEncoder, make_encoder};
-use arrow_schema::ArrowError;
-use arrow_schema::{DataType, FieldRef, Fields};
+use arrow_schema::{ArrowError, DataType, FieldRef, Fields};
 
 use super::guarded;
 use crate::data::columns::{Cell, Columns, Role, Selection};
