@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .commands.evaluate import evaluate
     from .commands.generate import generate
     from .commands.merge import merge
+    from .commands.plan import PlanResult, plan
     from .commands.split import split
     from .commands.train import train
     from .dataset import DataCollator as DataCollator
@@ -50,6 +51,7 @@ __all__ = [
     "FormatError",
     "GenerateResult",
     "MergeResult",
+    "PlanResult",
     "Quantized4bit",
     "SettingError",
     "SplitResult",
@@ -62,6 +64,7 @@ __all__ = [
     "evaluate",
     "generate",
     "merge",
+    "plan",
     "quantize_4bit",
     "split",
     "train",
@@ -83,6 +86,7 @@ _EXPORTS = {
     "PackedDataset": ("dataset", "PackedDataset"),
     "PatchError": ("patching", "PatchError"),
     "PatchReport": ("patching", "PatchReport"),
+    "PlanResult": ("commands.plan", "PlanResult"),
     "Quantized4bit": ("quant", "Quantized4bit"),
     "SettingError": ("options", "SettingError"),
     "SplitResult": ("results", "SplitResult"),
@@ -100,6 +104,7 @@ _EXPORTS = {
     "load_data": ("dataset", "load_data"),
     "merge": ("commands.merge", "merge"),
     "patch": ("patching", "patch"),
+    "plan": ("commands.plan", "plan"),
     "quantize_4bit": ("quant", "quantize_4bit"),
     "split": ("commands.split", "split"),
     "train": ("commands.train", "train"),

@@ -62,7 +62,7 @@ def build_parser(known: Mapping[str, Command]) -> Parser:
 
 def _usage(command: Command) -> str:
     required = (
-        f"{setting.kind.metavar}…"
+        f"{setting.kind.metavar}{'' if setting.kind.join is None else '…'}"
         if setting.option.positional
         else f"{setting.flag} {setting.kind.metavar}"
         for setting in settings_of(command.function).values()
@@ -121,7 +121,7 @@ def _add(group: argparse._ArgumentGroup, setting: Setting) -> None:
         options |= {"nargs": "+", "action": "extend"}
     if setting.option.positional:  # the flag is for those who write it as other commands have it
         dest = options.pop("dest")
-        group.add_argument(dest, **{**options, "nargs": "*"})
+        group.add_argument(dest, **{**options, "nargs": "?" if kind.join is None else "*"})
         options |= {"dest": dest, "help": "the same"}
     group.add_argument(setting.flag, **options)
 

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use arrow::array::{ArrayRef, RecordBatch};
+use arrow_array::{ArrayRef, RecordBatch};
 use ferrotune::data::{Columns, Content, Files, Item, Record, Skip, Tokenizer};
 use ferrotune::error::Result;
 use parquet::arrow::ArrowWriter;

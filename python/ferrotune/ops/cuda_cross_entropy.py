@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .. import _native
+from .. import _native, chunks
 from .cross_entropy_types import LIFT, OUT_OF_RANGE, Facts
 from .cuda import NAMES, address, raw_stream
 
@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["chunk_rows", "kind", "prepare", "rows", "scale_gradient", "stride"]
 
-WORKSPACE = 504 << 20
-"""Bytes that a chunk's logits may take."""
-_TILE, _HALF_TILE = 128, 64  # rows of a tile of cuBLAS's products
-_FEWEST_ROWS = 1024  # with fewer, the products wait for the weight
-_TILES_AREA = 128 * 128 * 256  # elements of the gradient of x, of as many tiles as there are SMs
 _ALIGNMENT = 16  # bytes
 
 
@@ -39,17 +34,8 @@ def stride(x: Tensor, classes: int) -> int:
 
 
 def chunk_rows(x: Tensor, classes: int, softcap: bool) -> int:
-    """The fewest rows with which both products are efficient, of chunks of one size.
-
-    The gradient of x sums over all classes, so its tiles alone keep the device busy: with rows for
-    one of each SM, as far as `WORKSPACE` goes.
-    """
     m, d = x.shape
-    most = max(1, WORKSPACE // max(1, stride(x, classes) * x.dtype.itemsize))
-    rows = min(max(_FEWEST_ROWS, _TILES_AREA // max(1, d)), most)
-    chunks = -(-m // (rows // _TILE * _TILE or rows))
-    even = -(-m // max(1, chunks))
-    return min(most, -(-even // _HALF_TILE) * _HALF_TILE)
+    return chunks.chunk_rows(m, d, stride(x, classes) * x.dtype.itemsize)
 
 
 def prepare(

@@ -1,0 +1,174 @@
+"""The memory of a training step by part, and its peak.
+
+Bytes that PyTorch allocates on the device (``max_memory_allocated``): a model of transformers that
+`ferrotune.patch` has patched, attention by ``scaled_dot_product_attention`` without a mask, AdamW
+of torch or bitsandbytes. What a block keeps for the backward pass, an element a token:
+
+- its norms' inputs (with the residual added); what attention and the MLP take in; a query, a key
+  and a value; what attention puts out; gate and up. The MLP's hidden state is computed again in
+  backward where the MLP is one node (`ferrotune.ops.gated_mlp`: with adapters, without dropout,
+  gate and up apart), else kept;
+- in 4 bytes: a row's 1 / rms for each norm and, for each head, attention's log-sum-exp.
+
+With checkpointing a block keeps its input, and one block at a time has the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..chunks import chunk_rows
+from .shapes import Shape
+
+DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_WIDE = 4  # bytes of f32
+_ABSMAX_GROUP = 256  # absmax values that share a scale, quantised themselves
+# Of an 8-bit state: a code a value, and the f32 absmax of every 256.
+_EIGHT_BITS = 1 + 4 / 256
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """How a model is trained; `dtype` is that of the model's own weights and of its activations."""
+
+    method: Literal["full", "lora", "qlora"] = "qlora"
+    r: int = 16
+    lora_dropout: float = 0.0
+    batch_size: int = 1
+    sequence_length: int = 2048
+    checkpointing: bool = False
+    fused_loss: bool = True
+    optimizer: Literal["adamw", "adamw_8bit", "sgd"] = "adamw"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    double_quant: bool = True
+    blocksize: int = 64
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.sequence_length
+
+    @property
+    def element(self) -> int:
+        """Bytes."""
+        return DTYPES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes by part. They are not all there at once: see `peak`."""
+
+    weights: int
+    adapters: int
+    optimizer: int
+    gradients: int
+    activations: int
+    scratch: int
+    loss: int
+    head_gradient: int
+    update: int
+
+    @property
+    def moments(self) -> dict[str, int]:
+        """Bytes at the three moments that can be the peak."""
+        lasting = self.weights + self.adapters + self.optimizer
+        backward = self.activations + self.scratch + self.head_gradient
+        return {
+            "the loss": lasting + self.activations + self.loss,
+            "the last block's backward": lasting + backward,
+            "the optimiser's step": lasting + self.gradients + self.update,
+        }
+
+    @property
+    def peak(self) -> int:
+        return max(self.moments.values())
+
+    @property
+    def peak_at(self) -> str:
+        moments = self.moments
+        return max(moments, key=lambda moment: moments[moment])
+
+
+def memory(shape: Shape, setup: Setup) -> Memory:
+    """What a step takes once the optimiser has its states."""
+    element, full = setup.element, setup.method == "full"
+    trained = shape.adapter_parameters(setup.r)
+    adapters = 0 if full else trained * _WIDE  # PEFT keeps them in f32
+    width = _WIDE
+    if full:
+        trained, width = shape.linear_parameters + shape.other_parameters, element
+    block = block_bytes(shape, setup)
+    entry = setup.tokens * shape.hidden * element
+    # Above the blocks: the last norm's input and output.
+    kept = 2 * entry + shape.layers * (entry if setup.checkpointing else block)
+    if setup.checkpointing:
+        kept += block
+    # The optimiser's foreach form makes the denominators of all parameters at once.
+    update = trained * width if setup.optimizer == "adamw" else 0
+    return Memory(
+        weights=weight_bytes(shape, setup),
+        adapters=adapters,
+        optimizer=_states(trained, width, setup),
+        gradients=trained * width,
+        activations=kept,
+        scratch=_scratch(shape, setup),
+        loss=loss_bytes(shape, setup),
+        head_gradient=shape.vocabulary * shape.hidden * element if full else 0,
+        update=update,
+    )
+
+
+def weight_bytes(shape: Shape, setup: Setup) -> int:
+    """The frozen or trained weights themselves; 4-bit ones with their absmax values."""
+    others = shape.other_parameters * setup.element
+    if setup.method != "qlora":
+        return shape.linear_parameters * setup.element + others
+    packed = 0
+    for one in shape.linears:
+        blocks = -(-one.n * one.k // setup.blocksize)
+        scales = blocks * _WIDE
+        if setup.double_quant:
+            scales = blocks + -(-blocks // _ABSMAX_GROUP) * _WIDE
+        packed += -(-one.n * one.k // 2) + scales
+    return shape.layers * packed + others
+
+
+def block_bytes(shape: Shape, setup: Setup) -> int:
+    """What one block keeps for its backward pass."""
+    elements = (shape.norms + 2) * shape.hidden
+    elements += 2 * shape.queries + 2 * shape.keys + 2 * shape.intermediate
+    wide = shape.norms + shape.heads
+    if shape.head_norms:
+        elements += shape.queries + shape.keys
+        wide += shape.heads + shape.key_value_heads
+    if setup.method == "full" or setup.lora_dropout > 0 or shape.fused:
+        elements += shape.intermediate
+    if setup.method != "full":
+        wide += setup.r * len(shape.linears)
+    return setup.tokens * (elements * setup.element + wide * _WIDE)
+
+
+def loss_bytes(shape: Shape, setup: Setup) -> int:
+    """The logits: one chunk of them, or transformers' own loss.
+
+    That one holds them in the model's dtype and, for its f32 form, the values, their log-softmax
+    and two gradients.
+    """
+    if setup.fused_loss:
+        row = shape.vocabulary * setup.element
+        chunk = min(setup.tokens, chunk_rows(setup.tokens, shape.hidden, row)) * row
+        trained = shape.vocabulary * shape.hidden * _WIDE if setup.method == "full" else 0
+        return chunk + setup.tokens * shape.hidden * setup.element + trained
+    return setup.tokens * shape.vocabulary * (setup.element + 3 * _WIDE)
+
+
+def _states(trained: int, width: int, setup: Setup) -> int:
+    if setup.optimizer == "sgd":
+        return 0
+    return int(2 * trained * (_EIGHT_BITS if setup.optimizer == "adamw_8bit" else width))
+
+
+def _scratch(shape: Shape, setup: Setup) -> int:
+    """Of the MLP's backward: two gradients and the hidden state, and a dequantised weight."""
+    largest = max(one.n * one.k for one in shape.linears) if setup.method == "qlora" else 0
+    return (3 * setup.tokens * shape.intermediate + largest) * setup.element
