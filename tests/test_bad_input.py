@@ -374,6 +374,14 @@ def test_a_misspelt_config_key(work: Path) -> None:
 def test_a_config_file_that_is_no_toml(work: Path) -> None:
     (work / "run.toml").write_text("r = \n")
     refused_and_unwritten(work, "run.toml", "line 1", more=("--config", "run.toml"))
+    for text, expected in (
+        ("r = " + "[" * 100_000, "nested too deeply"),
+        ("r = " + "{a=" * 100_000, "nested too deeply"),
+        ("#" * (1 << 20) + "\n", "larger than 1 MiB"),
+        ("r = 1\0", "not TOML"),
+    ):
+        (work / "run.toml").write_text(text)
+        refused_and_unwritten(work, "run.toml", expected, more=("--config", "run.toml"))
 
 
 def test_an_output_that_is_taken(work: Path) -> None:

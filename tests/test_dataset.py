@@ -1,5 +1,6 @@
 """PackedDataset and DataCollator in PyTorch's loaders, transformers' Trainer and TRL's."""
 
+import json
 import pickle
 from itertools import pairwise
 from pathlib import Path
@@ -170,12 +171,19 @@ def test_a_look_at_the_first_row_costs_no_row(files: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_reading_goes_on_in_the_middle_of_an_epoch(files: Path, workers: int) -> None:
-    data = _load(files, batch_size=2)
+@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize("sort_by_length", [False, True])
+def test_reading_goes_on_in_the_middle_of_an_epoch(
+    files: Path, workers: int, rank: int, world_size: int, sort_by_length: bool
+) -> None:
+    settings: dict[str, Any] = {"rank": rank, "world_size": world_size, "batch_size": 2}
+    settings |= {"sort_by_length": sort_by_length, "packing": not sort_by_length}
+    data = _load(files, **settings)
     data.set_epoch(3)
     expected = _batches(_loader(data, workers, batch_size=2))
-    for read in (1, 2, 5, len(expected) - 1):
-        again = _load(files, batch_size=2)
+    assert sum(map(len, expected)) == len(data)
+    for read in (1, 2, len(expected) - 1):
+        again = _load(files, **settings)
         again.load_state_dict({"epoch": 3, "position": 2 * read})
         assert _batches(_loader(again, workers, batch_size=2)) == expected[read:]
 
@@ -230,6 +238,35 @@ def test_what_is_cut_is_counted(files: Path) -> None:
     assert packed["truncated"] == 0
     assert packed["split"] == cut["truncated"]
     assert packed["train_targets"] > cut["train_targets"]
+
+
+def test_data_is_looked_at_first(files: Path, tmp_path: Path) -> None:
+    lines = files.read_text().split("\n\n")
+    repeated = tmp_path / "repeated.txt"
+    repeated.write_text("\n\n".join([*lines, *lines[:20]]))
+    for heldout in (0.0, 0.2):
+        settings: dict[str, Any] = {"near_duplicates": 0.0, "heldout": heldout}
+        with pytest.warns(UserWarning, match="data: .* of the records repeat an earlier text"):
+            loaded = load_data(DEMO, repeated, **settings)
+        found = {one["check"]: one for one in loaded.report["audit"]}
+        assert found["exact_duplicates"]["count"] == 20
+        assert found["exact_duplicates"]["severity"] == "warning"
+        off = load_data(DEMO, repeated, audit="off", **settings)
+        assert off.report["audit"] == []
+        assert off.train.rows == loaded.train.rows
+    labelled = tmp_path / "labelled.jsonl"
+    labelled.write_text("".join(json.dumps({"text": line, "class": "a"}) + "\n" for line in lines))
+    settings = {"near_duplicates": 0.0, "label_column": "class"}
+    with pytest.raises(ValueError, match="the audit stops this run: Every record has the label"):
+        load_data(DEMO, labelled, **settings)
+    with pytest.warns(UserWarning, match="data: Every record has the label `a`"):
+        assert load_data(DEMO, labelled, audit="warn", **settings).train.rows
+    copy = tmp_path / "copy.txt"
+    copy.write_text("\n\n".join(lines[:5]))
+    with pytest.raises(ValueError, match="the audit stops this run: Every held-out record"):
+        load_data(DEMO, files, heldout_data=copy, near_duplicates=0.0)
+    with pytest.raises(ferrotune.SettingError, match="audit"):
+        load_data(DEMO, files, audit="loud")  # type: ignore[arg-type]
 
 
 def test_bad_arguments(files: Path) -> None:

@@ -13,16 +13,23 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_MOST_BYTES = 1 << 20  # of a file of settings, which may name many data files
+
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The keys and values of a TOML file. Raises OSError, and SettingError where it is not TOML."""
-    data = Path(path).read_bytes()
+    with Path(path).open("rb") as file:
+        data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise SettingError(f"{os.fspath(path)}: larger than {_MOST_BYTES >> 20} MiB")
     try:
         return tomllib.loads(data.decode())
     except UnicodeDecodeError as error:
         raise SettingError(f"{os.fspath(path)}: not UTF-8 at byte {error.start}") from None
     except tomllib.TOMLDecodeError as error:
         raise SettingError(f"{os.fspath(path)}: not TOML: {error}") from None
+    except RecursionError:
+        raise SettingError(f"{os.fspath(path)}: its values are nested too deeply") from None
 
 
 def to_toml(settings: Mapping[str, Any], header: str = "") -> str:

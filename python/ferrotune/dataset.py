@@ -7,10 +7,11 @@ the rows are numpy arrays, so that worker processes share them.
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -232,7 +233,11 @@ _FILLS = {"input_ids": 0, "labels": IGNORE, "position_ids": 0}
 
 @dataclass(frozen=True, slots=True)
 class LoadedData:
-    """Both sides, and what became of the records (records, tokens, truncated, split, skipped)."""
+    """Both sides, and what became of the records.
+
+    The report counts records, tokens, what was truncated, split or skipped, and lists what the
+    `audit` found.
+    """
 
     train: PackedDataset
     heldout: PackedDataset | None
@@ -257,6 +262,7 @@ def load_data(
     completion_column: str | None = None,
     messages_column: str | None = None,
     label_column: str | None = None,
+    audit: Literal["stop", "warn", "off"] = "stop",
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -268,6 +274,10 @@ def load_data(
     end-of-sequence token, and begin with its beginning-of-sequence token where the tokenizer puts
     one; conversations are what its chat template writes. A document longer than a row is cut into
     several with `packing` and truncated without; the report counts both.
+
+    The data is audited first, as at the start of a run: what is found is in the report's `audit`,
+    faults are Python warnings too, and data that training would be meaningless on is refused unless
+    `audit` is "warn".
 
     Args:
         tokenizer: a fast tokenizer of transformers, or a folder that holds one.
@@ -295,6 +305,7 @@ def load_data(
         "completion_column": completion_column,
         "messages_column": messages_column,
         "label_column": label_column,
+        "audit": audit,
         "seed": seed,
         "threads": threads,
     }
@@ -302,9 +313,13 @@ def load_data(
     order: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "rank": rank}
     order |= {"world_size": world_size}
     found = _prepare(tokenizer, settings, tables)
+    report = json.loads(found[2])
+    for fault in report["audit"]:
+        if fault["severity"] != "note":
+            warnings.warn(f"data: {fault['message']}", stacklevel=2)
     train = PackedDataset(found[0], sort_by_length=sort_by_length, **order)
     held = PackedDataset(found[1], shuffle=False, **order) if found[1] is not None else None
-    return LoadedData(train, held, json.loads(found[2]))
+    return LoadedData(train, held, report)
 
 
 def _prepare(tokenizer: Any, settings: dict[str, Any], tables: dict[str, Any]) -> Any:

@@ -300,7 +300,7 @@ impl Source {
     }
 
     /// The near duplicates among the texts of both sides, where they matter; `heldout`'s records count on behind.
-    fn near(
+    pub(super) fn near(
         train: &Self,
         heldout: Option<&Self>,
         config: &DataConfig,

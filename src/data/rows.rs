@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::audit::{AuditMode, Finding, audit_of_run};
 use super::pack::{Layout, Packed};
 use super::prepare::{DataConfig, DataReport, Skips, Source, prepare};
 use super::tokenizer::Tokenizer;
@@ -54,6 +55,8 @@ pub enum RowsReport {
         split: usize,
         skipped: Vec<super::prepare::Skipped>,
         skipped_total: usize,
+        /// What an audit found fault with; empty where none was made.
+        audit: Vec<Finding>,
     },
 }
 
@@ -79,6 +82,12 @@ pub fn prepare_rows(
     }
     let mut skips = Skips::default();
     let source = Source::read(&config.data, &config, &mut skips)?;
+    let near = match config.audit {
+        AuditMode::Off => None,
+        _ => Source::near(&source, None, &config)?,
+    };
+    let audit = audit_of_run(&config, source.side(), None, near.as_ref(), &skips)?;
+    drop(near);
     let (packing, records) = source.pack(&config, tokenizer, &mut skips)?;
     let train_records = records.len();
     let packed = packing.packed;
@@ -97,6 +106,7 @@ pub fn prepare_rows(
         split: packing.split,
         skipped: skips.first,
         skipped_total: skips.total,
+        audit,
     };
     Ok((Rows::new(&packed), None, report))
 }

@@ -10,6 +10,7 @@ use serde::Deserialize;
 use super::caller;
 use super::engine::to_json;
 use super::frames::{self, Tables};
+use crate::data::audit::AuditMode;
 use crate::data::{self, DataConfig, Rows, Tokenizer};
 use crate::engine::jobs::with_threads;
 use crate::error::{Error, Result};
@@ -22,6 +23,7 @@ struct RowsConfig {
     tokenizer: PathBuf,
     bos_token_id: Option<u32>,
     eos_token_id: Option<u32>,
+    audit: AuditMode,
     threads: Option<usize>,
 }
 
@@ -38,6 +40,7 @@ pub fn prepare_rows<'py>(
     let mut config: RowsConfig = serde_json::from_str(config)
         .map_err(|error| Error::argument(format!("settings: {error}")))?;
     config.data.frames = frames::import(frames)?;
+    config.data.audit = config.audit;
     let (train, heldout, report) = caller::run(py, None, |_| {
         with_threads(config.threads, || {
             let (bos, eos) = (config.bos_token_id, config.eos_token_id);

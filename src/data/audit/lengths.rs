@@ -6,7 +6,7 @@ use super::corpus::Corpus;
 use super::finding::{Finding, Severity, share};
 
 /// Robust standard deviations of the logarithm from which a length is an outlier.
-const FAR: f64 = 5.0;
+const FAR: f64 = 4.0;
 /// And at least this many times longer or shorter than the median.
 const TIMES: f64 = 4.0;
 /// Of the histogram, for each doubling.

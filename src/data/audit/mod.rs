@@ -2,7 +2,7 @@
 //!
 //! What grows with the number of records: the records themselves, 200 bytes a record for near duplicates, 16 for exact
 //! ones, and the words of the labelled records where labels are predicted (at most 200,000 of them). Languages are told
-//! for at most 100,000 records. Everything else is a count.
+//! for at most 100,000 records. Everything else is a count, and 24 bytes for each record that is found.
 
 mod conflicts;
 mod contradictions;

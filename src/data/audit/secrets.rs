@@ -28,7 +28,7 @@ const fn kind(name: &'static str, pattern: &'static str, key: bool) -> Kind {
     }
 }
 
-static KINDS: [Kind; 10] = [
+static KINDS: [Kind; 12] = [
     kind(
         "private key",
         r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY-----",
@@ -53,6 +53,12 @@ static KINDS: [Kind; 10] = [
         r"\b[a-z][a-z0-9+.-]{1,20}://[^\s/:@]{1,64}:[^\s/:@]{3,64}@[\w.-]+",
         true,
     ),
+    Kind {
+        name: "password or key by its name",
+        pattern: r#"(?i)\b(?:password|passwd|passphrase|secret|api[ _-]?key|(?:access|auth|secret)[ _-]?(?:key|token))["']?\s{0,3}(?:=|:|:=|=>)\s{0,3}["']?[^\s"',;<>(){}]{6,100}"#,
+        holds: is_password,
+        key: true,
+    },
     kind(
         "e-mail address",
         r"\b[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}\b",
@@ -62,6 +68,12 @@ static KINDS: [Kind; 10] = [
         name: "payment card or bank account",
         pattern: r"\b(?:\d[ -]?){12,18}\d\b|\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b",
         holds: is_account,
+        key: false,
+    },
+    Kind {
+        name: "phone number",
+        pattern: r"\+[1-9]\d{0,2}[ ./-]?\(?\d{1,5}\)?(?:[ ./-]?\d{2,8}){1,4}\b",
+        holds: is_phone_number,
         key: false,
     },
 ];
@@ -104,7 +116,7 @@ pub fn check(corpus: &Corpus) -> Finding {
     let count = found.len();
     let mut finding = Finding::new("secrets", Severity::Warning, count, corpus.len())
         .message(match count {
-            0 => "No sign of keys, e-mail addresses, cards or accounts.".to_owned(),
+            0 => "No sign of keys, passwords, e-mail addresses, phone numbers, cards or accounts.".to_owned(),
             _ => format!(
                 "{} of the records hold likely secrets or personal data ({}), which a model can give away. They are masked here.",
                 share(count, corpus.len()),
@@ -149,6 +161,20 @@ pub fn mask(text: &str) -> Cow<'_, str> {
         masked = Cow::Owned(replaced.into_owned());
     }
     masked
+}
+
+/// Whether what is behind the name is no word of a sentence.
+fn is_password(text: &str) -> bool {
+    let behind = text.find(['=', ':']).map_or("", |at| &text[at..]);
+    let value =
+        behind.trim_start_matches(|sign: char| sign.is_whitespace() || "=:>\"'".contains(sign));
+    value.contains(|sign: char| sign.is_ascii_digit())
+        && value.contains(|sign: char| sign.is_alphabetic())
+}
+
+/// Whether it is as long as an international number can be (ITU-T E.164).
+fn is_phone_number(text: &str) -> bool {
+    (9..=15).contains(&text.chars().filter(char::is_ascii_digit).count())
 }
 
 /// Whether the check digits of a card (Luhn, ISO/IEC 7812) or an account (IBAN, ISO 13616) fit.
@@ -208,6 +234,19 @@ mod tests {
                 "pay to DE89 3704 0044 0532 0130 00",
                 Some("payment card or bank account"),
             ),
+            (
+                "password = hunter2hunter",
+                Some("password or key by its name"),
+            ),
+            (
+                "{\"api_key\": \"9f86d081884c7d65\"}",
+                Some("password or key by its name"),
+            ),
+            ("call +49 30 12345678 or", Some("phone number")),
+            ("call +1 (555) 010-9999", Some("phone number")),
+            ("the password: something easy", None),
+            ("secret: 1234567", None),
+            ("a sum of +12 345 and +7", None),
             ("card 4111 1111 1111 1112", None),
             ("DE88 3704 0044 0532 0130 00", None),
             ("0000 0000 0000 0000", None),

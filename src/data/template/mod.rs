@@ -3,9 +3,12 @@
 //! The assistant's part of the text, which is what a model is trained on, comes from the template's
 //! `{% generation %}` markers, or where it has none from rendering the conversation up to each turn.
 
+mod budget;
 mod environment;
+mod filters;
 mod folder;
 mod python;
+mod source;
 mod stack;
 
 use std::ops::Range;
@@ -17,7 +20,7 @@ use super::guard::guarded;
 use super::json::Json;
 use super::record::Reason;
 use crate::error::{Error, Result};
-use environment::MAX_TEXT_BYTES;
+use budget::MAX_TEXT_BYTES;
 pub(super) use stack::deep;
 
 /// Names under which a message's reasoning is found, the first being what templates read.
@@ -133,18 +136,13 @@ impl ChatTemplate {
         tool_use: Option<&str>,
         special_tokens: Map<String, Value>,
     ) -> Result<Self> {
-        let mut environment = environment::new();
         let sources = [source, tool_use.unwrap_or(source)];
-        for (name, source) in NAMES.iter().zip(sources) {
-            environment
-                .add_template_owned(*name, environment::without_generation_tags(source))
-                .map_err(|error| {
-                    Error::argument(format!(
-                        "the chat template cannot be read: {}",
-                        describe(&error)
-                    ))
-                })?;
-        }
+        let unreadable =
+            |problem: &str| Error::argument(format!("the chat template cannot be read: {problem}"));
+        let environment = deep(|| guarded(|| compile(sources)))
+            .map_err(|error| unreadable(&format!("no thread can be started for it: {error}")))?
+            .map_err(|problem| unreadable(&problem))?
+            .map_err(|error| unreadable(&describe(&error)))?;
         Ok(Self {
             environment,
             marked: sources.map(environment::has_generation_tags),
@@ -296,6 +294,7 @@ impl ChatTemplate {
             ferrotune_generation_end => end,
             ..variables
         };
+        budget::begin();
         let mut text = environment::Bounded::default();
         let rendered = template.render_captured_to(variables, &mut text);
         if text.full {
@@ -307,6 +306,19 @@ impl ChatTemplate {
         rendered.map_err(|error| fail(&error))?;
         String::from_utf8(text.bytes).map_err(|error| Reason::Template(error.to_string()))
     }
+}
+
+/// The templates of [`NAMES`], as they are counted.
+fn compile(sources: [&str; 2]) -> std::result::Result<Environment<'static>, minijinja::Error> {
+    let mut environment = environment::new();
+    let mut steps = environment::MAX_STEPS;
+    for (name, source) in NAMES.iter().zip(sources) {
+        let counted = source::counted(&environment::without_generation_tags(source), steps)?;
+        steps = counted.steps;
+        environment.add_template_owned(*name, counted.source)?;
+    }
+    environment.set_fuel(Some(steps));
+    Ok(environment)
 }
 
 /// What happened and in which line; the error's causes too, one behind another.
@@ -323,4 +335,51 @@ fn describe(error: &minijinja::Error) -> String {
         text = format!("line {line}: {text}");
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::{ChatTemplate, Conversation, Map, budget, deep};
+
+    /// Each of these would take minutes or hours by its steps alone, and makes nothing that is counted.
+    #[test]
+    fn long_texts_walked_through_at_every_step() {
+        let conversation = Conversation::parse("[]", None).unwrap();
+        let uses = [
+            "s == t",
+            "1 < 2 <= s.count('y') < 3",
+            "s in t or t not in s",
+            "s is eq(t)",
+            "s is startingwith(t)",
+            "s is in t",
+            "s == (t if true else z)",
+            "s == (t or z)",
+            "s == (z or t)",
+            "s | length == 1",
+            "s.find('y')",
+            "s[1:][0] is defined",
+            "s[:][0] is defined",
+            "s[:].y is defined",
+            "s[::-1][0] is defined",
+            "(s)[:] [0] is defined",
+        ];
+        deep(|| {
+            budget::limit_time(Duration::from_millis(20));
+            for test in uses {
+                let loops = "{% for a in range(900) %}".repeat(2);
+                let source = format!(
+                    "{{% set s = 'x' * 30000000 %}}{{% set t = 'x' * 29999999 + 'z' %}}{loops}{{% if {test} %}}{{% endif %}}{{% endfor %}}{{% endfor %}}"
+                );
+                let template = ChatTemplate::new(&source, None, Map::new()).unwrap();
+                let begin = Instant::now();
+                let error = template.render(&conversation, false).unwrap_err();
+                let error = error.to_string();
+                assert!(error.contains("more than 20ms for one conversation"), "{test}: {error}");
+                assert!(begin.elapsed() < Duration::from_secs(60), "{test}");
+            }
+        })
+        .unwrap();
+    }
 }

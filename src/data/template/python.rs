@@ -5,14 +5,17 @@ use std::fmt::{self, Write};
 use minijinja::value::{Value, ValueKind};
 use minijinja::{Error, ErrorKind};
 
-use super::environment::bounded;
+use super::budget::{Charged, fits, written};
 
 /// `str(value)`.
-pub fn str(value: &Value) -> String {
-    let mut text = String::new();
-    // A String takes whatever is written.
-    let _ = write_str(&mut text, value);
-    text
+///
+/// # Errors
+/// Where it is too long, or too much has been made with it.
+pub fn str(value: &Value) -> Result<String, Error> {
+    let mut text = Charged(String::new());
+    written(write_str(&mut text, value))?;
+    fits(text.0.len())?;
+    Ok(text.0)
 }
 
 /// Writes `str(value)`.
@@ -147,7 +150,7 @@ impl Dump {
     }
 
     fn write(&self, text: &mut String, value: &Value, depth: usize) -> Result<(), Error> {
-        bounded(text.len())?;
+        fits(text.len())?;
         match value.kind() {
             ValueKind::None => text.push_str("null"),
             ValueKind::Bool => text.push_str(if value.is_true() { "true" } else { "false" }),
