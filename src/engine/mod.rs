@@ -8,6 +8,7 @@ mod events;
 pub mod generate;
 mod gradients;
 pub mod jobs;
+pub mod metrics;
 mod model;
 pub mod models;
 pub mod ops;
