@@ -41,7 +41,7 @@ def render(
     sections = (
         _front_matter(base, settings["method"], result),
         f"# {_title(base, settings['method'])}\n\n{_summary(result, settings, base)}",
-        f"## Results\n\n{_results(result).markdown()}{_classes(result)}{curves}",
+        f"## Results\n\n{_results(result).markdown()}{_classes(result)}{_verdict(result)}{curves}",
         f"## Limits\n\n{_limits(result, settings)}",
         f"## Use\n\n{_use(result, settings, in_weights)}",
         f"## Data\n\n{_data(result, files)}",
@@ -60,6 +60,10 @@ def base_name(model: str) -> str:
     if isinstance(name, str) and _HUB_NAME.fullmatch(name):
         return name
     return folder.resolve().name
+
+
+def _verdict(result: TrainResult) -> str:
+    return "" if result.verdict is None else f"\n\n{result.verdict.text}"
 
 
 def _classes(result: TrainResult) -> str:

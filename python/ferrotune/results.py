@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from . import tables
 from .metrics import ClassificationMetrics, GenerationMetrics
 from .tables import Table
+from .verdict import Verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,7 +80,8 @@ class TrainResult(Result):
     adapter, or a whole model for methods "full" and "freeze" (`adapter` is then None). `model` and
     `data` are what the engine reported of them. A classifier's losses are in nats per label;
     `classification_before` and `classification` are its other measures before the first step and
-    with the best weights, `generation` those of a language model with its best weights.
+    with the best weights, `generation` those of a language model with its best weights. `verdict`
+    says in words whether the run overfitted.
     """
 
     method: str
@@ -100,6 +102,7 @@ class TrainResult(Result):
     generation: GenerationMetrics | None = None
     classification_before: ClassificationMetrics | None = None
     classification: ClassificationMetrics | None = None
+    verdict: Verdict | None = None
 
     @property
     def task(self) -> str:
@@ -160,12 +163,18 @@ class TrainResult(Result):
         return (
             ("held-out loss", loss),
             *self._measures(),
+            *self._verdict(),
             ("trained parameters", self.parameters_text()),
             ("steps", tables.count(self.steps) + (f" ({notes})" if notes else "")),
             ("training tokens", tables.count(self.tokens)),
             ("training time", f"{tables.duration(self.seconds)} ({speed})"),
             ("output", str(self.output)),
         )
+
+    def _verdict(self) -> tuple[tuple[str, str], ...]:
+        if self.verdict is None or self.verdict.kind == "unknown":
+            return ()
+        return (("verdict", self.verdict.kind),)
 
     def _measures(self) -> tuple[tuple[str, str], ...]:
         """What the held-out part says beside the loss, before and after."""
