@@ -250,7 +250,6 @@ fn fields_that_mean_something_else_are_refused_by_name() {
     for (field, value) in [
         ("use_dora", json!(true)),
         ("lora_bias", json!(true)),
-        ("fan_in_fan_out", json!(true)),
         ("use_qalora", json!(true)),
         ("use_bdlora", json!({"nblocks": 2})),
         ("ensure_weight_tying", json!(true)),
@@ -261,7 +260,6 @@ fn fields_that_mean_something_else_are_refused_by_name() {
         ("velora_config", json!({"scale": 1})),
         ("megatron_config", json!({"a": 1})),
         ("layer_replication", json!([[0, 2]])),
-        ("modules_to_save", json!(["lm_head"])),
         ("target_parameters", json!(["experts"])),
         ("trainable_token_indices", json!([5])),
         ("bias", json!("all")),
@@ -273,7 +271,7 @@ fn fields_that_mean_something_else_are_refused_by_name() {
         assert_says(result, &[field, &text, "not supported"]);
     }
     for neutral in [json!(null), json!(false), json!([]), json!({})] {
-        assert!(config(json!({"target_modules": ["a"], "modules_to_save": neutral})).is_ok());
+        assert!(config(json!({"target_modules": ["a"], "target_parameters": neutral})).is_ok());
     }
 }
 

@@ -61,6 +61,7 @@ fn example() -> Adapter {
             ("model.layers.0.self_attn.q_proj".to_owned(), pair(2, 4, 5)),
             ("model.layers.0.self_attn.v_proj".to_owned(), pair(3, 4, 2)),
         ]),
+        saved: BTreeMap::new(),
     }
 }
 
@@ -69,7 +70,7 @@ fn an_adapter_is_read_back() {
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("new/adapter");
-        adapter::write(&folder, &example(), dtype, "# card").unwrap();
+        adapter::write(&folder, &example(), dtype, "# card", None).unwrap();
         let (read, warnings) = adapter::read(&folder).unwrap();
         // The values are exact in all three types.
         assert_eq!((read, warnings), (example(), Vec::new()));
@@ -132,7 +133,7 @@ fn adapters_that_do_not_fit_are_not_written() {
         .modules
         .insert("model.layers.1.self_attn.q_proj".to_owned(), pair(3, 4, 5));
     assert_says(
-        adapter::write(dir.path(), &wrong, DType::F32, ""),
+        adapter::write(dir.path(), &wrong, DType::F32, "", None),
         &["layers.1.self_attn.q_proj", "r = 3", "says 2"],
     );
     let mut wrong = example();
@@ -140,13 +141,13 @@ fn adapters_that_do_not_fit_are_not_written() {
         .modules
         .insert("model.layers.0.mlp.up_proj".to_owned(), pair(2, 4, 5));
     assert_says(
-        adapter::write(dir.path(), &wrong, DType::F32, ""),
+        adapter::write(dir.path(), &wrong, DType::F32, "", None),
         &["mlp.up_proj", "do not choose it"],
     );
     let mut wrong = example();
     wrong.modules.clear();
     assert_says(
-        adapter::write(dir.path(), &wrong, DType::F32, ""),
+        adapter::write(dir.path(), &wrong, DType::F32, "", None),
         &["without any module"],
     );
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
@@ -160,7 +161,7 @@ fn broken_adapter_folders() {
         adapter::read(path),
         &["missing adapter_config.json", "empty"],
     );
-    adapter::write(path, &example(), DType::F32, "").unwrap();
+    adapter::write(path, &example(), DType::F32, "", None).unwrap();
     let config = fs::read_to_string(path.join("adapter_config.json")).unwrap();
     fs::write(
         path.join("adapter_config.json"),

@@ -8,7 +8,7 @@ use std::path::Path;
 use candle_core::{D, DType, Device, Tensor, Var};
 use ferrotune::data::{Batch, IGNORE};
 use ferrotune::dtype::DType as FileType;
-use ferrotune::engine::models::llama::{Llama, LlamaConfig, LoadPlan, Trained};
+use ferrotune::engine::models::{Architecture, LoadPlan, Trained, Transformer};
 use ferrotune::engine::{Mode, Model};
 use ferrotune::folder::{Tensor as FileTensor, write_safetensors};
 
@@ -237,13 +237,14 @@ fn loss_and_every_gradient_agree_with_candle() {
     for tied in [false, true] {
         let path = tempfile::tempdir().unwrap();
         let vars = folder(path.path(), tied);
-        let config = LlamaConfig::read(path.path()).unwrap();
+        let config = Architecture::read(path.path()).unwrap();
         let plan = LoadPlan {
             quantize: None,
-            trained: Trained::Everything,
+            trained: Trained::everything(),
             positions: 256,
+            seed: 0,
         };
-        let model = Llama::load(path.path(), config, &plan).unwrap();
+        let model = Transformer::load(path.path(), config, &plan).unwrap();
         let batch = batch();
 
         let (loss, count) = model.loss(&batch, Mode::Train { seed: 0 }).unwrap();
@@ -294,13 +295,14 @@ fn loss_and_every_gradient_agree_with_candle() {
 fn a_second_backward_of_one_forward_is_refused() {
     let path = tempfile::tempdir().unwrap();
     folder(path.path(), true);
-    let config = LlamaConfig::read(path.path()).unwrap();
+    let config = Architecture::read(path.path()).unwrap();
     let plan = LoadPlan {
         quantize: None,
-        trained: Trained::Everything,
+        trained: Trained::everything(),
         positions: 256,
+        seed: 0,
     };
-    let model = Llama::load(path.path(), config, &plan).unwrap();
+    let model = Transformer::load(path.path(), config, &plan).unwrap();
     let (loss, _) = model.loss(&batch(), Mode::Train { seed: 0 }).unwrap();
     loss.backward().unwrap();
     assert!(loss.backward().is_err());
@@ -310,13 +312,14 @@ fn a_second_backward_of_one_forward_is_refused() {
 fn batches_that_do_not_fit_are_refused() {
     let path = tempfile::tempdir().unwrap();
     folder(path.path(), true);
-    let config = LlamaConfig::read(path.path()).unwrap();
+    let config = Architecture::read(path.path()).unwrap();
     let plan = LoadPlan {
         quantize: None,
-        trained: Trained::Nothing,
+        trained: Trained::nothing(),
         positions: 16,
+        seed: 0,
     };
-    let model = Llama::load(path.path(), config, &plan).unwrap();
+    let model = Transformer::load(path.path(), config, &plan).unwrap();
     let good = Batch {
         rows: 1,
         columns: 2,

@@ -152,7 +152,7 @@ def test_a_rope_scaling_without_a_needed_field(work: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM"]),
+        ({"architectures": ["MixtralForCausalLM"]}, ["MixtralForCausalLM", "LlamaForCausalLM"]),
         (
             {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
             ["rope type 'yarn'", "default, linear and llama3"],

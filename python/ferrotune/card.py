@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from . import tables
-from .results import TrainResult
+from .results import WHOLE_MODEL, TrainResult
 from .tables import Table
 from .version import version
 
@@ -15,13 +15,14 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 # The settings that say something about the weights, in the order of train's signature.
 _SHOWN = (
-    "method", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "rank_pattern",
-    "alpha_pattern", "quant_type", "blocksize", "double_quant", "sequence_length", "packing",
-    "batch_size", "gradient_accumulation", "epochs", "max_steps", "max_seconds", "learning_rate",
-    "warmup_steps", "schedule", "min_learning_rate_ratio", "weight_decay", "beta1", "beta2", "eps",
-    "max_grad_norm", "seed", "heldout", "group", "eval_every", "eval_tokens", "patience",
+    "task", "method", "trained_layers", "r", "lora_alpha", "lora_dropout", "use_rslora",
+    "target_modules", "rank_pattern", "alpha_pattern", "quant_type", "blocksize", "double_quant",
+    "sequence_length", "packing", "batch_size", "gradient_accumulation", "epochs", "max_steps",
+    "max_seconds", "learning_rate", "warmup_steps", "schedule", "min_learning_rate_ratio",
+    "weight_decay", "beta1", "beta2", "eps", "max_grad_norm", "seed", "heldout", "group",
+    "eval_every", "eval_tokens", "patience",
 )  # fmt: skip
-_ADAPTERS_ALONE = set(_SHOWN[1:8])
+_ADAPTERS_ALONE = set(_SHOWN[3:10])
 _QUANTISED_ALONE = {"quant_type", "blocksize", "double_quant"}
 
 
@@ -38,9 +39,9 @@ def render(
     base = base_name(settings["model"])
     curves = "" if in_weights else "\n\n![Loss curves](curves.png)"
     sections = (
-        _front_matter(base, settings["method"]),
+        _front_matter(base, settings["method"], result),
         f"# {_title(base, settings['method'])}\n\n{_summary(result, settings, base)}",
-        f"## Results\n\n{_results(result).markdown()}{curves}",
+        f"## Results\n\n{_results(result).markdown()}{_classes(result)}{_verdict(result)}{curves}",
         f"## Limits\n\n{_limits(result, settings)}",
         f"## Use\n\n{_use(result, settings, in_weights)}",
         f"## Data\n\n{_data(result, files)}",
@@ -61,15 +62,34 @@ def base_name(model: str) -> str:
     return folder.resolve().name
 
 
-def _front_matter(base: str, method: str) -> str:
-    adapter = method != "full"
+def _verdict(result: TrainResult) -> str:
+    return "" if result.verdict is None else f"\n\n{result.verdict.text}"
+
+
+def _classes(result: TrainResult) -> str:
+    """The classes' measures and the confusion matrix on the held-out part."""
+    found = result.classification
+    if found is None:
+        return ""
+    note = (
+        f"On {tables.count(found.examples)} held-out texts; in brackets the 95 % interval of 1,000 "
+        "bootstrap resamples of them."
+    )
+    return f"\n\n{note}\n\n{found.markdown()}"
+
+
+def _front_matter(base: str, method: str, result: TrainResult) -> str:
+    adapter = method not in WHOLE_MODEL
     relation = "adapter" if adapter else "finetune"
-    tags = [method, "ferrotune", "llama", f"base_model:{relation}:{base}"]
+    family = str(result.model.get("architecture", "")).partition("For")[0].lower()
+    family = family.removesuffix("lmheadmodel") or "llama"
+    task = "text-generation" if result.classification is None else "text-classification"
+    tags = [method, "ferrotune", family, f"base_model:{relation}:{base}"]
     lines = [
         f"base_model: {json.dumps(base)}",
         f"base_model_relation: {relation}",
         f"library_name: {'peft' if adapter else 'transformers'}",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {task}",
         "tags:",
         *(f"- {json.dumps(tag)}" for tag in tags),
     ]
@@ -77,14 +97,16 @@ def _front_matter(base: str, method: str) -> str:
 
 
 def _title(base: str, method: str) -> str:
-    return f"{base}, fine-tuned" if method == "full" else f"{base}, {method} adapter"
+    return f"{base}, fine-tuned" if method in WHOLE_MODEL else f"{base}, {method} adapter"
 
 
 def _summary(result: TrainResult, settings: Mapping[str, Any], base: str) -> str:
+    layers = settings["trained_layers"]
     how = {
         "lora": "LoRA adapters",
         "qlora": f"LoRA adapters over {settings['quant_type'].upper()} weights",
         "full": "every weight trained",
+        "freeze": f"the head{f' and the last {layers} blocks' if layers else ''} trained",
     }[settings["method"]]
     folder = Path(settings["model"]).resolve().name
     where = "" if folder == base else f" (`{folder}`)"
@@ -98,7 +120,8 @@ def _summary(result: TrainResult, settings: Mapping[str, Any], base: str) -> str
 def _results(result: TrainResult) -> Table:
     last = tables.loss_text(result.heldout_loss_last)
     rows = [row for row in result.rows() if row[0] != "output"]
-    rows.insert(2, ("held-out loss, last evaluation", f"{last} nats per token"))
+    unit = "token" if result.classification is None else "label"
+    rows.insert(2, ("held-out loss, last evaluation", f"{last} nats per {unit}"))
     if result.data.get("heldout_tokens") is not None:
         rows.insert(3, ("held-out tokens", tables.count(result.data["heldout_tokens"])))
     return Table("Results", tuple(rows))
@@ -123,9 +146,12 @@ def _limits(result: TrainResult, settings: Mapping[str, Any]) -> str:
         f"One run with one seed ({settings['seed']}); an evaluation reads at most "
         f"{tables.count(settings['eval_tokens'])} tokens."
     )
+    known = "the loss on the held-out text alone: no task,"
+    if result.classification is not None:
+        known = "how the held-out texts are classified:"
     limits.append(
-        "This card knows the loss on the held-out text alone: no task, no safety, no bias, nor "
-        "what the model lost of what it knew before."
+        f"This card knows {known} no safety, no bias, nor what the model lost of what it knew "
+        "before."
     )
     skipped, cut = result.data.get("skipped_total") or 0, result.data.get("truncated") or 0
     if skipped or cut:
@@ -149,12 +175,16 @@ def _use(result: TrainResult, settings: Mapping[str, Any], in_weights: bool) -> 
         base = base_name(model)
         model = base if "/" in base else f"path/to/{base}"
         weights = f"path/to/this/{result.weights.name}"
-    if settings["method"] == "full":
+    classifies = result.classification is not None
+    cls = f"AutoModelFor{'SequenceClassification' if classifies else 'CausalLM'}"
+    if settings["method"] in WHOLE_MODEL:
         transformers = (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f"model = AutoModelForCausalLM.from_pretrained({weights!r})\n"
+            f"from transformers import {cls}, AutoTokenizer\n\n"
+            f"model = {cls}.from_pretrained({weights!r})\n"
             f"tokenizer = AutoTokenizer.from_pretrained({weights!r})"
         )
+        if classifies:
+            return _code("With transformers", transformers) + "\n\n" + _evaluated(f"{weights!r}")
         ours = f'ferrotune.generate({weights!r}, "…")'
         return _code("With transformers", transformers) + "\n\n" + _ours(ours)
     quantised = settings["method"] == "qlora"
@@ -169,11 +199,15 @@ def _use(result: TrainResult, settings: Mapping[str, Any], in_weights: bool) -> 
         else ""
     )
     argument = ", quantization_config=quantization" if quantised else ""
+    if classifies:
+        extra = f", AutoConfig{extra}"
+        config += f"config = AutoConfig.from_pretrained({weights!r})  # the labels\n"
+        argument = f", config=config{argument}"
     peft = (
         "from peft import PeftModel\n"
-        f"from transformers import AutoModelForCausalLM, AutoTokenizer{extra}\n\n"
+        f"from transformers import {cls}, AutoTokenizer{extra}\n\n"
         f"{config}"
-        f"base = AutoModelForCausalLM.from_pretrained({model!r}{argument})\n"
+        f"base = {cls}.from_pretrained({model!r}{argument})\n"
         f"model = PeftModel.from_pretrained(base, {weights!r})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({model!r})"
     )
@@ -185,7 +219,17 @@ def _use(result: TrainResult, settings: Mapping[str, Any], in_weights: bool) -> 
         if quantised and settings["blocksize"] != 64
         else ""
     )
+    if classifies:
+        call = f"{model!r}, adapter={weights!r}{four_bit}"
+        return _code("With PEFT", peft) + note + "\n\n" + _evaluated(call)
     return _code("With PEFT", peft) + note + "\n\n" + _ours(ours)
+
+
+def _evaluated(arguments: str) -> str:
+    """How a classifier is measured on labelled texts."""
+    first, _, rest = arguments.partition(", ")
+    call = f'ferrotune.eval({first}, "test.jsonl"{", " if rest else ""}{rest})'
+    return _code("With ferrotune", f"import ferrotune\n\nprint({call})")
 
 
 def _ours(call: str) -> str:
@@ -217,7 +261,8 @@ def _data(result: TrainResult, files: Sequence[tuple[str, int, str]]) -> str:
 
 
 def _settings(settings: Mapping[str, Any]) -> Table:
-    hidden = set() if settings["method"] != "full" else set(_ADAPTERS_ALONE)
+    hidden = set() if settings["method"] not in WHOLE_MODEL else set(_ADAPTERS_ALONE)
+    hidden |= {"trained_layers"} if settings["method"] != "freeze" else set()
     hidden |= _QUANTISED_ALONE if settings["method"] != "qlora" else set()
     rows = [
         (name, _shown(settings[name]))

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One optimiser step: mean loss in nats per token, tokens read so far."""
+    """One optimiser step: mean loss in nats per token or label, tokens read so far."""
 
     step: int
     loss: float
@@ -20,7 +20,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One held-out evaluation: mean loss in nats per token; step 0 is before training."""
+    """A held-out evaluation: mean loss in nats per token or label; step 0 is before training."""
 
     step: int
     loss: float
@@ -28,10 +28,14 @@ class Evaluation:
 
 @dataclass(slots=True)
 class History:
-    """The steps and evaluations of one run, in ascending order of step."""
+    """The steps and evaluations of one run, in ascending order of step.
+
+    `unit` is what a loss is a mean over: a token, or a classifier's label.
+    """
 
     steps: list[Step] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
+    unit: str = "token"
 
     def add(self, event: Mapping[str, Any]) -> None:
         """Takes a step or eval event; others are ignored.
@@ -51,6 +55,8 @@ class History:
             while self.evaluations and self.evaluations[-1].step >= step:
                 self.evaluations.pop()
             self.evaluations.append(Evaluation(step, number(event.get("loss"))))
+            if "accuracy" in event:
+                self.unit = "label"
 
     @classmethod
     def of(cls, events: Iterable[Mapping[str, Any]]) -> "History":

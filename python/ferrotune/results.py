@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import tables
+from .metrics import ClassificationMetrics, GenerationMetrics
 from .tables import Table
+from .verdict import Verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from rich.console import RenderableType
+
+
+# Methods whose runs leave a whole model.
+WHOLE_MODEL = ("freeze", "full")
 
 
 class TrainInterrupted(KeyboardInterrupt):
@@ -71,8 +77,11 @@ class TrainResult(Result):
     weights which were kept, `heldout_loss_last` that of the last evaluation. `stop_reason` is
     "finished", "early_stopping", "max_seconds" or "interrupted". `tokens` counts the training
     tokens read, `seconds` the training alone. `weights` is the folder a user takes away: a PEFT
-    adapter, or a whole model for method "full" (`adapter` is then None). `model` and `data` are
-    what the engine reported of them.
+    adapter, or a whole model for methods "full" and "freeze" (`adapter` is then None). `model` and
+    `data` are what the engine reported of them. A classifier's losses are in nats per label;
+    `classification_before` and `classification` are its other measures before the first step and
+    with the best weights, `generation` those of a language model with its best weights. `verdict`
+    says in words whether the run overfitted.
     """
 
     method: str
@@ -90,10 +99,18 @@ class TrainResult(Result):
     weights: Path
     model: Mapping[str, Any]
     data: Mapping[str, Any]
+    generation: GenerationMetrics | None = None
+    classification_before: ClassificationMetrics | None = None
+    classification: ClassificationMetrics | None = None
+    verdict: Verdict | None = None
+
+    @property
+    def task(self) -> str:
+        return "generation" if self.classification is None else "classification"
 
     @property
     def adapter(self) -> Path | None:
-        return None if self.method == "full" else self.weights
+        return None if self.method in WHOLE_MODEL else self.weights
 
     @property
     def perplexity_before(self) -> float | None:
@@ -107,12 +124,25 @@ class TrainResult(Result):
     def from_native(cls, method: str, found: Mapping[str, Any]) -> "TrainResult":
         """From the JSON object that the engine returns."""
         output = Path(found["output"])
-        kept = found.get("adapter") or output / ("model" if method == "full" else "adapter")
+        kept = found.get("adapter") or output / ("model" if method in WHOLE_MODEL else "adapter")
         same = {"steps", "best_step", "train_loss_last", "tokens", "seconds", "stop_reason"}
         same |= {"heldout_loss_before", "heldout_loss_best", "heldout_loss_last"}
         same |= {"tokens_per_second", "model", "data"}
         fields = {name: found[name] for name in same}
-        return cls(method=method, output=output, weights=Path(kept), **fields)
+        generation, before, best = (
+            found.get(name)
+            for name in ("generation_best", "classification_before", "classification_best")
+        )
+        measured = ClassificationMetrics.from_native
+        return cls(
+            method=method,
+            output=output,
+            weights=Path(kept),
+            generation=generation and GenerationMetrics.from_native(generation),
+            classification_before=before and measured(before),
+            classification=best and measured(best),
+            **fields,
+        )
 
     def table(self) -> Table:
         return Table(f"{self.method} fine-tuning", self.rows())
@@ -121,7 +151,8 @@ class TrainResult(Result):
         loss = _change(tables.loss_text, self.heldout_loss_before, self.heldout_loss_best)
         if self.heldout_loss_before is not None and self.heldout_loss_best is not None:
             difference = self.heldout_loss_best - self.heldout_loss_before
-            loss += f" nats per token ({difference:+.3f})"
+            unit = "token" if self.classification is None else "label"
+            loss += f" nats per {unit} ({difference:+.3f})"
         stopped = {"finished": "", "max_seconds": "time limit", "early_stopping": "early stopping"}
         reason = stopped.get(self.stop_reason, self.stop_reason)
         best = "" if self.best_step in (None, self.steps) else f"best weights from {self.best_step}"
@@ -131,16 +162,34 @@ class TrainResult(Result):
         speed = f"{tables.compact(self.tokens_per_second)} tokens/s"
         return (
             ("held-out loss", loss),
-            (
-                "held-out perplexity",
-                _change(tables.perplexity_text, self.perplexity_before, self.perplexity_best),
-            ),
+            *self._measures(),
+            *self._verdict(),
             ("trained parameters", self.parameters_text()),
             ("steps", tables.count(self.steps) + (f" ({notes})" if notes else "")),
             ("training tokens", tables.count(self.tokens)),
             ("training time", f"{tables.duration(self.seconds)} ({speed})"),
             ("output", str(self.output)),
         )
+
+    def _verdict(self) -> tuple[tuple[str, str], ...]:
+        if self.verdict is None or self.verdict.kind == "unknown":
+            return ()
+        return (("verdict", self.verdict.kind),)
+
+    def _measures(self) -> tuple[tuple[str, str], ...]:
+        """What the held-out part says beside the loss, before and after."""
+        if self.classification is not None:
+            before = self.classification_before
+            earlier = [""] * 4 if before is None else [f"{v} → " for _, v in before.rows()[:4]]
+            now = self.classification.rows()[:4]
+            return tuple(
+                (f"held-out {name}", was + value)
+                for was, (name, value) in zip(earlier, now, strict=True)
+            )
+        perplexity = _change(tables.perplexity_text, self.perplexity_before, self.perplexity_best)
+        bits = None if self.generation is None else self.generation.bits_per_byte
+        rows = (("held-out perplexity", perplexity),)
+        return rows if bits is None else (*rows, ("held-out bits per byte", bits.text()))
 
     def parameters_text(self) -> str:
         trainable, total = self.model.get("trainable"), self.model.get("parameters")
@@ -166,7 +215,8 @@ class EvaluateResult(Result):
     """A model's loss on data: `loss` in nats per token, `bits_per_byte` of the text's UTF-8.
 
     `bits_per_byte` is None where only a part of the text was read; `skipped` counts the records
-    that could not be used.
+    that could not be used. `generation` has a language model's measures with their intervals,
+    `classification` a classifier's, whose `loss` is in nats per label.
     """
 
     loss: float
@@ -176,20 +226,37 @@ class EvaluateResult(Result):
     seconds: float
     tokens_per_second: float
     skipped: int = 0
+    generation: GenerationMetrics | None = None
+    classification: ClassificationMetrics | None = None
 
     def table(self) -> Table:
-        per_byte = "not measured" if self.bits_per_byte is None else f"{self.bits_per_byte:.3f}"
         speed = f"{tables.compact(self.tokens_per_second)} tokens/s"
-        rows = [
+        time = tables.duration(self.seconds)
+        if self.classification is not None:
+            rows = [
+                *self.classification.table().rows,
+                ("texts", tables.count(self.tokens)),
+                ("time", time),
+            ]
+        else:
+            rows = [
+                *self._language(),
+                ("tokens", tables.count(self.tokens)),
+                ("time", f"{time} ({speed})"),
+            ]
+        if self.skipped:
+            rows.insert(len(rows) - 1, ("skipped records", tables.count(self.skipped)))
+        return Table("evaluation", tuple(rows))
+
+    def _language(self) -> tuple[tuple[str, str], ...]:
+        if self.generation is not None:
+            return self.generation.rows()
+        per_byte = "not measured" if self.bits_per_byte is None else f"{self.bits_per_byte:.3f}"
+        return (
             ("loss", f"{self.loss:.4f} nats per token"),
             ("perplexity", tables.perplexity_text(self.perplexity)),
             ("bits per byte", per_byte),
-            ("tokens", tables.count(self.tokens)),
-            ("time", f"{tables.duration(self.seconds)} ({speed})"),
-        ]
-        if self.skipped:
-            rows.insert(4, ("skipped records", tables.count(self.skipped)))
-        return Table("evaluation", tuple(rows))
+        )
 
 
 @dataclass(frozen=True, slots=True)

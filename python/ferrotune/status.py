@@ -89,9 +89,11 @@ def sentence(event: Mapping[str, Any]) -> str | None:
     if kind == "eval":
         loss = number(event.get("loss"))
         best = ", best so far" if event.get("best") else ""
-        return (
-            f"held-out loss at step {count(event.get('step', 0))}: {loss:.3f} nats per token{best}"
-        )
+        place = f"held-out loss at step {count(event.get('step', 0))}"
+        if "accuracy" in event:
+            accuracy = number(event["accuracy"].get("value"))
+            return f"{place}: {loss:.3f} nats per label, accuracy {accuracy:.3f}{best}"
+        return f"{place}: {loss:.3f} nats per token{best}"
     if kind == "warning":
         return f"warning: {event['message']}"
     if kind == "stop" and event.get("reason") == "early_stopping":

@@ -1,6 +1,7 @@
 """A training run from Python's side: the folder, the events, the report."""
 
 import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from .history import History
 from .options import SettingError
 from .progress import Display, open_display
 from .results import TrainInterrupted, TrainResult
+from .verdict import judge
 
 OnEvent = Callable[[dict[str, Any]], bool | None]
 
@@ -47,8 +49,10 @@ def run(
         relay.display.close()
     if relay.interrupted:
         raise _interrupted(output)
+    history = relay.history(output)
     result = TrainResult.from_native(settings["method"], found)
-    report.write(result, settings, relay.history(output), relay.fingerprints)
+    result = dataclasses.replace(result, verdict=judge(history))
+    report.write(result, settings, history, relay.fingerprints)
     return result
 
 

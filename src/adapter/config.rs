@@ -36,6 +36,10 @@ pub struct AdapterConfig {
     pub rank_pattern: Vec<(String, usize)>,
     /// Per-module `lora_alpha`, likewise.
     pub alpha_pattern: Vec<(String, f64)>,
+    /// Names or ends of names of modules that were trained whole and saved beside the adapter.
+    pub modules_to_save: Vec<String>,
+    /// Whether the base's weights are stored `[k, n]` (transformers' Conv1D); the factors are not.
+    pub fan_in_fan_out: bool,
     /// `task_type`, `base_model_name_or_path`, `revision`, `auto_mapping`, `init_lora_weights` and the configurations
     /// of initialisations, where they differ from PEFT's default.
     pub kept: Map<String, Value>,
@@ -55,6 +59,8 @@ impl AdapterConfig {
             layers_pattern: Vec::new(),
             rank_pattern: Vec::new(),
             alpha_pattern: Vec::new(),
+            modules_to_save: Vec::new(),
+            fan_in_fan_out: false,
             kept: Map::from_iter([("task_type".to_owned(), json!("CAUSAL_LM"))]),
         }
     }
@@ -169,6 +175,15 @@ impl AdapterConfig {
             ("lora_alpha", number(self.lora_alpha)),
             ("lora_dropout", json!(self.lora_dropout)),
             ("use_rslora", json!(self.use_rslora)),
+            ("fan_in_fan_out", json!(self.fan_in_fan_out)),
+            (
+                "modules_to_save",
+                if self.modules_to_save.is_empty() {
+                    Value::Null
+                } else {
+                    json!(self.modules_to_save)
+                },
+            ),
             ("target_modules", self.target_modules.to_json()),
             (
                 "exclude_modules",
@@ -250,6 +265,10 @@ fn parse(map: &Map<String, Value>) -> Parsed<(AdapterConfig, Vec<String>)> {
         config.lora_dropout = p;
     }
     config.use_rslora = field(map, "use_rslora", "true or false", Value::as_bool)?.unwrap_or(false);
+    config.fan_in_fan_out =
+        field(map, "fan_in_fan_out", "true or false", Value::as_bool)?.unwrap_or(false);
+    config.modules_to_save =
+        field(map, "modules_to_save", "a list of strings", fields::strings)?.unwrap_or_default();
     config.exclude_modules = field(
         map,
         "exclude_modules",

@@ -13,10 +13,9 @@ pub(super) enum Problem {
 pub(super) type Parsed<T> = std::result::Result<T, Problem>;
 
 /// Fields that must have their neutral value: anything else changes the model's mathematics or its parts.
-const NEUTRAL: [&str; 16] = [
+const NEUTRAL: [&str; 14] = [
     "use_dora",
     "lora_bias",
-    "fan_in_fan_out",
     "use_qalora",
     "use_bdlora",
     "ensure_weight_tying",
@@ -27,7 +26,6 @@ const NEUTRAL: [&str; 16] = [
     "velora_config",
     "megatron_config",
     "layer_replication",
-    "modules_to_save",
     "target_parameters",
     "trainable_token_indices",
 ];
@@ -46,7 +44,7 @@ pub(super) const KEPT: [&str; 9] = [
 ];
 
 /// Fields read into `AdapterConfig`.
-pub(super) const READ: [&str; 11] = [
+pub(super) const READ: [&str; 13] = [
     "r",
     "lora_alpha",
     "lora_dropout",
@@ -57,6 +55,8 @@ pub(super) const READ: [&str; 11] = [
     "layers_pattern",
     "rank_pattern",
     "alpha_pattern",
+    "modules_to_save",
+    "fan_in_fan_out",
     "peft_type",
 ];
 
@@ -76,9 +76,7 @@ const INITIALISATIONS: [&str; 3] = ["gaussian", "eva", "orthogonal"];
 /// The value PEFT writes for every field of a LoRA configuration that is not set (PEFT 0.21).
 pub(super) fn default_of(field: &str) -> Value {
     match field {
-        "use_dora" | "lora_bias" | "fan_in_fan_out" | "use_qalora" | "ensure_weight_tying" => {
-            Value::Bool(false)
-        }
+        "use_dora" | "lora_bias" | "use_qalora" | "ensure_weight_tying" => Value::Bool(false),
         "loftq_config" => Value::Object(Map::new()),
         "init_lora_weights" => Value::Bool(true),
         "qalora_group_size" => Value::from(16),

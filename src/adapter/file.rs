@@ -31,11 +31,20 @@ pub struct LoraPair {
     pub lora_b: Vec<f32>,
 }
 
+/// A tensor of a module that was trained whole, row-major f32.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct SavedTensor {
+    pub shape: Vec<usize>,
+    pub values: Vec<f32>,
+}
+
 #[derive(Debug, Clone, PartialEq)]
 pub struct Adapter {
     pub config: AdapterConfig,
     /// By the module's name in the base model, such as `model.layers.0.self_attn.q_proj`.
     pub modules: BTreeMap<String, LoraPair>,
+    /// Tensors of the configuration's `modules_to_save` by their names in the base model, such as `classifier.weight`.
+    pub saved: BTreeMap<String, SavedTensor>,
 }
 
 impl Adapter {
@@ -147,7 +156,14 @@ pub fn read(folder: &Path) -> Result<(Adapter, Vec<String>)> {
     }
     let weights = Weights::open_file(&path)?;
     let mut modules = BTreeMap::new();
+    let mut saved = BTreeMap::new();
     for name in weights.names() {
+        if let Some(tensor) = saved_name(&config, name) {
+            let shape = weights.get(name)?.shape.to_vec();
+            let values = weights.to_f32(name)?;
+            saved.insert(tensor.to_owned(), SavedTensor { shape, values });
+            continue;
+        }
         let (module, partner) =
             split_name(name).map_err(|message| Error::format(&path, message))?;
         if !weights.contains(&partner) {
@@ -161,11 +177,29 @@ pub fn read(folder: &Path) -> Result<(Adapter, Vec<String>)> {
             modules.insert(module.to_owned(), pair);
         }
     }
-    let adapter = Adapter { config, modules };
+    let adapter = Adapter {
+        config,
+        modules,
+        saved,
+    };
     adapter
         .validate()
         .map_err(|message| Error::format(&path, message))?;
     Ok((adapter, warnings))
+}
+
+/// The name in the base model of a tensor that `modules_to_save` covers.
+fn saved_name<'a>(config: &AdapterConfig, name: &'a str) -> Option<&'a str> {
+    let own = name.strip_prefix(PREFIX)?;
+    let holders = own.match_indices('.').map(|(dot, _)| &own[..dot]);
+    let covers = |module: &str| {
+        let saved = config.modules_to_save.iter();
+        saved
+            .map(String::as_str)
+            .any(|end| module == end || super::selector::suffixes(module).any(|own| own == end))
+    };
+    let is_factor = own.ends_with(A) || own.ends_with(B);
+    (!is_factor && holders.into_iter().any(covers)).then_some(own)
 }
 
 /// The partner's name, and the module's where `name` is the first of the two.
@@ -225,11 +259,18 @@ fn read_pair(weights: &Weights, a: &str, b: &str) -> Result<LoraPair> {
 }
 
 /// Writes the folder as PEFT's `save_pretrained` does: tensors in `dtype`, adapter_config.json, and `model_card` as
-/// README.md. All three appear together; if one cannot be written the folder stays as it was.
+/// README.md; `model_config` as config.json, which names a classifier's labels. All appear together; if one cannot be
+/// written the folder stays as it was.
 ///
 /// # Errors
 /// `Argument` if the tensors do not fit each other or the configuration; `Io` if a file cannot be written.
-pub fn write(folder: &Path, adapter: &Adapter, dtype: DType, model_card: &str) -> Result<()> {
+pub fn write(
+    folder: &Path,
+    adapter: &Adapter,
+    dtype: DType,
+    model_card: &str,
+    model_config: Option<&str>,
+) -> Result<()> {
     adapter.validate().map_err(Error::Argument)?;
     let mut tensors = Vec::with_capacity(2 * adapter.modules.len());
     for (module, pair) in &adapter.modules {
@@ -247,7 +288,18 @@ pub fn write(folder: &Path, adapter: &Adapter, dtype: DType, model_card: &str) -
             &pair.lora_b,
         ));
     }
+    for (name, tensor) in &adapter.saved {
+        tensors.push(Tensor::from_f32(
+            format!("{PREFIX}{name}"),
+            dtype,
+            &tensor.shape,
+            &tensor.values,
+        ));
+    }
     let mut staging = Staging::new(folder)?;
+    if let Some(config) = model_config {
+        staging.write("config.json", config.as_bytes())?;
+    }
     staging.safetensors(WEIGHTS_FILE, tensors, &PT_METADATA)?;
     staging.write("README.md", model_card.as_bytes())?;
     staging.write(CONFIG_FILE, adapter.config.to_text().as_bytes())?;

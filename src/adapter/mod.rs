@@ -9,7 +9,7 @@ mod selector;
 mod target;
 
 pub use config::{AdapterConfig, CONFIG_FILE, PEFT_VERSION};
-pub use file::{Adapter, LoraPair, WEIGHTS_FILE, read, write};
+pub use file::{Adapter, LoraPair, SavedTensor, WEIGHTS_FILE, read, write};
 pub use rules::Rules;
 pub use selector::Selector;
 pub use target::{Modules, Selection, Target, select};

@@ -12,6 +12,7 @@ mod example;
 mod formats;
 mod guard;
 mod json;
+mod labelled;
 pub mod near;
 mod order;
 mod pack;
@@ -34,6 +35,9 @@ pub use batches::{Batches, Evaluation};
 pub use columns::Columns;
 pub use example::Example;
 pub use formats::{Frame, Frames};
+pub use labelled::{
+    Labelled, LabelledBatches, PreparedTexts, Texts, prepare_texts, prepare_whole_texts,
+};
 pub use order::epoch_order;
 pub use pack::{Layout, Packed, Packing};
 pub use prepare::{DataConfig, DataReport, Prepared, Skipped, prepare};

@@ -16,6 +16,7 @@ use super::reader::Files;
 use super::record::{Digest, Item, Reason, Record};
 use super::split::{Split, SplitPlan, divide_by};
 use super::tokenizer::Tokenizer;
+use super::whole::spelled;
 use crate::error::{Error, Result};
 
 /// Skipped records that a report names; the others are only counted.
@@ -80,7 +81,7 @@ impl DataConfig {
 }
 
 /// What became of the records.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct DataReport {
     /// Records that are trained on or held out.
     pub records: usize,
@@ -92,6 +93,8 @@ pub struct DataReport {
     /// Tokens a model is to predict.
     pub train_targets: usize,
     pub heldout_targets: usize,
+    /// UTF-8 bytes of what is predicted of the held-out part, where that is known.
+    pub heldout_bytes: Option<usize>,
     pub train_rows: usize,
     pub heldout_rows: usize,
     /// Records that lost tokens because they are longer than a row.
@@ -126,46 +129,84 @@ pub struct Prepared {
     pub report: DataReport,
 }
 
+/// The records of both sides, read, audited and divided.
+pub(super) struct Divided {
+    pub train: Source,
+    pub heldout: Source,
+    pub skips: Skips,
+    files: Vec<PathBuf>,
+    audit: Vec<Finding>,
+    fingerprint: Sha256,
+}
+
+impl Divided {
+    /// # Errors
+    /// Bad settings, files or columns; data without records, or that cannot be split.
+    pub fn read(config: &DataConfig) -> Result<Self> {
+        let mut skips = Skips::default();
+        let mut fingerprint = Sha256::new();
+        let mut train = Source::read(&config.data, config, &mut skips)?;
+        train.hash(&mut fingerprint);
+        let mut files = train.paths.clone();
+        let heldout = if config.heldout_data.is_empty() {
+            None
+        } else {
+            let heldout = Source::read(&config.heldout_data, config, &mut skips)?;
+            heldout.hash(&mut fingerprint);
+            files.extend_from_slice(&heldout.paths);
+            Some(heldout)
+        };
+        let near = Source::near(&train, heldout.as_ref(), config)?;
+        let held = heldout.as_ref().map(Source::side);
+        let audit = audit_of_run(config, train.side(), held, near.as_ref(), &skips)?;
+        let heldout = if let Some(heldout) = heldout {
+            train.remove(&heldout, near.as_ref(), &mut skips);
+            if train.records.is_empty() {
+                return Err(Error::argument(format!(
+                    "every record of {} is in the held-out data as well{}",
+                    listed(&config.data),
+                    skips.example()
+                )));
+            }
+            heldout
+        } else {
+            train.split(config, near.as_ref())?
+        };
+        Ok(Self {
+            train,
+            heldout,
+            skips,
+            files,
+            audit,
+            fingerprint,
+        })
+    }
+
+    /// The report, with what a caller measured in `counts` (whose skips, files, audit and
+    /// fingerprint are filled in here).
+    pub fn report(self, counts: &DataReport) -> DataReport {
+        DataReport {
+            skipped: self.skips.first,
+            skipped_total: self.skips.total,
+            files: self.files,
+            audit: self.audit,
+            fingerprint: format!("{:x}", self.fingerprint.finalize()),
+            ..counts.clone()
+        }
+    }
+}
+
 /// Reads, splits, tokenises and packs what `config` names.
 ///
 /// # Errors
 /// Bad settings, files or columns; data without records, that cannot be split, or without a trained token on one side.
 pub fn prepare(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
-    let mut skips = Skips::default();
-    let mut fingerprint = Sha256::new();
-    let mut train = Source::read(&config.data, config, &mut skips)?;
-    train.hash(&mut fingerprint);
-    let mut files = train.paths.clone();
-    let heldout = if config.heldout_data.is_empty() {
-        None
-    } else {
-        let heldout = Source::read(&config.heldout_data, config, &mut skips)?;
-        heldout.hash(&mut fingerprint);
-        files.extend_from_slice(&heldout.paths);
-        Some(heldout)
-    };
-    let near = Source::near(&train, heldout.as_ref(), config)?;
-    let held = heldout.as_ref().map(Source::side);
-    let audit = audit_of_run(config, train.side(), held, near.as_ref(), &skips)?;
-    let heldout = if let Some(heldout) = heldout {
-        train.remove(&heldout, near.as_ref(), &mut skips);
-        if train.records.is_empty() {
-            return Err(Error::argument(format!(
-                "every record of {} is in the held-out data as well{}",
-                listed(&config.data),
-                skips.example()
-            )));
-        }
-        heldout
-    } else {
-        train.split(config, near.as_ref())?
-    };
-    drop(near);
-
+    let mut divided = Divided::read(config)?;
+    let skips = &mut divided.skips;
     let mut truncated = 0;
     let mut split = 0;
     let mut side = |source: &Source, name: &str| {
-        let (packing, records) = source.pack(config, tokenizer, &mut skips)?;
+        let (packing, records) = source.pack(config, tokenizer, skips)?;
         if packing.packed.targets() == 0 {
             return Err(Error::argument(format!(
                 "the {name} data have no trained token{}",
@@ -174,11 +215,12 @@ pub fn prepare(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
         }
         truncated += packing.truncated;
         split += packing.split;
-        Ok((packing.packed, records.len()))
+        let bytes = spelled(&records, packing.truncated);
+        Ok((packing.packed, records.len(), bytes))
     };
-    let (train, train_records) = side(&train, "training")?;
-    let (heldout, heldout_records) = side(&heldout, "held-out")?;
-    let report = DataReport {
+    let (train, train_records, _) = side(&divided.train, "training")?;
+    let (heldout, heldout_records, heldout_bytes) = side(&divided.heldout, "held-out")?;
+    let report = divided.report(&DataReport {
         records: train_records + heldout_records,
         train_records,
         heldout_records,
@@ -186,16 +228,13 @@ pub fn prepare(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
         heldout_tokens: heldout.tokens(),
         train_targets: train.targets(),
         heldout_targets: heldout.targets(),
+        heldout_bytes,
         train_rows: train.rows(),
         heldout_rows: heldout.rows(),
         truncated,
         split,
-        skipped: skips.first,
-        skipped_total: skips.total,
-        files,
-        audit,
-        fingerprint: format!("{:x}", fingerprint.finalize()),
-    };
+        ..DataReport::default()
+    });
     Ok(Prepared {
         train,
         heldout,
@@ -205,7 +244,7 @@ pub fn prepare(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
 
 /// Records of one side, with the files they came from.
 pub(super) struct Source {
-    paths: Vec<PathBuf>,
+    pub(super) paths: Vec<PathBuf>,
     pub(super) records: Vec<Record>,
     /// Of each record.
     pub(super) digests: Vec<Digest>,
@@ -408,7 +447,7 @@ pub(super) struct Skips {
 }
 
 impl Skips {
-    fn add(&mut self, file: &std::path::Path, record: usize, reason: &Reason) {
+    pub(super) fn add(&mut self, file: &std::path::Path, record: usize, reason: &Reason) {
         self.total += 1;
         let reason = reason.to_string();
         if let Some(count) = self.reasons.get_mut(&reason) {

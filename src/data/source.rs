@@ -20,6 +20,11 @@ pub trait BatchSource {
 
     /// A digest of the tokens and of all that decides their order.
     fn fingerprint(&self) -> String;
+
+    /// UTF-8 bytes of what the targets spell, where that is known.
+    fn bytes(&self) -> Option<usize> {
+        None
+    }
 }
 
 /// Micro-batches of training: the rows in another order each epoch.
@@ -79,6 +84,7 @@ impl BatchSource for Shuffled<'_> {
 pub struct Sequential<'a> {
     packed: &'a Packed,
     batch_size: usize,
+    bytes: Option<usize>,
 }
 
 impl<'a> Sequential<'a> {
@@ -90,7 +96,16 @@ impl<'a> Sequential<'a> {
                 "batch_size must be at least 1, not 0",
             ));
         }
-        Ok(Self { packed, batch_size })
+        Ok(Self {
+            packed,
+            batch_size,
+            bytes: None,
+        })
+    }
+
+    /// Tells how many UTF-8 bytes the targets spell.
+    pub fn spelling(self, bytes: Option<usize>) -> Self {
+        Self { bytes, ..self }
     }
 }
 
@@ -109,6 +124,10 @@ impl BatchSource for Sequential<'_> {
 
     fn fingerprint(&self) -> String {
         format!("{} by {}", digest(self.packed), self.batch_size)
+    }
+
+    fn bytes(&self) -> Option<usize> {
+        self.bytes
     }
 }
 

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use rayon::prelude::*;
 use serde::Deserialize;
+use tokenizers::PostProcessor as _;
 
 use super::example::Example;
 use super::record::{Content, Reason, Record};
@@ -15,8 +16,8 @@ const CHUNK_RECORDS: usize = 32;
 
 /// A tokenizer with the special tokens a document begins and ends with.
 ///
-/// Special tokens come from the model's configuration alone: the post-processor, truncation and padding of
-/// tokenizer.json are not applied. Text that spells a special token is that token, as in transformers.
+/// Special tokens of documents come from the model's configuration alone: the post-processor, truncation and padding of
+/// tokenizer.json are not applied, but for [`Tokenizer::classified`], which applies the first. Text that spells a special token is that token, as in transformers.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     bos: Option<u32>,
@@ -152,6 +153,20 @@ impl Tokenizer {
         Ok(Example::new(ids, trained))
     }
 
+    /// # Errors
+    /// [`Error::Argument`] if the vocabulary has ids that the model has no embedding for.
+    pub fn fits(&self) -> Result<()> {
+        let largest = self.inner.get_vocab(true).into_values().max();
+        match largest {
+            Some(id) if id as usize >= self.vocab_size => Err(Error::argument(format!(
+                "tokenizer.json has tokens up to id {id}, but the model's embedding has {} rows: tokenizer and model do \
+                 not belong together, or the embedding was not resized to its tokenizer",
+                self.vocab_size
+            ))),
+            _ => Ok(()),
+        }
+    }
+
     pub fn bos(&self) -> Option<u32> {
         self.bos
     }
@@ -179,6 +194,39 @@ impl Tokenizer {
         self.check(&ids)
             .map_err(|reason| Error::argument(reason.to_string()))?;
         Ok(ids)
+    }
+
+    /// A text's tokens for a classifier, with those that tokenizer.json's own post-processor adds (as transformers
+    /// does), cut to `length` before they are added; and whether any were cut.
+    ///
+    /// # Errors
+    /// The reason to skip the record.
+    pub fn classified(
+        &self,
+        text: &str,
+        length: usize,
+    ) -> std::result::Result<(Vec<u32>, bool), Reason> {
+        let refused = |error: tokenizers::Error| Reason::Tokenizer(error.to_string());
+        let mut encoding = self.inner.encode_fast(text, false).map_err(refused)?;
+        if encoding.is_empty() {
+            return Err(Reason::NoTokens);
+        }
+        let unknown = |id: &u32| Some(*id) == self.unknown;
+        if encoding.get_ids().iter().all(unknown) {
+            return Err(Reason::UnknownTokens);
+        }
+        let processor = self.inner.get_post_processor();
+        let added = processor.map_or(0, |processor| processor.added_tokens(false));
+        let room = length.saturating_sub(added).max(1);
+        let cut = encoding.len() > room;
+        encoding.truncate(room, 0, tokenizers::TruncationDirection::Right);
+        let encoding = self
+            .inner
+            .post_process(encoding, None, true)
+            .map_err(refused)?;
+        let ids = encoding.get_ids().to_vec();
+        self.check(&ids)?;
+        Ok((ids, cut))
     }
 
     /// The text of `ids`, special tokens left out.

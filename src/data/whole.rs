@@ -2,7 +2,7 @@
 
 use super::pack::Packed;
 use super::prepare::{DataConfig, Skips, Source};
-use super::record::Content;
+use super::record::{Content, Record};
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 
@@ -33,19 +33,12 @@ pub fn prepare_whole(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Whole
             skips.example()
         )));
     }
-    let bytes = records
-        .iter()
-        .map(|record| match &record.content {
-            Content::Text(text) => Some(text.len()),
-            Content::Completion { completion, .. } => Some(completion.len()),
-            Content::Messages { .. } => None,
-        })
-        .sum::<Option<usize>>();
+    let bytes = spelled(&records, packing.truncated);
     let truncated = packing.truncated;
     let told = truncated > 0 || skips.total > 0;
     Ok(Whole {
         packed: packing.packed,
-        bytes: bytes.filter(|_| truncated == 0),
+        bytes,
         skipped: skips.total,
         warning: told.then(|| {
             let cut = if truncated > 0 {
@@ -56,4 +49,14 @@ pub fn prepare_whole(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Whole
             format!("{} records are read{cut}{}", records.len(), skips.example())
         }),
     })
+}
+
+/// UTF-8 bytes of what is predicted of `records`; none where a part of one was cut off, and for conversations.
+pub(super) fn spelled(records: &[&Record], truncated: usize) -> Option<usize> {
+    let bytes = records.iter().map(|record| match &record.content {
+        Content::Text(text) => Some(text.len()),
+        Content::Completion { completion, .. } => Some(completion.len()),
+        Content::Messages { .. } => None,
+    });
+    bytes.sum::<Option<usize>>().filter(|_| truncated == 0)
 }

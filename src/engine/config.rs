@@ -18,8 +18,29 @@ pub enum Method {
     Lora,
     /// Adapters beside frozen 4-bit weights.
     Qlora,
+    /// The head, and the last blocks where `trained_layers` says so; the rest stays frozen.
+    Freeze,
     /// Every weight.
     Full,
+}
+
+/// What a model is trained to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TaskChoice {
+    /// What the model's class says.
+    Auto,
+    /// To continue texts.
+    Generation,
+    /// To give a text its label.
+    Classification,
+}
+
+impl Method {
+    /// Whether what is trained stands beside the base's weights, as a PEFT adapter.
+    pub fn is_adapter(self) -> bool {
+        matches!(self, Self::Lora | Self::Qlora)
+    }
 }
 
 /// How the learning rate moves after the warm-up.
@@ -50,7 +71,10 @@ pub struct TrainConfig {
     pub data: Vec<PathBuf>,
     /// The run's folder.
     pub output: PathBuf,
+    pub task: TaskChoice,
     pub method: Method,
+    /// Blocks at the end that [`Method::Freeze`] trains beside the head.
+    pub trained_layers: usize,
 
     pub r: usize,
     pub lora_alpha: f64,

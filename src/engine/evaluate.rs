@@ -1,16 +1,23 @@
-//! The loss on text that is not trained on.
+//! The loss on text that is not trained on, and what a classifier says of it.
 
-use super::{Mode, Model};
+use super::metrics::Predictions;
+use super::{Judged, Model};
 use crate::data::{Batch, BatchSource, IGNORE};
 use crate::error::{Error, Result};
 
 /// What an evaluation found.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Evaluation {
-    /// Mean over the tokens predicted, nats.
+    /// Mean over the tokens (or the labels) predicted, nats.
     pub loss: f64,
-    /// Tokens predicted.
+    /// Tokens (or labels) predicted.
     pub tokens: usize,
+    /// A language model's loss and number of tokens in each row.
+    pub rows: Vec<(f64, f64)>,
+    /// Whether all of the source was read.
+    pub whole: bool,
+    /// A classifier's; none of a language model.
+    pub predictions: Option<Predictions>,
 }
 
 /// Reads `source` from its start until exactly `max_tokens` tokens are predicted, or to its end:
@@ -26,20 +33,38 @@ pub fn evaluate(
 ) -> Result<Option<Evaluation>> {
     let mut sum = 0.0;
     let mut tokens = 0;
+    let mut rows = Vec::new();
+    let mut predictions: Option<Predictions> = None;
+    let mut whole = true;
     for index in 0..source.batches_per_epoch() {
         if tokens == max_tokens {
+            whole = false;
             break;
         }
-        let batch = leading(source.batch(0, index)?, max_tokens - tokens);
+        let batch = source.batch(0, index)?;
+        let targets = batch.target_count();
+        let batch = leading(batch, max_tokens - tokens);
+        whole &= batch.target_count() == targets;
         if batch.rows == 0 {
             continue;
         }
         if !proceed()? {
             return Ok(None);
         }
-        let (loss, count) = model.loss(&batch, Mode::Eval)?;
-        sum += scalar(&loss)?;
-        tokens += count;
+        match model.judge(&batch)? {
+            Judged::Language { loss, rows: found } => {
+                sum += loss;
+                tokens += found.iter().map(|(_, count)| count).sum::<usize>();
+                rows.extend(found.into_iter().map(|(loss, count)| (loss, count as f64)));
+            }
+            Judged::Classes(logits) => {
+                let predictions = predictions.get_or_insert_default();
+                let before = predictions.len();
+                predictions.extend(&logits, logits.len() / batch.rows, &labels(&batch));
+                sum += predictions.loss[before..].iter().sum::<f64>();
+                tokens += predictions.len() - before;
+            }
+        }
     }
     if tokens == 0 {
         return Err(Error::run(
@@ -50,7 +75,21 @@ pub fn evaluate(
     if !loss.is_finite() {
         return Err(Error::run(format!("the held-out loss is {loss}")));
     }
-    Ok(Some(Evaluation { loss, tokens }))
+    Ok(Some(Evaluation {
+        loss,
+        tokens,
+        rows,
+        whole,
+        predictions,
+    }))
+}
+
+/// The labels of a classifier's batch: each stands at its row's last token, [`IGNORE`] where a row
+/// has none.
+pub(super) fn labels(batch: &Batch) -> Vec<i32> {
+    let rows = batch.targets.chunks_exact(batch.columns.max(1));
+    let label = |row: &[i32]| row.iter().rfind(|&&target| target != IGNORE).copied();
+    rows.map(|row| label(row).unwrap_or(IGNORE)).collect()
 }
 
 /// The rows of `batch` up to its `max_tokens`th target; targets after that one are ignored.

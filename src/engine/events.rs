@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::metrics::{ClassificationMetrics, ClassificationSummary, GenerationMetrics};
 use crate::error::Result;
 
 /// Something that happened, as JSON: an object whose `event` names it.
@@ -91,10 +92,16 @@ pub struct EvalEvent {
     /// Mean over the tokens predicted, nats.
     pub loss: f64,
     pub perplexity: f64,
-    /// Tokens predicted.
+    /// Tokens (or labels) predicted.
     pub tokens: usize,
     /// Whether this is the lowest loss so far.
     pub best: bool,
+    /// A language model's measures with their intervals.
+    #[serde(flatten)]
+    pub generation: Option<GenerationMetrics>,
+    /// A classifier's other measures.
+    #[serde(flatten)]
+    pub classification: Option<ClassificationSummary>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -124,6 +131,14 @@ pub struct TrainResult {
     /// Over the steps alone.
     pub tokens_per_second: f64,
     pub stop_reason: StopReason,
+    /// A language model's measures on the held-out part with the best weights.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generation_best: Option<GenerationMetrics>,
+    /// A classifier's measures on the held-out part before step 1, and those of the best weights.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub classification_before: Option<ClassificationMetrics>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub classification_best: Option<ClassificationMetrics>,
 }
 
 /// An answer to an event.

@@ -5,7 +5,7 @@ use rand_chacha::rand_core::{RngCore, SeedableRng};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Tokenizer;
-use crate::engine::models::llama::Decoder;
+use crate::engine::models::Decoder;
 use crate::error::{Error, Result};
 
 /// How the next token is chosen.

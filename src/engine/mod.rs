@@ -8,6 +8,7 @@ mod events;
 pub mod generate;
 mod gradients;
 pub mod jobs;
+pub mod metrics;
 mod model;
 pub mod models;
 pub mod ops;
@@ -21,14 +22,14 @@ mod trainer;
 mod validate;
 mod weights;
 
-pub use config::{Method, ScheduleKind, TargetModules, TrainConfig};
+pub use config::{Method, ScheduleKind, TargetModules, TaskChoice, TrainConfig};
 pub use evaluate::{Evaluation, evaluate};
 pub use events::{
     Control, DataEvent, EvalEvent, Event, Hooks, ModelEvent, Skip, StepEvent, StopReason,
     TrainResult,
 };
 pub use gradients::Gradients;
-pub use model::{Mode, Model, Parameter, Segment};
+pub use model::{Judged, Mode, Model, Parameter, Segment};
 pub use optimizer::{AdamW, AdamWSettings, Moments, clip_factor};
 pub use run_folder::RunFolder;
 pub use schedule::Schedule;

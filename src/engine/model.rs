@@ -47,7 +47,16 @@ pub enum Mode {
     Eval,
 }
 
-/// A causal language model that can be trained and saved.
+/// A model's judgement of a batch.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Judged {
+    /// Of a language model: the summed loss in nats, and each row's with its number of targets.
+    Language { loss: f64, rows: Vec<(f64, usize)> },
+    /// Of a classifier: logits `[rows, labels]`.
+    Classes(Vec<f32>),
+}
+
+/// A model that can be trained and saved: a causal language model, or a classifier of texts.
 pub trait Model: Send + Sync {
     /// The trainable parameters, in a stable order with stable names.
     fn parameters(&self) -> &[Parameter];
@@ -55,6 +64,21 @@ pub trait Model: Send + Sync {
     /// Sum of the negative log-likelihoods (nats) over the batch's targets, a scalar on the
     /// graph, and the number of targets.
     fn loss(&self, batch: &Batch, mode: Mode) -> Result<(Tensor, usize)>;
+
+    /// What the model makes of a batch that it is not trained on.
+    fn judge(&self, batch: &Batch) -> Result<Judged> {
+        let (loss, count) = self.loss(batch, Mode::Eval)?;
+        let loss = super::evaluate::scalar(&loss)?;
+        Ok(Judged::Language {
+            loss,
+            rows: vec![(loss, count)],
+        })
+    }
+
+    /// Names of a classifier's labels, in the order of its logits; none of a language model.
+    fn labels(&self) -> &[String] {
+        &[]
+    }
 
     /// Writes what a user takes away: an adapter in PEFT's format, or a Hugging Face folder when
     /// every weight was trained. Each file is written aside and renamed.

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::config::{ScheduleKind, TrainConfig};
+use super::metrics::{ClassificationMetrics, GenerationMetrics};
 use super::{Parameter, Schedule};
 use crate::data::BatchSource;
 use crate::error::{Error, Result};
@@ -32,6 +33,11 @@ pub struct State {
     pub heldout_last: Option<Measured>,
     pub best: Option<Measured>,
     pub evaluations_since_best: usize,
+    /// A language model's measures at the best step.
+    pub generation_best: Option<GenerationMetrics>,
+    /// A classifier's measures before step 1, and at the best step.
+    pub classification_before: Option<ClassificationMetrics>,
+    pub classification_best: Option<ClassificationMetrics>,
     pub metrics_bytes: u64,
     /// Loss of a few held-out tokens under the checkpoint's weights: what tells another base model.
     pub probe: f64,
@@ -71,6 +77,9 @@ impl State {
             heldout_last: None,
             best: None,
             evaluations_since_best: 0,
+            generation_best: None,
+            classification_before: None,
+            classification_best: None,
             metrics_bytes: 0,
             probe: 0.0,
             settings: config.fingerprint()?,

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::best::Best;
 use super::checkpoint;
-use super::config::{Method, TrainConfig};
+use super::config::TrainConfig;
 use super::evaluate::scalar;
 use super::events::{Event, Hooks, StopReason, TrainResult};
 use super::optimizer::{AdamW, clip_factor};
@@ -92,9 +92,10 @@ impl<'a> Run<'a> {
         let plan = Plan::new(config, train)?;
         let schedule = Schedule::new(config, plan.total_steps);
         let mut state = State::new(config, &schedule, parameters, train, heldout)?;
-        let takeaway = match config.method {
-            Method::Full => "model",
-            Method::Lora | Method::Qlora => "adapter",
+        let takeaway = if config.method.is_adapter() {
+            "adapter"
+        } else {
+            "model"
         };
         let mut best = Best::new(model, folder.path().join(takeaway))?;
         if config.resume {

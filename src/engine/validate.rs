@@ -13,8 +13,14 @@ impl TrainConfig {
     /// `Argument` naming the first setting out of its range, its value and the range.
     pub fn validate(&self) -> Result<()> {
         self.validate_places()?;
-        if self.method != Method::Full {
+        if self.method.is_adapter() {
             self.validate_lora()?;
+        }
+        let layers = self.trained_layers;
+        if self.method != Method::Freeze && layers > 0 {
+            return Err(Error::argument(format!(
+                "trained_layers is {layers}, which method freeze alone takes; give method freeze, or leave it out"
+            )));
         }
         if self.method == Method::Qlora {
             let blocksize = self.blocksize;

@@ -64,6 +64,17 @@ impl ConfigFile {
         &self.map
     }
 
+    /// The same file with `changes` over its fields.
+    pub fn with(mut self, changes: Map<String, Value>) -> Self {
+        self.map.extend(changes);
+        self
+    }
+
+    /// JSON as transformers writes it: two spaces, a final newline.
+    pub fn text(&self) -> String {
+        pretty(&Value::Object(self.map.clone()))
+    }
+
     /// The field's value; `None` if it is absent or null.
     pub fn opt(&self, key: &str) -> Option<&Value> {
         self.map.get(key).filter(|value| !value.is_null())
@@ -214,4 +225,9 @@ pub(crate) fn kind(value: &Value) -> String {
         Value::Object(_) => "an object".to_owned(),
         scalar => scalar.to_string(),
     }
+}
+
+/// JSON as transformers writes it: two spaces, a final newline.
+pub(super) fn pretty(value: &Value) -> String {
+    format!("{value:#}\n")
 }

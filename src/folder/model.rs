@@ -5,6 +5,7 @@ use std::path::Path;
 use regex::Regex;
 use serde_json::{Map, Value, json};
 
+use super::config::pretty;
 use super::staging::Staging;
 use super::weights::{INDEX, SINGLE};
 use super::write::Tensor;
@@ -144,11 +145,6 @@ fn dense_config(base: &Map<String, Value>, dtype: DType) -> Map<String, Value> {
         config.insert("torch_dtype".to_owned(), json!(dtype.torch_name()));
     }
     config
-}
-
-/// JSON as transformers writes it: two spaces, a final newline.
-fn pretty(value: &Value) -> String {
-    format!("{value:#}\n")
 }
 
 fn remove_other_weights(folder: &Path, keep: &[String]) -> Result<()> {

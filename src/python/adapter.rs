@@ -23,7 +23,20 @@ type Targets = Vec<(String, (usize, f64, f64))>;
 fn parse_config(config: &str) -> Result<(AdapterConfig, Vec<String>)> {
     let map: Map<String, Value> = serde_json::from_str(config)
         .map_err(|error| Error::argument(format!("config is not a JSON object: {error}")))?;
-    AdapterConfig::from_json(&map)
+    let (config, warnings) = AdapterConfig::from_json(&map)?;
+    without_saved_modules(&config)?;
+    Ok((config, warnings))
+}
+
+/// Python's modules hold adapters alone: a head that was saved beside one would be lost.
+fn without_saved_modules(config: &AdapterConfig) -> Result<()> {
+    if config.modules_to_save.is_empty() {
+        return Ok(());
+    }
+    Err(Error::argument(format!(
+        "modules_to_save={:?} is not supported here; only null is",
+        config.modules_to_save
+    )))
 }
 
 fn array(
@@ -45,6 +58,7 @@ fn values(array: &ArrayView2<f32>) -> Vec<f32> {
 #[pyfunction]
 pub fn read_adapter(py: Python<'_>, folder: PathBuf) -> Result<(String, Arrays<'_>, Vec<String>)> {
     let (adapter, warnings) = py.detach(|| adapter::read(&folder))?;
+    without_saved_modules(&adapter.config)?;
     let text = adapter.config.to_text();
     let arrays = adapter
         .modules
@@ -84,8 +98,9 @@ pub fn write_adapter(
     let adapter = Adapter {
         config,
         modules: pairs.collect(),
+        saved: BTreeMap::new(),
     };
-    py.detach(|| adapter::write(&folder, &adapter, dtype, model_card))?;
+    py.detach(|| adapter::write(&folder, &adapter, dtype, model_card, None))?;
     Ok(warnings)
 }
 

@@ -36,7 +36,7 @@ DEFAULT_OUTPUT = "ferrotune-run"
 
 # QLoRA's 2e-4 (Dettmers et al. 2023, table 9) moves the few adapter weights; all weights at once
 # want about a tenth of it.
-_LEARNING_RATES = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}
+_LEARNING_RATES = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5, "freeze": 2e-5}
 
 
 def _call(invocation: Invocation) -> TrainResult:
@@ -75,10 +75,25 @@ def train(
         ),
     ] = None,
     *,
+    task: Annotated[
+        Literal["auto", "generation", "classification"],
+        Option(
+            "to continue texts, or to give a text its label; auto is what the model's class is for",
+            group=MODEL,
+        ),
+    ] = "auto",
     method: Annotated[
-        Literal["lora", "qlora", "full"],
-        Option("adapters, adapters over a 4-bit model, or every weight", group=MODEL),
+        Literal["lora", "qlora", "freeze", "full"],
+        Option(
+            "adapters; adapters over a 4-bit model; the head and the last blocks alone; or every "
+            "weight",
+            group=MODEL,
+        ),
     ] = "qlora",
+    trained_layers: Annotated[
+        int,
+        Option("blocks at the end that freeze trains beside the head", unit="blocks", group=MODEL),
+    ] = 0,
     r: Annotated[int, Option("rank of the adapters", group=MODEL)] = 16,
     lora_alpha: Annotated[
         float, Option("numerator of the adapters' scaling, lora_alpha / r", group=MODEL)
@@ -142,7 +157,7 @@ def train(
     ] = None,
     learning_rate: Annotated[
         float | None,
-        Option("highest learning rate", group=TRAINING, unset="2e-4; 2e-5 for full"),
+        Option("highest learning rate", group=TRAINING, unset="2e-4; 2e-5 for full and freeze"),
     ] = None,
     warmup_steps: Annotated[
         int, Option("steps of linear warm-up from 0", unit="steps", group=TRAINING)
@@ -180,7 +195,12 @@ def train(
         int, Option("steps between evaluations", unit="steps", group=HELDOUT)
     ] = 50,
     eval_tokens: Annotated[
-        int, Option("most tokens that an evaluation reads", unit="tokens", group=HELDOUT)
+        int,
+        Option(
+            "most tokens (a classifier: texts) that an evaluation reads",
+            unit="tokens",
+            group=HELDOUT,
+        ),
     ] = 32768,
     patience: Annotated[
         int | None,
@@ -201,7 +221,12 @@ def train(
     progress: Progress = True,
     on_event: Callable[[dict[str, Any]], bool | None] | None = None,
 ) -> TrainResult:
-    """Fine-tune a Llama-architecture model on texts or conversations, on the CPU.
+    """Fine-tune a Llama, GPT-2 or BERT model on texts, conversations or labels, on the CPU.
+
+    Models are Hugging Face folders: Llama and GPT-2 for generation, all three for classification
+    of texts by their `label`. A folder without a classification head gets a new one (its weights
+    drawn from `seed`), whose labels are the data's; they are written as `id2label`. The
+    dropout that a model's own config.json names is not applied; `lora_dropout` is.
 
     Every setting is also an option of `ferrotune train` (`ferrotune train --help` lists them with
     their units) and a key of its TOML config. The data is split by record, or by `group`, with near
@@ -212,21 +237,23 @@ def train(
     the run ends where training would be meaningless.
 
     The run's folder holds `config.toml` (every setting, ready to run again), `metrics.jsonl`,
-    `adapter/` in PEFT's format (`model/`, a Hugging Face folder, for method "full"),
-    `checkpoint/`, `curves.png`, `results.json` and a model card, `README.md`.
+    `adapter/` in PEFT's format (`model/`, a Hugging Face folder, for methods "full" and "freeze"),
+    `checkpoint/`, `curves.png`, `results.json` and a model card, `README.md`. A classifier's
+    adapter has its head as PEFT's `modules_to_save`, and a config.json that names the labels.
 
     Args:
         data: files and folders, or tables in memory: a Hugging Face `Dataset`, a pandas or polars
             frame, an Arrow table. A table is read without a copy; `config.toml` has a name in its
             place, and only Python can run it again.
-        learning_rate: None is 2e-4 for lora and qlora (QLoRA's value) and 2e-5 for full; small
-            models take more, 1e-3 and above.
+        learning_rate: None is 2e-4 for lora and qlora (QLoRA's value) and 2e-5 for full and
+            freeze; small models take more, 1e-3 and above.
         on_event: called with each event of the trainer (a dict told apart by its key "event":
             data, model, step, eval, checkpoint, warning, stop); returning False ends the run
             after this step, with a checkpoint.
 
     Returns:
-        A TrainResult: losses in nats per token, tokens, seconds, paths.
+        A TrainResult: losses in nats per token (of a classifier: per label), tokens, seconds,
+        paths, and the measures of the held-out part with their intervals.
 
     Raises:
         SettingError, ValueError: a setting that cannot be used.

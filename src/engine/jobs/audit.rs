@@ -7,7 +7,7 @@ use serde::Deserialize;
 use super::{tokenizer, with_threads};
 use crate::data::Tokenizer;
 use crate::data::audit::{AuditConfig, AuditReport, audit as audit_data};
-use crate::engine::models::llama::LlamaConfig;
+use crate::engine::models::Architecture;
 use crate::error::Result;
 
 #[derive(Debug, Clone, Deserialize)]
@@ -25,7 +25,7 @@ pub fn audit(job: &AuditJob) -> Result<AuditReport> {
     with_threads(job.threads, || {
         let tokenizer = job.model.as_ref().map(|folder| {
             // The tokenizer alone is needed: the model may be one that the engine cannot train.
-            LlamaConfig::read(folder).map_or_else(
+            Architecture::read(folder).map_or_else(
                 |_| Tokenizer::from_folder(folder, None, None, None),
                 |config| tokenizer(folder, &config),
             )

@@ -5,14 +5,15 @@ use std::path::Path;
 
 use super::{plan, quantize};
 use crate::data::Batch;
-use crate::engine::models::llama::{Llama, LlamaConfig, Trained};
+use crate::engine::models::{Architecture, Trained, Transformer};
 use crate::engine::{Mode, Model};
 use crate::error::{Error, Result};
 
 /// Flat gradients by the name of the trained tensor.
 type Gradients = BTreeMap<String, Vec<f32>>;
 
-/// Logits `[rows · columns · vocabulary]`, the summed loss in nats, and the loss's gradients by the
+/// Logits `[rows · columns · vocabulary]` (`[rows · labels]` of a classification model, whose batch
+/// has each row's label at its last token), the summed loss in nats, and the loss's gradients by the
 /// name of the trained tensor: an adapter's, or with `full` every weight's.
 ///
 /// `seed` turns the adapter's dropout on; without it the forward is that of evaluation.
@@ -32,17 +33,17 @@ pub fn compute(
             "full trains the model itself: give no adapter",
         ));
     }
-    let config = LlamaConfig::read(folder)?;
-    let positions = config.max_position_embeddings;
+    let architecture = Architecture::read(folder)?;
+    let positions = architecture.max_position_embeddings;
     let how = quantize(quant_type, 64, true)?;
-    let (mut plan, _) = plan(&config, adapter, how, positions)?;
+    let mut ready = plan(architecture, adapter, how, positions)?;
     if full {
-        plan.trained = Trained::Everything;
+        ready.plan.trained = Trained::everything();
     }
-    if let (Trained::Lora { config, .. }, None) = (&mut plan.trained, seed) {
-        config.lora_dropout = 0.0;
+    if let (Some(lora), None) = (&mut ready.plan.trained.lora, seed) {
+        lora.config.lora_dropout = 0.0;
     }
-    let model = Llama::load(folder, config, &plan)?;
+    let model = Transformer::load(folder, ready.architecture, &ready.plan)?;
     let logits = model.logits(batch)?;
     let seed = seed.unwrap_or_default();
     let mut gradients = BTreeMap::new();

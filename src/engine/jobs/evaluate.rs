@@ -5,10 +5,16 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use super::{plan, quantize, tokenizer, with_threads};
+use super::{Ready, plan, quantize, tokenizer, with_threads};
 use crate::data::audit::AuditMode;
-use crate::data::{Columns, DataConfig, Frames, Layout, Sequential, prepare_whole};
-use crate::engine::models::llama::{Llama, LlamaConfig};
+use crate::data::{
+    Columns, DataConfig, Frames, Labelled, LabelledBatches, Layout, Sequential, Tokenizer,
+    prepare_whole, prepare_whole_texts,
+};
+use crate::engine::metrics::{
+    ClassificationMetrics, GenerationMetrics, classification, generation as measure,
+};
+use crate::engine::models::{Architecture, Labels, Task, Transformer};
 use crate::engine::{Control, EvalEvent, Event, Hooks, evaluate as evaluate_source};
 use crate::error::{Error, Result};
 
@@ -27,14 +33,17 @@ pub struct EvaluateConfig {
     pub prompt_column: Option<String>,
     pub completion_column: Option<String>,
     pub messages_column: Option<String>,
+    pub label_column: Option<String>,
     /// Tables in memory, by the names that stand for them in `data`.
     #[serde(skip)]
     pub frames: Frames,
     pub sequence_length: usize,
     pub packing: bool,
     pub batch_size: usize,
-    /// Tokens to read at most; null for all.
+    /// Tokens (of a classification model: texts) to read at most; null for all.
     pub eval_tokens: Option<usize>,
+    /// Of the bootstrap.
+    pub seed: u64,
     pub threads: Option<usize>,
 }
 
@@ -47,10 +56,16 @@ pub struct EvaluateResult {
     pub bits_per_byte: Option<f64>,
     /// Records left out.
     pub skipped: usize,
-    /// Tokens predicted.
+    /// Tokens (or labels) predicted.
     pub tokens: usize,
     pub seconds: f64,
     pub tokens_per_second: f64,
+    /// A language model's measures with their intervals.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub generation: Option<GenerationMetrics>,
+    /// A classification model's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub classification: Option<ClassificationMetrics>,
 }
 
 /// # Errors
@@ -69,75 +84,149 @@ pub fn evaluate(config: &EvaluateConfig, hooks: &mut (dyn Hooks + Send)) -> Resu
 }
 
 fn run(config: &EvaluateConfig, hooks: &mut (dyn Hooks + Send)) -> Result<EvaluateResult> {
-    let model_config = LlamaConfig::read(&config.model)?;
+    let architecture = Architecture::read(&config.model)?;
     let how = quantize(
         config.quant_type.as_deref(),
         config.blocksize,
         config.double_quant,
     )?;
-    let (plan, warnings) = plan(
-        &model_config,
-        config.adapter.as_deref(),
-        how,
-        config.sequence_length,
-    )?;
+    let (adapter, length) = (config.adapter.as_deref(), config.sequence_length);
+    let Ready {
+        architecture,
+        plan,
+        warnings,
+    } = plan(architecture, adapter, how, length)?;
     for message in warnings {
         hooks.on_event(&Event::Warning { message })?;
     }
-    let tokenizer = tokenizer(&config.model, &model_config)?;
-    let model = Llama::load(&config.model, model_config, &plan)?;
-    let whole = prepare_whole(
-        &DataConfig {
-            data: config.data.clone(),
-            heldout: 0.0,
-            heldout_data: Vec::new(),
-            stratify: false,
-            near_duplicates: 0.0,
-            columns: Columns {
-                text_column: config.text_column.clone(),
-                prompt_column: config.prompt_column.clone(),
-                completion_column: config.completion_column.clone(),
-                messages_column: config.messages_column.clone(),
-                label_column: None,
-                group_column: None,
-            },
-            frames: config.frames.clone(),
-            sequence_length: config.sequence_length,
-            packing: config.packing,
-            seed: 0,
-            layout: Layout::Inputs,
-            audit: AuditMode::Off,
+    let tokenizer = tokenizer(&config.model, &architecture)?;
+    let task = architecture.task();
+    let model = Transformer::load(&config.model, architecture, &plan)?;
+    match task {
+        Task::Generation => generation(config, &model, &tokenizer, hooks),
+        Task::Classification => labels(config, &model, &tokenizer, hooks),
+    }
+}
+
+fn data(config: &EvaluateConfig) -> DataConfig {
+    DataConfig {
+        data: config.data.clone(),
+        heldout: 0.0,
+        heldout_data: Vec::new(),
+        stratify: false,
+        near_duplicates: 0.0,
+        columns: Columns {
+            text_column: config.text_column.clone(),
+            prompt_column: config.prompt_column.clone(),
+            completion_column: config.completion_column.clone(),
+            messages_column: config.messages_column.clone(),
+            label_column: config.label_column.clone(),
+            group_column: None,
         },
-        &tokenizer,
-    )?;
-    if let Some(message) = whole.warning {
+        frames: config.frames.clone(),
+        sequence_length: config.sequence_length,
+        packing: config.packing,
+        seed: 0,
+        layout: Layout::Inputs,
+        audit: AuditMode::Off,
+    }
+}
+
+fn labels(
+    config: &EvaluateConfig,
+    model: &Transformer,
+    tokenizer: &Tokenizer,
+    hooks: &mut (dyn Hooks + Send),
+) -> Result<EvaluateResult> {
+    let (texts, skipped, warning) = prepare_whole_texts(&data(config), tokenizer)?;
+    if let Some(message) = warning {
         hooks.on_event(&Event::Warning { message })?;
     }
-    let source = Sequential::new(&whole.packed, config.batch_size)?;
+    let known = model.architecture.labels();
+    let class = |label: &str| {
+        let found = known.and_then(|known| known.index(label));
+        found.ok_or_else(|| {
+            Error::argument(format!(
+                "the data have the label '{label}', which the model was not trained on; it knows {}",
+                known.map_or_else(String::new, |known: &Labels| known.names.join(", "))
+            ))
+        })
+    };
+    let set = Labelled::new(texts, class)?;
+    let source = LabelledBatches::new(&set, config.batch_size)?;
     let begin = Instant::now();
     let limit = config.eval_tokens.unwrap_or(usize::MAX);
-    let found = evaluate_source(&model, &source, limit, || {
+    let found = evaluate_source(model, &source, limit, || {
         Ok(hooks.poll()? == Control::Continue)
     })?
     .ok_or(Error::Interrupted)?;
     let seconds = begin.elapsed().as_secs_f64();
+    let predictions = found.predictions.unwrap_or_default();
+    let measured = classification(
+        &predictions,
+        known.map_or(&[][..], |k| &k.names),
+        config.seed,
+    );
     hooks.on_event(&Event::Eval(EvalEvent {
         step: 0,
         loss: found.loss,
         perplexity: found.loss.exp(),
         tokens: found.tokens,
         best: false,
+        generation: None,
+        classification: Some(measured.summary),
     }))?;
-    let all = found.tokens == whole.packed.targets();
     Ok(EvaluateResult {
         loss: found.loss,
         perplexity: found.loss.exp(),
-        bits_per_byte: whole.bytes.filter(|_| all).map(|bytes| {
-            found.loss * found.tokens as f64 / bytes.max(1) as f64 / std::f64::consts::LN_2
-        }),
+        bits_per_byte: None,
+        skipped,
+        tokens: found.tokens,
+        seconds,
+        tokens_per_second: found.tokens as f64 / seconds,
+        generation: None,
+        classification: Some(measured),
+    })
+}
+
+fn generation(
+    config: &EvaluateConfig,
+    model: &Transformer,
+    tokenizer: &Tokenizer,
+    hooks: &mut (dyn Hooks + Send),
+) -> Result<EvaluateResult> {
+    let whole = prepare_whole(&data(config), tokenizer)?;
+    if let Some(message) = whole.warning {
+        hooks.on_event(&Event::Warning { message })?;
+    }
+    let source = Sequential::new(&whole.packed, config.batch_size)?;
+    let begin = Instant::now();
+    let limit = config.eval_tokens.unwrap_or(usize::MAX);
+    let found = evaluate_source(model, &source, limit, || {
+        Ok(hooks.poll()? == Control::Continue)
+    })?
+    .ok_or(Error::Interrupted)?;
+    let seconds = begin.elapsed().as_secs_f64();
+    let bytes = whole.bytes.filter(|_| found.whole);
+    let measured = measure(&found.rows, found.loss, bytes, config.seed);
+    hooks.on_event(&Event::Eval(EvalEvent {
+        step: 0,
+        loss: found.loss,
+        perplexity: found.loss.exp(),
+        tokens: found.tokens,
+        best: false,
+        generation: Some(measured),
+        classification: None,
+    }))?;
+    Ok(EvaluateResult {
+        loss: found.loss,
+        perplexity: found.loss.exp(),
+        bits_per_byte: measured.bits_per_byte.map(|bits| bits.value),
         skipped: whole.skipped,
         tokens: found.tokens,
         seconds,
         tokens_per_second: found.tokens as f64 / seconds,
+        generation: Some(measured),
+        classification: None,
     })
 }

@@ -5,9 +5,9 @@ use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use super::{plan, quantize, tokenizer, with_threads};
+use super::{Ready, plan, quantize, tokenizer, with_threads};
 use crate::engine::generate::{Sampling, generate as sample};
-use crate::engine::models::llama::{Decoder, Llama, LlamaConfig};
+use crate::engine::models::{Architecture, Decoder, Transformer};
 use crate::error::Result;
 
 /// Settings of a generation; every one of them must be named.
@@ -49,17 +49,21 @@ fn run(
     config: &GenerateConfig,
     on_text: impl FnMut(&str) -> Result<bool>,
 ) -> Result<GenerateResult> {
-    let model_config = LlamaConfig::read(&config.model)?;
+    let architecture = Architecture::read(&config.model)?;
     let how = quantize(
         config.quant_type.as_deref(),
         config.blocksize,
         config.double_quant,
     )?;
-    let positions = model_config.max_position_embeddings;
-    let (plan, warnings) = plan(&model_config, config.adapter.as_deref(), how, positions)?;
-    let tokenizer = tokenizer(&config.model, &model_config)?;
-    let eos = model_config.eos_token_ids.clone();
-    let model = Llama::load(&config.model, model_config, &plan)?;
+    let positions = architecture.max_position_embeddings;
+    let Ready {
+        architecture,
+        plan,
+        warnings,
+    } = plan(architecture, config.adapter.as_deref(), how, positions)?;
+    let tokenizer = tokenizer(&config.model, &architecture)?;
+    let eos = architecture.eos_token_ids.clone();
+    let model = Transformer::load(&config.model, architecture, &plan)?;
     let begin = Instant::now();
     let made = sample(
         Decoder::new(&model)?,

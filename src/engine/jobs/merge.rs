@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::plan;
+use super::{Ready, plan};
 use crate::dtype::DType;
-use crate::engine::models::llama::{Llama, LlamaConfig};
+use crate::engine::models::{Architecture, Transformer};
 use crate::error::{Error, Result};
 
 /// Settings of a merge; every one of them must be named.
@@ -44,9 +44,13 @@ pub fn merge(config: &MergeConfig) -> Result<MergeResult> {
             config.output.display()
         )));
     }
-    let model_config = LlamaConfig::read(&config.model)?;
-    let (plan, warnings) = plan(&model_config, Some(&config.adapter), None, 1)?;
-    let model = Llama::load(&config.model, model_config, &plan)?;
+    let architecture = Architecture::read(&config.model)?;
+    let Ready {
+        architecture,
+        plan,
+        warnings,
+    } = plan(architecture, Some(&config.adapter), None, 1)?;
+    let model = Transformer::load(&config.model, architecture, &plan)?;
     let merged_modules = model.write_merged(&config.output, dtype)?;
     let mut files: Vec<String> = std::fs::read_dir(&config.output)
         .map_err(Error::io(&config.output))?

@@ -19,10 +19,12 @@ pub use train::{TrainOutcome, train};
 use crate::adapter::{self, Modules};
 use crate::data::Tokenizer;
 use crate::dtype::QuantType;
-use crate::engine::models::llama::{
-    Init, LlamaConfig, LoadPlan, Quantize, Trained, linear_modules,
+use crate::engine::models::{
+    Architecture, Head, Init, Labels, LoadPlan, Lora, Quantize, Trained, linear_modules,
+    other_modules,
 };
 use crate::error::{Error, Result};
+use crate::folder::ConfigFile;
 
 /// Rayon threads for everything that runs in `work`; all of the machine's if `threads` is none.
 ///
@@ -47,19 +49,16 @@ pub fn with_threads<R: Send>(
 struct Names {
     linear: Vec<String>,
     other: Vec<String>,
+    output: &'static str,
 }
 
 impl Names {
-    fn new(config: &LlamaConfig) -> Self {
-        // Every module that contains no other: a pattern that chooses one of these is PEFT's error.
-        let inner = (0..config.num_hidden_layers).flat_map(|at| {
-            ["input_layernorm", "post_attention_layernorm", "mlp.act_fn"]
-                .map(|name| format!("model.layers.{at}.{name}"))
-        });
-        let outer = ["embed_tokens", "norm", "rotary_emb"].map(|name| format!("model.{name}"));
+    fn new(architecture: &Architecture) -> Self {
         Self {
-            linear: linear_modules(config),
-            other: inner.chain(outer).collect(),
+            linear: linear_modules(architecture),
+            // Every module that contains no other: a pattern that chooses one of these is PEFT's error.
+            other: other_modules(architecture),
+            output: architecture.output(),
         }
     }
 
@@ -67,7 +66,7 @@ impl Names {
         Modules {
             linear: &self.linear,
             other: &self.other,
-            output: Some("lm_head"),
+            output: Some(self.output),
         }
     }
 }
@@ -75,53 +74,121 @@ impl Names {
 /// What `config` chooses in this model; the output layer cannot be adapted here.
 fn select(
     config: &adapter::AdapterConfig,
-    model: &LlamaConfig,
+    model: &Architecture,
 ) -> Result<(adapter::AdapterConfig, adapter::Selection)> {
     let names = Names::new(model);
     let selection = adapter::select(config, names.modules())?;
-    if selection
-        .targets
-        .iter()
-        .any(|target| target.module == "lm_head")
-    {
-        return Err(Error::unsupported(
-            "target_modules chooses lm_head; the engine adapts the layers' linear modules only",
-        ));
+    let mut targets = selection.targets.iter();
+    if targets.any(|target| target.module == names.output) {
+        return Err(Error::unsupported(format!(
+            "target_modules chooses {}; the engine adapts the layers' linear modules only",
+            names.output
+        )));
     }
     Ok((selection.resolve(config, names.modules()), selection))
 }
 
-/// Reads an adapter for a model: what is trained, and warnings for the user.
-fn saved_adapter(folder: &Path, model: &LlamaConfig) -> Result<(Trained, Vec<String>)> {
-    let (adapter, mut warnings) = adapter::read(folder)?;
-    let (config, selection) = select(&adapter.config, model)?;
-    adapter.check(&selection)?;
-    warnings.extend(selection.warnings);
-    let trained = Trained::Lora {
-        config: Box::new(config),
-        targets: selection.targets,
-        init: Init::Saved(Box::new(adapter)),
-    };
-    Ok((trained, warnings))
+/// A model that can be loaded, and warnings for the user.
+struct Ready {
+    architecture: Architecture,
+    plan: LoadPlan,
+    warnings: Vec<String>,
 }
 
 /// How to load a model that is not trained.
 fn plan(
-    config: &LlamaConfig,
+    mut architecture: Architecture,
     adapter: Option<&Path>,
     quantize: Option<Quantize>,
     positions: usize,
-) -> Result<(LoadPlan, Vec<String>)> {
+) -> Result<Ready> {
     let (trained, warnings) = match adapter {
-        Some(folder) => saved_adapter(folder, config)?,
-        None => (Trained::Nothing, Vec::new()),
+        Some(folder) => saved_adapter(folder, &mut architecture)?,
+        None => (Trained::nothing(), Vec::new()),
     };
     let plan = LoadPlan {
         quantize,
         trained,
         positions,
+        seed: 0,
     };
-    Ok((plan, warnings))
+    Ok(Ready {
+        architecture,
+        plan,
+        warnings,
+    })
+}
+
+/// Reads an adapter for a model, which gets the head that the adapter was trained with.
+fn saved_adapter(folder: &Path, model: &mut Architecture) -> Result<(Trained, Vec<String>)> {
+    let (adapter, mut warnings) = adapter::read(folder)?;
+    if let Some(labels) = saved_labels(folder, &adapter, model)? {
+        model.head = Head::Classification(labels);
+    }
+    let whole = saved_modules(folder, &adapter, model)?;
+    let (config, selection) = select(&adapter.config, model)?;
+    adapter.check(&selection)?;
+    warnings.extend(selection.warnings);
+    let trained = Trained {
+        whole,
+        lora: Some(Lora {
+            config: Box::new(config),
+            targets: selection.targets,
+            init: Init::Saved(Box::new(adapter)),
+        }),
+    };
+    Ok((trained, warnings))
+}
+
+/// The classes of an adapter with a head of its own: those of the config.json beside it, or of the
+/// model where their number fits, or nameless ones.
+fn saved_labels(
+    folder: &Path,
+    adapter: &adapter::Adapter,
+    model: &Architecture,
+) -> Result<Option<Labels>> {
+    let weight = format!("{}.weight", model.names().classifier);
+    let Some(head) = adapter.saved.get(&weight) else {
+        return Ok(None);
+    };
+    let count = head.shape.first().copied().unwrap_or(0);
+    let beside = ConfigFile::open_optional(folder, "config.json")?;
+    let beside = beside.as_ref().map(Labels::read).transpose()?;
+    let own = model.labels().filter(|labels| !labels.fresh).cloned();
+    let found = beside.into_iter().chain(own);
+    let mut fitting = found.filter(|labels| labels.len() == count);
+    let nameless = || Labels {
+        names: (0..count).map(|at| format!("LABEL_{at}")).collect(),
+        fresh: false,
+    };
+    Ok(Some(fitting.next().unwrap_or_else(nameless)))
+}
+
+/// The modules whose weights the adapter brings along, all of them parts of the model's head.
+fn saved_modules(
+    folder: &Path,
+    adapter: &adapter::Adapter,
+    model: &Architecture,
+) -> Result<Vec<String>> {
+    let names = model.names();
+    let pooler = names.pooler.map(|pooler| names.outer(pooler));
+    let mut whole: Vec<String> = Vec::new();
+    for name in adapter.saved.keys() {
+        let module = name
+            .rsplit_once('.')
+            .map_or(name.as_str(), |(module, _)| module);
+        let of_head = model.labels().is_some() && module == names.classifier;
+        if !of_head && pooler.as_deref() != Some(module) {
+            return Err(Error::unsupported(format!(
+                "{}: modules_to_save has {name}; the engine takes a classification head's only",
+                folder.display()
+            )));
+        }
+        if !whole.iter().any(|done| done == module) {
+            whole.push(module.to_owned());
+        }
+    }
+    Ok(whole)
 }
 
 /// 4-bit settings as a user gives them; none where no type is named.
@@ -142,7 +209,7 @@ fn quantize(
 }
 
 /// The model folder's tokenizer, putting the model's own start and end tokens around documents.
-fn tokenizer(folder: &Path, config: &LlamaConfig) -> Result<Tokenizer> {
+fn tokenizer(folder: &Path, config: &Architecture) -> Result<Tokenizer> {
     Tokenizer::from_folder(
         folder,
         config.bos_token_id,

@@ -6,15 +6,18 @@ use serde_json::{Map, json};
 use super::{Names, select, tokenizer, with_threads};
 use crate::adapter::{AdapterConfig, Selector};
 use crate::data::audit::Severity;
-use crate::data::{DataConfig, DataReport, Sequential, Shuffled, prepare};
-use crate::engine::models::llama::{
-    ARCHITECTURE, Init, Llama, LlamaConfig, LoadPlan, Quantize, Trained,
+use crate::data::{
+    BatchSource, DataConfig, DataReport, Labelled, LabelledBatches, PreparedTexts, Sequential,
+    Shuffled, prepare, prepare_texts,
+};
+use crate::engine::models::{
+    Architecture, Head, Init, Labels, LoadPlan, Lora, Quantize, Task, Trained, Transformer,
 };
 use crate::engine::{
-    DataEvent, Event, Hooks, Method, ModelEvent, RunFolder, Skip, TargetModules, TrainConfig,
-    TrainResult, train_in,
+    DataEvent, Event, Hooks, Method, ModelEvent, RunFolder, Skip, TargetModules, TaskChoice,
+    TrainConfig, TrainResult, train_in,
 };
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// How a run ended, and what it worked on.
 #[derive(Debug, Clone, Serialize)]
@@ -38,9 +41,134 @@ pub fn train(config: &TrainConfig, hooks: &mut (dyn Hooks + Send)) -> Result<Tra
 }
 
 fn run(config: &TrainConfig, hooks: &mut (dyn Hooks + Send)) -> Result<TrainOutcome> {
-    let model_config = LlamaConfig::read(&config.model)?;
-    let (trained, warnings) = trained(config, &model_config)?;
-    let tokenizer = tokenizer(&config.model, &model_config)?;
+    let mut architecture = Architecture::read(&config.model)?;
+    match task(config.task, &architecture)? {
+        Task::Generation => generation(config, architecture, hooks),
+        Task::Classification => {
+            if architecture.labels().is_none() {
+                architecture.head = Head::Classification(Labels::fresh([]));
+            }
+            classification(config, architecture, hooks)
+        }
+    }
+}
+
+fn task(choice: TaskChoice, architecture: &Architecture) -> Result<Task> {
+    match (choice, architecture.task()) {
+        (TaskChoice::Auto, task) => Ok(task),
+        (TaskChoice::Classification, _) => Ok(Task::Classification),
+        (TaskChoice::Generation, Task::Generation) => Ok(Task::Generation),
+        (TaskChoice::Generation, Task::Classification) => Err(Error::argument(format!(
+            "task generation needs a causal language model, and {} is none; give another model, or \
+             task classification",
+            architecture.class
+        ))),
+    }
+}
+
+fn generation(
+    config: &TrainConfig,
+    architecture: Architecture,
+    hooks: &mut (dyn Hooks + Send),
+) -> Result<TrainOutcome> {
+    let (trained, warnings) = trained(config, &architecture)?;
+    let tokenizer = tokenizer(&config.model, &architecture)?;
+    tokenizer.fits()?;
+    let model = load(config, architecture, trained)?;
+    let prepared = prepare(&data_config(config), &tokenizer)?;
+    drop(tokenizer);
+    let train = Shuffled::new(&prepared.train, config.batch_size, config.seed)?
+        .by_length(config.sort_by_length);
+    let heldout = Sequential::new(&prepared.heldout, config.batch_size)?
+        .spelling(prepared.report.heldout_bytes);
+    fit(
+        config,
+        &model,
+        &train,
+        &heldout,
+        prepared.report,
+        warnings,
+        hooks,
+    )
+}
+
+fn classification(
+    config: &TrainConfig,
+    mut architecture: Architecture,
+    hooks: &mut (dyn Hooks + Send),
+) -> Result<TrainOutcome> {
+    let (trained, mut warnings) = trained(config, &architecture)?;
+    let tokenizer = tokenizer(&config.model, &architecture)?;
+    tokenizer.fits()?;
+    let PreparedTexts {
+        train,
+        heldout,
+        report,
+    } = prepare_texts(&data_config(config), &tokenizer)?;
+    drop(tokenizer);
+    let (labels, warning) = labels(&architecture, &train.labels, &heldout.labels)?;
+    warnings.extend(warning);
+    let class = |label: &str| {
+        let found = labels.index(label);
+        found.ok_or_else(|| Error::run(format!("label '{label}' has no number")))
+    };
+    let (train, heldout) = (Labelled::new(train, class)?, Labelled::new(heldout, class)?);
+    architecture.head = Head::Classification(labels);
+    let model = load(config, architecture, trained)?;
+    let train = LabelledBatches::new(&train, config.batch_size)?
+        .shuffled(config.seed, config.sort_by_length);
+    let heldout = LabelledBatches::new(&heldout, config.batch_size)?;
+    fit(config, &model, &train, &heldout, report, warnings, hooks)
+}
+
+/// The head's classes: the stored head's where they name every label of the data, else the data's;
+/// and a warning where a stored head is given up.
+fn labels(
+    architecture: &Architecture,
+    train: &[String],
+    heldout: &[String],
+) -> Result<(Labels, Option<String>)> {
+    let seen = Labels::fresh(train.iter().cloned());
+    let quoted = |names: &[String]| {
+        const SHOWN: usize = 10;
+        let more = if names.len() > SHOWN { ", …" } else { "" };
+        let names: Vec<String> = names.iter().take(SHOWN).map(|n| format!("'{n}'")).collect();
+        format!("{}{more}", names.join(", "))
+    };
+    let mut unseen: Vec<String> = heldout.to_vec();
+    unseen.retain(|label| seen.index(label).is_none());
+    unseen.sort();
+    unseen.dedup();
+    if !unseen.is_empty() {
+        return Err(Error::argument(format!(
+            "the held-out data have labels that the training data never show: {}; hold out other \
+             records, or add some of these labels to the training data",
+            quoted(&unseen)
+        )));
+    }
+    if seen.len() < 2 {
+        return Err(Error::argument(format!(
+            "the training data have one label alone ({}), which leaves nothing to tell apart",
+            quoted(&seen.names)
+        )));
+    }
+    match architecture.labels().filter(|stored| !stored.fresh) {
+        Some(stored) if seen.names.iter().all(|name| stored.index(name).is_some()) => {
+            Ok((stored.clone(), None))
+        }
+        Some(stored) => {
+            let warning = format!(
+                "the model's head knows the labels {}, the data have {}: a new head is trained",
+                quoted(&stored.names),
+                quoted(&seen.names)
+            );
+            Ok((seen, Some(warning)))
+        }
+        None => Ok((seen, None)),
+    }
+}
+
+fn load(config: &TrainConfig, architecture: Architecture, trained: Trained) -> Result<Transformer> {
     let plan = LoadPlan {
         quantize: (config.method == Method::Qlora).then_some(Quantize {
             quant_type: config.quant_type,
@@ -49,41 +177,52 @@ fn run(config: &TrainConfig, hooks: &mut (dyn Hooks + Send)) -> Result<TrainOutc
         }),
         trained,
         positions: config.sequence_length,
+        seed: config.seed,
     };
-    let model = Llama::load(&config.model, model_config, &plan)?;
-    let prepared = prepare(&data_config(config), &tokenizer)?;
-    drop(tokenizer);
+    Transformer::load(&config.model, architecture, &plan)
+}
 
+/// Takes the run's folder, tells what is worked on, and trains.
+fn fit(
+    config: &TrainConfig,
+    model: &Transformer,
+    train: &dyn BatchSource,
+    heldout: &dyn BatchSource,
+    report: DataReport,
+    warnings: Vec<String>,
+    hooks: &mut (dyn Hooks + Send),
+) -> Result<TrainOutcome> {
     let folder = RunFolder::open(&config.output, config.resume)?;
-    let model_event = model_event(config, &model);
-    hooks.on_event(&Event::Data(data_event(&prepared.report)))?;
+    let model_event = model_event(config, model);
+    hooks.on_event(&Event::Data(data_event(&report)))?;
     hooks.on_event(&Event::Model(model_event.clone()))?;
-    let faults = prepared.report.audit.iter();
+    let faults = report.audit.iter();
     let faults = faults
         .filter(|finding| finding.severity >= Severity::Warning)
         .map(|finding| format!("data: {}", finding.message));
-    let warnings = faults.chain(warnings);
-    for message in warnings {
+    for message in faults.chain(warnings) {
         hooks.on_event(&Event::Warning { message })?;
     }
-    let train = Shuffled::new(&prepared.train, config.batch_size, config.seed)?
-        .by_length(config.sort_by_length);
-    let heldout = Sequential::new(&prepared.heldout, config.batch_size)?;
-    let result = train_in(&folder, config, &model, &train, &heldout, hooks)?;
-    let adapter = (config.method != Method::Full).then(|| config.output.join("adapter"));
+    let result = train_in(&folder, config, model, train, heldout, hooks)?;
+    let adapter = config
+        .method
+        .is_adapter()
+        .then(|| config.output.join("adapter"));
     Ok(TrainOutcome {
         result,
         output: config.output.clone(),
         adapter,
         model: model_event,
-        data: prepared.report,
+        data: report,
     })
 }
 
-/// What the settings train of the model.
-fn trained(config: &TrainConfig, model: &LlamaConfig) -> Result<(Trained, Vec<String>)> {
-    if config.method == Method::Full {
-        return Ok((Trained::Everything, Vec::new()));
+/// What the settings train of the model. A classification head is trained beside adapters.
+fn trained(config: &TrainConfig, model: &Architecture) -> Result<(Trained, Vec<String>)> {
+    match config.method {
+        Method::Full => return Ok((Trained::everything(), Vec::new())),
+        Method::Freeze => return Ok((last_layers(config, model)?, Vec::new())),
+        Method::Lora | Method::Qlora => {}
     }
     let target = match &config.target_modules {
         TargetModules::Pattern(pattern) => Selector::Pattern(pattern.clone()),
@@ -100,13 +239,49 @@ fn trained(config: &TrainConfig, model: &LlamaConfig) -> Result<(Trained, Vec<St
         "base_model_name_or_path".to_owned(),
         json!(config.model.display().to_string()),
     );
+    let mut whole = Vec::new();
+    if model.task() == Task::Classification {
+        adapter
+            .kept
+            .insert("task_type".to_owned(), json!("SEQ_CLS"));
+        whole.push(model.names().classifier.to_owned());
+    }
     let (resolved, selection) = select(&adapter, model)?;
-    let trained = Trained::Lora {
+    let lora = Some(Lora {
         config: Box::new(resolved),
         targets: selection.targets,
-        init: Init::Random { seed: config.seed },
-    };
-    Ok((trained, selection.warnings))
+        init: Init::Random,
+    });
+    Ok((Trained { whole, lora }, selection.warnings))
+}
+
+/// The head and the last blocks, with the norm behind them.
+fn last_layers(config: &TrainConfig, model: &Architecture) -> Result<Trained> {
+    let (names, count) = (model.names(), config.trained_layers);
+    let all = model.num_hidden_layers;
+    if count > all {
+        return Err(Error::argument(format!(
+            "trained_layers is {count}, but the model has {all} blocks"
+        )));
+    }
+    let tied = model.task() == Task::Generation && model.tie_word_embeddings;
+    if tied && count == 0 {
+        return Err(Error::argument(
+            "the model's output layer is its embedding, which method freeze leaves frozen: give \
+             trained_layers, the number of blocks to train at the end",
+        ));
+    }
+    let mut whole: Vec<String> = (all - count..all).map(|at| names.layer(at)).collect();
+    if !tied {
+        whole.push(model.output().to_owned());
+    }
+    if model.task() == Task::Classification {
+        whole.extend(names.pooler.map(|pooler| names.outer(pooler)));
+    }
+    if count > 0 {
+        whole.extend(names.norm.map(|norm| names.outer(norm)));
+    }
+    Ok(Trained { whole, lora: None })
 }
 
 fn data_config(config: &TrainConfig) -> DataConfig {
@@ -155,16 +330,20 @@ fn data_event(report: &DataReport) -> DataEvent {
     }
 }
 
-fn model_event(config: &TrainConfig, model: &Llama) -> ModelEvent {
+fn model_event(config: &TrainConfig, model: &Transformer) -> ModelEvent {
+    let architecture = &model.architecture;
     let mut details = Map::new();
-    if config.method != Method::Full {
-        let names = Names::new(&model.config);
+    if config.method.is_adapter() {
+        let names = Names::new(architecture);
         let adapted = model.adapter_modules().len();
         details.insert("adapted_modules".to_owned(), json!(adapted));
         details.insert("linear_modules".to_owned(), json!(names.linear.len() - 1));
     }
+    if let Some(labels) = architecture.labels() {
+        details.insert("labels".to_owned(), json!(labels.names));
+    }
     ModelEvent {
-        architecture: ARCHITECTURE.to_owned(),
+        architecture: architecture.trained_class().to_owned(),
         parameters: model.base_parameters(),
         trainable: model.trainable(),
         quantized_bytes: model.quantized_bytes(),

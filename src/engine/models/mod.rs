@@ -1,3 +1,17 @@
-//! Models of the engine, one folder an architecture.
+//! Models of the engine: what each family's config.json and names say, and the one transformer that
+//! all of them are built as.
 
-pub mod llama;
+mod architecture;
+mod bert;
+mod gpt2;
+mod labels;
+mod llama;
+mod names;
+pub mod transformer;
+
+pub use architecture::{Architecture, Head, Task};
+pub use labels::Labels;
+pub use names::{Family, Names};
+pub use transformer::{
+    Decoder, Init, LoadPlan, Lora, Quantize, Trained, Transformer, linear_modules, other_modules,
+};

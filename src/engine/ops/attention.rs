@@ -1,4 +1,4 @@
-//! Causal attention inside documents, with grouped key/value heads, in tiles of query rows.
+//! Attention of each token to a span of its row, with grouped key/value heads, in tiles of query rows.
 //!
 //! Only the log-sum-exp of each row is kept for backward; the probabilities are computed again
 //! (Dao et al., 2022, "FlashAttention").
@@ -16,7 +16,7 @@ const TILE: usize = 64;
 /// For each token, the first token of its row that it may attend to: where its document starts.
 ///
 /// `positions` `[b, t]`; a position of 0 starts a document.
-pub fn document_starts(positions: &[u32], t: usize) -> Vec<u32> {
+fn document_starts(positions: &[u32], t: usize) -> Vec<u32> {
     let mut starts = Vec::with_capacity(positions.len());
     for row in positions.chunks(t.max(1)) {
         let mut start = 0;
@@ -28,6 +28,55 @@ pub fn document_starts(positions: &[u32], t: usize) -> Vec<u32> {
         }
     }
     starts
+}
+
+/// The tokens of its own row that each token may attend to, `start..end`; neither ever decreases
+/// along a row, and no span is empty.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Spans {
+    pub starts: Vec<u32>,
+    pub ends: Vec<u32>,
+}
+
+impl Spans {
+    /// Each token sees its document up to itself. `positions` `[b, t]`; a position of 0 starts a document.
+    pub fn causal(positions: &[u32], t: usize) -> Self {
+        Self {
+            starts: document_starts(positions, t),
+            ends: (0..positions.len()).map(|at| (at % t) as u32 + 1).collect(),
+        }
+    }
+
+    /// Each token sees its row's first `lengths[row]` tokens: what stands behind them is padding.
+    pub fn rows(lengths: &[usize], t: usize) -> Self {
+        let ends = lengths
+            .iter()
+            .flat_map(|&n| std::iter::repeat_n(n as u32, t));
+        Self {
+            starts: vec![0; lengths.len() * t],
+            ends: ends.collect(),
+        }
+    }
+
+    fn of_row(&self, row: usize, t: usize) -> RowSpans<'_> {
+        RowSpans {
+            starts: &self.starts[row * t..][..t],
+            ends: &self.ends[row * t..][..t],
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct RowSpans<'a> {
+    starts: &'a [u32],
+    ends: &'a [u32],
+}
+
+impl RowSpans<'_> {
+    /// The span of token `at`, from key `from` on.
+    fn visible(self, at: usize, from: usize) -> std::ops::Range<usize> {
+        self.starts[at] as usize - from..self.ends[at] as usize - from
+    }
 }
 
 /// The parts of one key/value group's block `[group + 2, t, d]`.
@@ -46,12 +95,15 @@ fn block(qkv: &[f32], index: usize, heads: Heads) -> Block<'_> {
     Block { q, k, v }
 }
 
-/// Tiles of query rows: (first row, rows, first key). Document starts never decrease along a row,
-/// so the first row's start bounds the tile's.
-fn tiles(t: usize, starts: &[u32]) -> impl Iterator<Item = (usize, usize, usize)> + '_ {
-    (0..t)
-        .step_by(TILE)
-        .map(move |first| (first, TILE.min(t - first), starts[first] as usize))
+/// Tiles of query rows: (first row, rows, first key, keys). Spans never move back along a row, so
+/// the first row's start and the last one's end bound the tile's.
+fn tiles(t: usize, spans: RowSpans<'_>) -> impl Iterator<Item = (usize, usize, usize, usize)> + '_ {
+    (0..t).step_by(TILE).map(move |first| {
+        let rows = TILE.min(t - first);
+        let from = spans.starts[first] as usize;
+        let keys = spans.ends[first + rows - 1] as usize - from;
+        (first, rows, from, keys)
+    })
 }
 
 fn scale(heads: Heads) -> f32 {
@@ -59,7 +111,7 @@ fn scale(heads: Heads) -> f32 {
 }
 
 /// `out` `[b, h, t, d]` and each query's log-sum-exp `[b, h, t]` for `qkv` `[b, hkv, group + 2, t, d]`.
-pub fn attention(qkv: &[f32], heads: Heads, starts: &[u32], out: &mut [f32], lse: &mut [f32]) {
+pub fn attention(qkv: &[f32], heads: Heads, spans: &Spans, out: &mut [f32], lse: &mut [f32]) {
     let Heads { t, d, h, .. } = heads;
     let group = heads.group();
     out.par_chunks_mut(t * d)
@@ -68,10 +120,9 @@ pub fn attention(qkv: &[f32], heads: Heads, starts: &[u32], out: &mut [f32], lse
         .for_each(|(index, (out, lse))| {
             let Block { q, k, v } = block(qkv, index / group, heads);
             let q = &q[index % group * t * d..];
-            let starts = &starts[index / h * t..][..t];
+            let spans = spans.of_row(index / h, t);
             let mut scores = Scratch::dirty(TILE.min(t) * t);
-            for (first, rows, from) in tiles(t, starts) {
-                let keys = first + rows - from;
+            for (first, rows, from, keys) in tiles(t, spans) {
                 let scores = &mut scores[..rows * keys];
                 let tile = Mat::new(&q[first * d..(first + rows) * d], rows, d);
                 let k = Mat::new(&k[from * d..(from + keys) * d], keys, d);
@@ -86,8 +137,7 @@ pub fn attention(qkv: &[f32], heads: Heads, starts: &[u32], out: &mut [f32], lse
                 );
                 vectorized(|| {
                     for (at, row) in scores.chunks_exact_mut(keys).enumerate() {
-                        let visible = starts[first + at] as usize - from..first + at + 1 - from;
-                        lse[first + at] = softmax(row, visible);
+                        lse[first + at] = softmax(row, spans.visible(first + at, from));
                     }
                 });
                 let v = Mat::new(&v[from * d..(from + keys) * d], keys, d);
@@ -120,7 +170,7 @@ fn softmax(row: &mut [f32], visible: std::ops::Range<usize>) -> f32 {
 pub fn attention_backward(
     qkv: &[f32],
     heads: Heads,
-    starts: &[u32],
+    spans: &Spans,
     out: &[f32],
     lse: &[f32],
     d_out: &[f32],
@@ -137,7 +187,7 @@ pub fn attention_backward(
             let (dk, dv) = d_kv.split_at_mut(head);
             dk.fill(0.0);
             dv.fill(0.0);
-            let starts = &starts[index / hkv * t..][..t];
+            let spans = spans.of_row(index / hkv, t);
             let mut p = Scratch::dirty(TILE.min(t) * t);
             let mut ds = Scratch::dirty(TILE.min(t) * t);
             for member in 0..group {
@@ -146,8 +196,7 @@ pub fn attention_backward(
                 let dq = &mut dq[member * head..(member + 1) * head];
                 let (out, d_out) = (&out[of * head..][..head], &d_out[of * head..][..head]);
                 let lse = &lse[of * t..][..t];
-                for (first, rows, from) in tiles(t, starts) {
-                    let keys = first + rows - from;
+                for (first, rows, from, keys) in tiles(t, spans) {
                     let (p, ds) = (&mut p[..rows * keys], &mut ds[..rows * keys]);
                     let queries = first * d..(first + rows) * d;
                     let span = from * d..(from + keys) * d;
@@ -166,7 +215,7 @@ pub fn attention_backward(
                             let row = first + at;
                             let token = row * d..(row + 1) * d;
                             let along = dot(&out[token.clone()], &d_out[token]);
-                            let visible = starts[row] as usize - from..row + 1 - from;
+                            let visible = spans.visible(row, from);
                             probabilities_backward(p, ds, visible, lse[row], along);
                         }
                     });

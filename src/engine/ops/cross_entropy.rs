@@ -21,13 +21,15 @@ pub struct Gradients<'a> {
 /// Sum of `−ln softmax(x·Wᵀ)[target]` over the rows of `x` `[m, k]` whose target is not [`IGNORE`],
 /// in nats, with `weight` `[vocabulary, k]`. The gradients are those of this sum.
 ///
-/// Rows without a target cost nothing: they are left out before the product.
+/// Rows without a target cost nothing: they are left out before the product. `tell` is given each
+/// target's row and loss.
 pub fn linear_cross_entropy(
     x: &[f32],
     weight: &[f32],
     k: usize,
     targets: &[i32],
     mut gradients: Option<Gradients>,
+    mut tell: impl FnMut(usize, f32),
 ) -> f64 {
     let vocabulary = weight.len() / k;
     let trained: Vec<usize> = (0..targets.len())
@@ -61,6 +63,9 @@ pub fn linear_cross_entropy(
             .zip(part)
             .map(|(logits, &row)| vectorized(|| loss_and_gradient(logits, targets[row] as usize)))
             .collect();
+        for (&row, &loss) in part.iter().zip(&losses) {
+            tell(row, loss);
+        }
         total += losses.iter().map(|&loss| f64::from(loss)).sum::<f64>();
         if let Some(gradients) = &mut gradients {
             let d_logits = Mat::new(&logits, m, vocabulary);
@@ -79,6 +84,21 @@ pub fn linear_cross_entropy(
             for (from, &row) in packed.chunks_exact(k).zip(part) {
                 gradients.dx[row * k..(row + 1) * k].copy_from_slice(from);
             }
+        }
+    }
+    total
+}
+
+/// Sum of `−ln softmax(logits)[label]` in nats over the rows of `logits` `[b, classes]` whose label is
+/// not [`IGNORE`]; the logits become the gradient of this sum, zero in the other rows.
+pub fn softmax_cross_entropy(logits: &mut [f32], classes: usize, labels: &[i32]) -> f64 {
+    let rows = logits.chunks_exact_mut(classes).zip(labels);
+    let mut total = 0.0;
+    for (row, &label) in rows {
+        if label == IGNORE {
+            row.fill(0.0);
+        } else {
+            total += f64::from(loss_and_gradient(row, label as usize));
         }
     }
     total

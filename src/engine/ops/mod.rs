@@ -4,6 +4,7 @@
 
 pub mod attention;
 pub mod cross_entropy;
+pub mod gelu;
 pub mod norm;
 pub mod rope;
 pub mod swiglu;

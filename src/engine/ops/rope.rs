@@ -131,12 +131,12 @@ impl Heads {
     }
 }
 
-/// `qkv` `[b·t, width]` with its queries and keys rotated, head-major and by key/value group:
+/// `qkv` `[b·t, width]` with its queries and keys rotated where `rotations` are given, head-major and by key/value group:
 /// `out` `[b, hkv, group + 2, t, d]`.
 pub fn rope_to_heads(
     qkv: &[f32],
     heads: Heads,
-    rotations: &Rotations,
+    rotations: Option<&Rotations>,
     positions: &[u32],
     out: &mut [f32],
 ) {
@@ -152,7 +152,7 @@ pub fn rope_to_heads(
                     let token = row * t + at;
                     let from = token * width + column;
                     out.copy_from_slice(&qkv[from..from + d]);
-                    if slot < slots - 1 {
+                    if let Some(rotations) = rotations.filter(|_| slot < slots - 1) {
                         rotations.rotate(out, positions[token] as usize, false);
                     }
                 }
@@ -164,7 +164,7 @@ pub fn rope_to_heads(
 pub fn rope_to_heads_backward(
     d_heads: &[f32],
     heads: Heads,
-    rotations: &Rotations,
+    rotations: Option<&Rotations>,
     positions: &[u32],
     dqkv: &mut [f32],
 ) {
@@ -181,7 +181,7 @@ pub fn rope_to_heads_backward(
                         let column = heads.column(kv, slot) * d;
                         let out = &mut out[column..column + d];
                         out.copy_from_slice(&d_heads[from..from + d]);
-                        if slot < slots - 1 {
+                        if let Some(rotations) = rotations.filter(|_| slot < slots - 1) {
                             rotations.rotate(out, positions[token] as usize, true);
                         }
                     }

@@ -8,6 +8,7 @@ use crate::engine::Model;
 use crate::engine::checkpoint::{self, Contents};
 use crate::engine::evaluate::{Evaluation, evaluate};
 use crate::engine::events::{Control, EvalEvent, Event, StepEvent, StopReason, TrainResult};
+use crate::engine::metrics::{classification, generation};
 use crate::engine::state::{Measured, State};
 use crate::error::{Error, Result};
 
@@ -50,15 +51,33 @@ impl Run<'_> {
             Ok(!*interrupted)
         })
         .map_err(|error| diverged(error, step))?;
-        let Some(Evaluation { loss, tokens }) = found else {
+        let Some(found) = found else {
             return Ok(());
         };
+        let Evaluation {
+            loss,
+            tokens,
+            rows,
+            whole,
+            predictions,
+        } = found;
         self.progress
             .record_evaluation(start.elapsed().as_secs_f64());
         let measured = Measured { step, loss };
         self.state.heldout_last = Some(measured);
         if step == 0 {
             self.state.heldout_loss_before = Some(loss);
+        }
+        let seed = self.config.seed;
+        let classification = predictions
+            .as_ref()
+            .map(|predictions| classification(predictions, self.model.labels(), seed));
+        let bytes = self.heldout.bytes().filter(|_| whole);
+        let generation = classification
+            .is_none()
+            .then(|| generation(&rows, loss, bytes, seed));
+        if step == 0 {
+            self.state.classification_before.clone_from(&classification);
         }
         let is_best = self.state.best.is_none_or(|best| loss < best.loss);
         if is_best {
@@ -68,12 +87,19 @@ impl Run<'_> {
         } else {
             self.state.evaluations_since_best += 1;
         }
+        let summary = classification.as_ref().map(|found| found.summary);
+        if is_best {
+            self.state.generation_best = generation;
+            self.state.classification_best = classification;
+        }
         self.record(&Event::Eval(EvalEvent {
             step,
             loss,
             perplexity: loss.exp(),
             tokens,
             best: is_best,
+            generation,
+            classification: summary,
         }))
     }
 
@@ -160,6 +186,9 @@ impl Run<'_> {
             seconds: self.progress.elapsed(),
             tokens_per_second: tokens as f64 / step_seconds.max(f64::MIN_POSITIVE),
             stop_reason,
+            generation_best: self.state.generation_best,
+            classification_before: self.state.classification_before.clone(),
+            classification_best: self.state.classification_best.clone(),
         })
     }
 }

@@ -1,8 +1,9 @@
-//! Attention of a decoder layer: q/k/v as one group, rotary embedding, o.
+//! Attention of a layer: q/k/v as one group, rotary embedding where the model has one, o.
 
 use std::sync::Arc;
 
-use super::block::{Inner, Norm, Tokens};
+use super::block::{Inner, Tokens};
+use super::norm::Norm;
 use crate::engine::ops::attention::{attention, attention_backward};
 use crate::engine::ops::rope::{
     Heads, Rotations, merge_heads, rope_to_heads, rope_to_heads_backward, split_heads,
@@ -15,13 +16,14 @@ use crate::scratch::Scratch;
 #[derive(Debug)]
 pub struct Attention {
     pub norm: Norm,
-    /// q, k and v on the normed input.
+    /// q, k and v of one input; one projection may make all three.
     pub qkv: Group,
     pub o: Group,
     pub h: usize,
     pub hkv: usize,
     pub d: usize,
-    pub rotations: Arc<Rotations>,
+    /// None where positions are learned.
+    pub rotations: Option<Arc<Rotations>>,
 }
 
 /// What backward needs of forward, all head-major.
@@ -73,11 +75,12 @@ impl Inner for Attention {
         let (theta_qkv, theta_o) = theta.split_at(self.qkv.theta_len());
         let (rows, h_qkv) = self.qkv.forward(x, theta_qkv, dropout)?;
         let mut qkv = Scratch::dirty(rows.len());
-        rope_to_heads(&rows, heads, &self.rotations, &tokens.positions, &mut qkv);
+        let rotations = self.rotations.as_deref();
+        rope_to_heads(&rows, heads, rotations, &tokens.positions, &mut qkv);
         drop(rows);
         let mut out = Scratch::dirty(tokens.m() * self.h * self.d);
         let mut lse = Scratch::dirty(tokens.m() * self.h);
-        attention(&qkv, heads, &tokens.starts, &mut out, &mut lse);
+        attention(&qkv, heads, &tokens.spans, &mut out, &mut lse);
         let mut merged = Scratch::dirty(out.len());
         merge_heads(&out, heads, &mut merged);
         let (y, h_o) = self.o.forward(&merged, theta_o, self.o_dropout(dropout))?;
@@ -125,7 +128,7 @@ impl Inner for Attention {
         attention_backward(
             &saved.qkv,
             heads,
-            &tokens.starts,
+            &tokens.spans,
             &saved.out,
             &saved.lse,
             &d_out,
@@ -133,7 +136,8 @@ impl Inner for Attention {
         );
         let mut dqkv = saved.qkv;
         let positions = &tokens.positions;
-        rope_to_heads_backward(&d_heads, heads, &self.rotations, positions, &mut dqkv);
+        let rotations = self.rotations.as_deref();
+        rope_to_heads_backward(&d_heads, heads, rotations, positions, &mut dqkv);
         let h = &saved.h_qkv;
         self.qkv
             .backward(x, theta_qkv, h, &dqkv, dropout, dx, dtheta_qkv)

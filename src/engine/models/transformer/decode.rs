@@ -1,10 +1,8 @@
 //! One token after another, with the keys and values of the tokens before kept.
 
-use super::Llama;
-use super::block::with_slice;
-use super::head::{gather, logits};
+use super::head::logits;
+use super::{Ends, Transformer};
 use crate::engine::Mode;
-use crate::engine::ops::swiglu::swiglu;
 use crate::error::{Error, Result};
 use crate::matmul::{Into, Mat, MatMut, Threads, matmul};
 use crate::scratch::Scratch;
@@ -12,7 +10,7 @@ use crate::simd::{exp, max};
 
 /// A sequence in the making.
 pub struct Decoder<'a> {
-    model: &'a Llama,
+    model: &'a Transformer,
     /// The output layer in f32, widened once.
     output: Vec<f32>,
     thetas: Vec<Vec<f32>>,
@@ -27,13 +25,19 @@ struct Cache {
 }
 
 impl<'a> Decoder<'a> {
-    pub fn new(model: &'a Llama) -> Result<Self> {
+    pub fn new(model: &'a Transformer) -> Result<Self> {
         let thetas = model
             .parameters
             .iter()
             .map(|parameter| Ok(parameter.var.to_vec1::<f32>()?))
             .collect::<Result<_>>()?;
-        let none = || vec![Vec::new(); model.config.num_key_value_heads];
+        if !matches!(model.ends, Ends::Language { .. }) {
+            return Err(Error::argument(format!(
+                "{}: a classification model generates no text",
+                model.folder.display()
+            )));
+        }
+        let none = || vec![Vec::new(); model.architecture.num_key_value_heads];
         let caches = model
             .layers
             .iter()
@@ -68,7 +72,7 @@ impl<'a> Decoder<'a> {
     /// Reads `ids` after what was read before; logits `[vocabulary]` of what follows the last.
     pub fn step(&mut self, ids: &[u32]) -> Result<Vec<f32>> {
         let model = self.model;
-        let config = &model.config;
+        let config = &model.architecture;
         if ids.is_empty() {
             return Err(Error::argument("nothing to read: the prompt has no token"));
         }
@@ -86,17 +90,13 @@ impl<'a> Decoder<'a> {
             )));
         }
         let k = config.hidden_size;
-        let mut x = match &*model.embedding {
-            super::Table::Frozen(weight) => gather(weight, k, ids)?,
-            table @ super::Table::Trained(_) => {
-                with_slice(&model.table_theta(table, Mode::Eval), |table| {
-                    Ok(ids
-                        .iter()
-                        .flat_map(|&id| table[id as usize * k..][..k].iter().copied())
-                        .collect())
-                })?
-            }
-        };
+        let positions: Vec<u32> = (self.length..self.length + ids.len())
+            .map(|position| position as u32)
+            .collect();
+        let mut x = model
+            .embed(ids, &positions, Mode::Eval)?
+            .flatten_all()?
+            .to_vec1::<f32>()?;
         for at in 0..model.layers.len() {
             let y = self.attend(at, &x)?;
             add(&mut x, &y);
@@ -105,7 +105,13 @@ impl<'a> Decoder<'a> {
         }
         self.length += ids.len();
         let last = &x[x.len() - k..];
-        let normed = model.norm.forward(last, self.theta(model.norm_theta));
+        let Ends::Language {
+            norm, norm_theta, ..
+        } = &model.ends
+        else {
+            return Err(Error::run("a classification model generates no text"));
+        };
+        let normed = norm.forward(last, self.theta(*norm_theta));
         Ok(logits(&normed, &self.output, k))
     }
 
@@ -113,12 +119,11 @@ impl<'a> Decoder<'a> {
         let layer = &self.model.layers[at];
         let mlp = &layer.mlp;
         let theta = self.theta(layer.mlp_theta);
-        let (theta_in, theta) = theta.split_at(mlp.gate_up.theta_len());
+        let (theta_in, theta) = theta.split_at(mlp.up.theta_len());
         let (theta_down, theta_norm) = theta.split_at(mlp.down.theta_len());
         let normed = mlp.norm.forward(x, theta_norm);
-        let (gate_up, _) = mlp.gate_up.forward(&normed, theta_in, None)?;
-        let mut hidden = Scratch::dirty(gate_up.len() / 2);
-        swiglu(&gate_up, mlp.down.k, &mut hidden);
+        let (up, _) = mlp.up.forward(&normed, theta_in, None)?;
+        let hidden = mlp.activation.forward(&up, mlp.down.k);
         Ok(mlp.down.forward(&hidden, theta_down, None)?.0)
     }
 
@@ -136,8 +141,10 @@ impl<'a> Decoder<'a> {
         let m = rows.len() / width;
         let cache = &mut self.caches[at];
         for (token, row) in rows.chunks_exact_mut(width).enumerate() {
-            for head in row[..(h + hkv) * d].chunks_exact_mut(d) {
-                attention.rotations.rotate(head, self.length + token, false);
+            if let Some(rotations) = &attention.rotations {
+                for head in row[..(h + hkv) * d].chunks_exact_mut(d) {
+                    rotations.rotate(head, self.length + token, false);
+                }
             }
             let (keys, values) = row[h * d..].split_at(hkv * d);
             let heads = keys.chunks_exact(d).zip(values.chunks_exact(d));

@@ -1,12 +1,12 @@
-//! A decoder layer as two operations of candle's graph, each with all its trained tensors in one
-//! flat variable, so that nothing between a block's input and output is ever a graph node.
+//! A layer as two operations of candle's graph, each with all its trained tensors in one flat
+//! variable, so that nothing between a block's input and output is ever a graph node.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor};
 
-use crate::engine::ops::attention::document_starts;
-use crate::engine::ops::norm::{rms_norm, rms_norm_backward};
+use super::norm::Norm;
+use crate::engine::ops::attention::Spans;
 use crate::error::Result;
 use crate::lora::Dropout;
 use crate::scratch::Scratch;
@@ -17,72 +17,27 @@ pub struct Tokens {
     pub b: usize,
     pub t: usize,
     pub positions: Vec<u32>,
-    /// First token of its row that each token may attend to.
-    pub starts: Vec<u32>,
+    /// What each token may attend to.
+    pub spans: Spans,
 }
 
 impl Tokens {
-    pub fn new(b: usize, t: usize, positions: Vec<u32>) -> Self {
-        let starts = document_starts(&positions, t);
-        Self {
-            b,
-            t,
-            positions,
-            starts,
-        }
-    }
-
     /// Number of tokens, b·t.
     pub fn m(&self) -> usize {
         self.b * self.t
     }
 }
 
-/// An RMSNorm whose weight is frozen, or trained at the end of its block's flat variable.
-#[derive(Debug, Clone)]
-pub struct Norm {
-    pub name: String,
-    pub k: usize,
-    pub eps: f32,
-    /// The weight `[k]`, unless trained.
-    pub frozen: Option<Vec<f32>>,
+/// Where a block's norm stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Placement {
+    /// `y = x + inner(norm(x))`
+    Before,
+    /// `y = norm(x + inner(x))`
+    After,
 }
 
-impl Norm {
-    pub fn theta_len(&self) -> usize {
-        if self.frozen.is_some() { 0 } else { self.k }
-    }
-
-    fn weight<'a>(&'a self, theta: &'a [f32]) -> &'a [f32] {
-        self.frozen.as_deref().unwrap_or(theta)
-    }
-
-    pub fn forward(&self, x: &[f32], theta: &[f32]) -> Scratch {
-        let mut y = Scratch::dirty(x.len());
-        rms_norm(x, self.weight(theta), self.eps, &mut y);
-        y
-    }
-
-    /// `dy` becomes the gradient of x plus `residual`.
-    pub fn backward(
-        &self,
-        x: &[f32],
-        theta: &[f32],
-        dy: &mut [f32],
-        residual: &[f32],
-        dtheta: &mut [f32],
-    ) {
-        let dweight = if self.frozen.is_some() {
-            None
-        } else {
-            dtheta.fill(0.0);
-            Some(dtheta)
-        };
-        rms_norm_backward(x, self.weight(theta), self.eps, dy, residual, dweight);
-    }
-}
-
-/// What is inside a block, between its norm and its residual sum.
+/// What is inside a block, beside its norm and its residual sum.
 pub trait Inner: Send + Sync {
     type Saved: Send;
     const NAME: &'static str;
@@ -100,7 +55,7 @@ pub trait Inner: Send + Sync {
         dropout: Option<Dropout>,
     ) -> Result<(Scratch, Self::Saved)>;
 
-    /// Writes `dtheta` and, if given, the gradient `dx` of the normed input `x`.
+    /// Writes `dtheta` and, if given, the gradient `dx` of the input `x`.
     fn backward(
         &self,
         x: &[f32],
@@ -114,26 +69,36 @@ pub trait Inner: Send + Sync {
     ) -> Result<()>;
 }
 
-/// `y = x + inner(norm(x))`, for x `[m, k]` and the block's flat variable.
+/// A norm, a sum and what is inside, for x `[m, k]` and the block's flat variable: the inner part's
+/// tensors, then the norm's.
 pub struct Block<I: Inner> {
     inner: Arc<I>,
     tokens: Arc<Tokens>,
+    placement: Placement,
     dropout: Option<Dropout>,
     /// Forward's activations, kept when a backward will come.
-    saved: Mutex<Option<I::Saved>>,
+    saved: Mutex<Option<Saved<I>>>,
     train: bool,
+}
+
+struct Saved<I: Inner> {
+    inner: I::Saved,
+    /// `x + inner(x)`, where the norm comes after.
+    sum: Option<Vec<f32>>,
 }
 
 impl<I: Inner> Block<I> {
     pub fn new(
         inner: &Arc<I>,
         tokens: &Arc<Tokens>,
+        placement: Placement,
         dropout: Option<Dropout>,
         train: bool,
     ) -> Self {
         Self {
             inner: Arc::clone(inner),
             tokens: Arc::clone(tokens),
+            placement,
             dropout,
             saved: Mutex::new(None),
             train,
@@ -142,14 +107,22 @@ impl<I: Inner> Block<I> {
 
     fn run(&self, x: &[f32], theta: &[f32]) -> Result<Vec<f32>> {
         let (theta, norm_theta) = theta.split_at(self.inner.theta_len());
-        let normed = self.inner.norm().forward(x, norm_theta);
-        let (y, saved) = self
-            .inner
-            .forward(&normed, theta, &self.tokens, self.dropout)?;
+        let norm = self.inner.norm();
+        let inner = |x: &[f32]| self.inner.forward(x, theta, &self.tokens, self.dropout);
+        let (y, saved) = match self.placement {
+            Placement::Before => inner(&norm.forward(x, norm_theta))?,
+            Placement::After => inner(x)?,
+        };
+        let sum: Vec<f32> = x.iter().zip(y.iter()).map(|(&x, &y)| x + y).collect();
+        let (y, sum) = match self.placement {
+            Placement::Before => (sum, None),
+            Placement::After => (norm.forward(&sum, norm_theta).to_vec(), Some(sum)),
+        };
         if self.train {
-            *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = Some(saved);
+            *self.saved.lock().unwrap_or_else(PoisonError::into_inner) =
+                Some(Saved { inner: saved, sum });
         }
-        Ok(x.iter().zip(y.iter()).map(|(&x, &y)| x + y).collect())
+        Ok(y)
     }
 
     fn run_backward(
@@ -170,8 +143,29 @@ impl<I: Inner> Block<I> {
         let mut dtheta = vec![0.0f32; theta.len()];
         let (theta, norm_theta) = theta.split_at(self.inner.theta_len());
         let norm = self.inner.norm();
-        let wants_inner = wants_dx || norm.frozen.is_none();
         let (dinner, dnorm) = dtheta.split_at_mut(self.inner.theta_len());
+        let Saved { inner: saved, sum } = saved;
+        if let Some(sum) = sum {
+            let mut dsum = Scratch::dirty(dy.len());
+            dsum.copy_from_slice(dy);
+            norm.backward(&sum, norm_theta, &mut dsum, None, dnorm);
+            let mut dx = vec![0.0f32; if wants_dx { x.len() } else { 0 }];
+            self.inner.backward(
+                x,
+                theta,
+                &self.tokens,
+                self.dropout,
+                saved,
+                &dsum,
+                wants_dx.then_some(&mut dx[..]),
+                dinner,
+            )?;
+            for (dx, ds) in dx.iter_mut().zip(dsum.iter()) {
+                *dx += ds;
+            }
+            return Ok((wants_dx.then_some(dx), dtheta));
+        }
+        let wants_inner = wants_dx || norm.theta_len() > 0;
         let normed = norm.forward(x, norm_theta);
         let mut dx = vec![0.0f32; if wants_inner { x.len() } else { 0 }];
         self.inner.backward(
@@ -185,7 +179,7 @@ impl<I: Inner> Block<I> {
             dinner,
         )?;
         if wants_inner {
-            norm.backward(x, norm_theta, &mut dx, dy, dnorm);
+            norm.backward(x, norm_theta, &mut dx, Some(dy), dnorm);
         }
         Ok((wants_dx.then_some(dx), dtheta))
     }

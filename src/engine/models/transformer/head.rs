@@ -1,10 +1,11 @@
-//! The ends of the model: the embedding, and the final norm with the output layer and its loss.
+//! Tables of rows, and the language model's head: the final norm, the output layer and its loss.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Shape, Tensor};
 
-use super::block::{Norm, slice_of, to_candle, with_slice};
+use super::block::{slice_of, to_candle, with_slice};
+use super::norm::Norm;
 use crate::engine::ops::cross_entropy::{Gradients, linear_cross_entropy};
 use crate::error::Result;
 use crate::lora::FrozenWeight;
@@ -101,7 +102,7 @@ impl CustomOp1 for Lookup {
 /// x `[m, k]`, the output layer's flat variable and the norm's.
 ///
 /// The gradients are computed in the forward pass, where the logits are, and scaled in backward.
-pub struct Head {
+pub struct LanguageHead {
     pub norm: Arc<Norm>,
     /// The frozen output layer, unless trained.
     pub frozen: Option<Arc<Table>>,
@@ -116,7 +117,7 @@ pub struct HeadSaved {
     d_weight: Option<Vec<f32>>,
 }
 
-impl Head {
+impl LanguageHead {
     fn run(&self, x: &[f32], weight: &[f32], norm: &[f32]) -> Result<f64> {
         let k = self.norm.k;
         let normed = self.norm.forward(x, norm);
@@ -130,6 +131,7 @@ impl Head {
                 k,
                 &self.targets,
                 None,
+                |_, _| {},
             ));
         }
         let mut d_normed = Scratch::dirty(x.len());
@@ -138,7 +140,8 @@ impl Head {
             dx: &mut d_normed,
             dweight: d_weight.as_deref_mut(),
         };
-        let loss = linear_cross_entropy(&normed, weight, k, &self.targets, Some(gradients));
+        let targets = &self.targets;
+        let loss = linear_cross_entropy(&normed, weight, k, targets, Some(gradients), |_, _| {});
         *self.saved.lock().unwrap_or_else(PoisonError::into_inner) =
             Some(HeadSaved { d_normed, d_weight });
         Ok(loss)
@@ -157,6 +160,24 @@ pub fn widened(table: Option<&Table>) -> Result<Option<Scratch>> {
     }
 }
 
+/// Each row's summed loss and number of targets, and the sum of all, for hidden states that were
+/// normed `[m, k]` in rows of `columns` tokens.
+pub fn row_losses(
+    normed: &[f32],
+    weight: &[f32],
+    k: usize,
+    targets: &[i32],
+    columns: usize,
+) -> (f64, Vec<(f64, usize)>) {
+    let mut rows = vec![(0.0, 0); targets.len() / columns.max(1)];
+    let total = linear_cross_entropy(normed, weight, k, targets, None, |token, loss| {
+        let (sum, count) = &mut rows[token / columns];
+        *sum += f64::from(loss);
+        *count += 1;
+    });
+    (total, rows)
+}
+
 /// Logits `[m, vocabulary]` of hidden states that were normed, `[m, k]`.
 pub fn logits(normed: &[f32], weight: &[f32], k: usize) -> Vec<f32> {
     let (m, vocabulary) = (normed.len() / k, weight.len() / k);
@@ -172,7 +193,7 @@ pub fn logits(normed: &[f32], weight: &[f32], k: usize) -> Vec<f32> {
     out
 }
 
-impl CustomOp3 for Head {
+impl CustomOp3 for LanguageHead {
     fn name(&self) -> &'static str {
         "head"
     }
@@ -224,11 +245,10 @@ impl CustomOp3 for Head {
             }
         }
         let mut d_norm = vec![0.0f32; norm.elem_count()];
-        let none = Scratch::zeros(x.elem_count());
         with_slice(x, |x| {
             with_slice(norm, |norm| {
                 let out = &mut d_norm[..self.norm.theta_len()];
-                self.norm.backward(x, norm, &mut saved.d_normed, &none, out);
+                self.norm.backward(x, norm, &mut saved.d_normed, None, out);
                 Ok(())
             })
         })?;
