@@ -183,10 +183,16 @@ fn build(
     Ok(())
 }
 
-/// The folder that cargo marks as a cache, above `out`; `out` itself where there is none.
+/// Cargo's target folder: `out` is `[TRIPLE/]PROFILE/build/PACKAGE/out` there. `out` itself where it is laid out otherwise.
 fn target_folder(out: &Path) -> &Path {
-    let marked = |folder: &&Path| folder.join("CACHEDIR.TAG").is_file();
-    out.ancestors().find(marked).unwrap_or(out)
+    let above = |folders| out.ancestors().nth(folders);
+    match (above(2), above(4)) {
+        (Some(build), Some(folder)) if build.ends_with("build") => {
+            let triple = env::var("TARGET").is_ok_and(|triple| folder.ends_with(triple));
+            folder.parent().filter(|_| triple).unwrap_or(folder)
+        }
+        _ => out,
+    }
 }
 
 /// The first nvcc of the right version, and what it says of that: `$NVCC`, `$CUDA_HOME`, the wheels of the Pythons
