@@ -238,7 +238,7 @@ fn counted_templates_render_as_ever() {
             "acBCb",
         ),
     ];
-    for &(source, expected) in HOSTILE {
+    for (source, expected) in cases {
         assert_eq!(
             template(source).render(&conversation, false).unwrap(),
             expected,
