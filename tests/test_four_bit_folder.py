@@ -223,7 +223,7 @@ def test_full_training_of_a_4bit_folder_is_refused(tmp_path: Path) -> None:
     save_4bit(tmp_path / "4bit", "nf4", True)
     with pytest.raises(
         ValueError,
-        match=r"dense weights, but model\.layers\.0\.self_attn\.q_proj is stored in 4 bits; use qlora",
+        match=r"dense weights, but model\.layers\.0\.self_attn\.q_proj is stored in 4 bits",
     ):
         engine(tmp_path / "4bit", batch(97, 1, 3), full=True)
 
