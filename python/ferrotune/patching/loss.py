@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -45,11 +45,14 @@ class CausalLMForward(Replaced):
     Without labels, in evaluation and where no gradients are recorded, the stock forward runs.
     """
 
+    ferrotune_output: ClassVar[str | None]  # what the stock forward returns
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         from transformers.utils.generic import can_return_tuple
 
         stock: Any = cls.ferrotune_stock
+        cls.ferrotune_output = _output_of_class(stock)
         names = [*inspect.signature(stock.forward).parameters][1:]
 
         # The Trainer reads the signature: which columns of a data set are inputs.
@@ -120,7 +123,10 @@ def details(model: Any) -> str:
 
 
 def _output_of(model: nn.Module) -> str | None:
-    stock = stock_of(model)
+    return _output_of_class(stock_of(model))
+
+
+def _output_of_class(stock: type[nn.Module]) -> str | None:
     found = (name for place, name in _COVERED.items() if defined_in(stock, *place))
     return next(found, None)
 
@@ -157,8 +163,7 @@ def _fused(model: Any, **given: Any) -> Any:
         loss = _loss(model, head, hidden, labels, given)
     import transformers.modeling_outputs as outputs
 
-    name = _output_of(model)
-    assert name is not None
+    name = model.ferrotune_output
     fields = ("past_key_values", "hidden_states", "attentions", "cross_attentions")
     return getattr(outputs, name)(
         loss=loss, logits=logits, **{field: found[field] for field in fields if field in found}
