@@ -155,7 +155,8 @@ impl Columns {
         }
     }
 
-    fn label(&self) -> &str {
+    /// The column of the classes, named or not.
+    pub(super) fn label(&self) -> &str {
         self.label_column.as_deref().unwrap_or(LABEL)
     }
 

@@ -11,9 +11,6 @@ use super::source::BatchSource;
 use super::tokenizer::Tokenizer;
 use crate::error::{Error, Result};
 
-/// What the label's column is called where the caller names none.
-const LABEL: &str = "label";
-
 /// Tokenised texts and their labels' names.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Texts {
@@ -37,22 +34,11 @@ pub struct PreparedTexts {
 /// # Errors
 /// As [`super::prepare`]'s, and for records that are not texts.
 pub fn prepare_texts(config: &DataConfig, tokenizer: &Tokenizer) -> Result<PreparedTexts> {
-    let mut divided = Divided::read(&labelled(config))?;
-    let length = config.sequence_length;
-    let train = texts(
-        &divided.train,
-        length,
-        tokenizer,
-        &mut divided.skips,
-        "training",
-    )?;
-    let heldout = texts(
-        &divided.heldout,
-        length,
-        tokenizer,
-        &mut divided.skips,
-        "held-out",
-    )?;
+    let config = labelled(config);
+    let mut divided = Divided::read(&config)?;
+    let skips = &mut divided.skips;
+    let train = texts(&divided.train, &config, tokenizer, skips, "training")?;
+    let heldout = texts(&divided.heldout, &config, tokenizer, skips, "held-out")?;
     let (train_records, heldout_records) = (train.ids.len(), heldout.ids.len());
     let report = divided.report(&DataReport {
         records: train_records + heldout_records,
@@ -85,13 +71,7 @@ pub fn prepare_whole_texts(
     let config = labelled(config);
     let mut skips = Skips::default();
     let source = Source::read(&config.data, &config, &mut skips)?;
-    let found = texts(
-        &source,
-        config.sequence_length,
-        tokenizer,
-        &mut skips,
-        "given",
-    )?;
+    let found = texts(&source, &config, tokenizer, &mut skips, "given")?;
     let told = found.truncated > 0 || skips.total > 0;
     let warning = told.then(|| {
         let (read, cut) = (found.ids.len(), found.truncated);
@@ -106,22 +86,19 @@ pub fn prepare_whole_texts(
 /// The same settings with a label that every record must have.
 fn labelled(config: &DataConfig) -> DataConfig {
     let mut config = config.clone();
-    config
-        .columns
-        .label_column
-        .get_or_insert_with(|| LABEL.to_owned());
+    config.columns.label_column = Some(config.columns.label().to_owned());
     config
 }
 
 fn texts(
     source: &Source,
-    length: usize,
+    config: &DataConfig,
     tokenizer: &Tokenizer,
     skips: &mut Skips,
     side: &str,
 ) -> Result<Texts> {
     let encode = |record: &Record| match &record.content {
-        Content::Text(text) => tokenizer.classified(text, length).map(Some),
+        Content::Text(text) => tokenizer.classified(text, config.sequence_length).map(Some),
         _ => Ok(None),
     };
     let encoded: Vec<_> = source.records.par_iter().map(encode).collect();
@@ -135,7 +112,8 @@ fn texts(
                 found.truncated += usize::from(cut);
             }
             (Ok(Some(_)), None) => {
-                skips.add(place, record.number, &Reason::Missing(LABEL.to_owned()));
+                let column = config.columns.label().to_owned();
+                skips.add(place, record.number, &Reason::Missing(column));
             }
             (Ok(None), _) => {
                 return Err(Error::argument(format!(
