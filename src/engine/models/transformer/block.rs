@@ -209,6 +209,14 @@ pub fn with_slice<R>(
     }
 }
 
+/// A flat variable's gradient as a tensor; none for what is no variable.
+pub fn gradient_of(theta: &Tensor, dtheta: Vec<f32>) -> candle_core::Result<Option<Tensor>> {
+    theta
+        .is_variable()
+        .then(|| Tensor::from_vec(dtheta, theta.shape(), theta.device()))
+        .transpose()
+}
+
 /// Our errors through candle's graph and back.
 pub fn to_candle(error: crate::error::Error) -> candle_core::Error {
     match error {
@@ -253,11 +261,6 @@ impl<I: Inner> CustomOp2 for Block<I> {
         let dx = dx
             .map(|dx| Tensor::from_vec(dx, x.shape(), x.device()))
             .transpose()?;
-        let dtheta = if theta.is_variable() {
-            Some(Tensor::from_vec(dtheta, theta.shape(), theta.device())?)
-        } else {
-            None
-        };
-        Ok((dx, dtheta))
+        Ok((dx, gradient_of(theta, dtheta)?))
     }
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor};
 
-use super::block::{slice_of, to_candle, with_slice};
+use super::block::{gradient_of, slice_of, to_candle, with_slice};
 use super::norm::Norm;
 use crate::data::Batch;
 use crate::engine::ops::cross_entropy::softmax_cross_entropy;
@@ -246,11 +246,7 @@ impl CustomOp2 for ClassifierOp {
         for (from, &token) in own.chunks_exact(k).zip(&self.tokens) {
             dx[token * k..(token + 1) * k].copy_from_slice(from);
         }
-        let dtheta = if theta.is_variable() {
-            Some(Tensor::from_vec(dtheta, theta.shape(), theta.device())?)
-        } else {
-            None
-        };
+        let dtheta = gradient_of(theta, dtheta)?;
         let dx = x
             .track_op()
             .then(|| Tensor::from_vec(dx, x.shape(), x.device()))

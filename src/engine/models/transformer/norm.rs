@@ -2,7 +2,7 @@
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor};
 
-use super::block::{slice_of, with_slice};
+use super::block::{gradient_of, slice_of, with_slice};
 use crate::engine::ops::norm::{layer_norm, layer_norm_backward, rms_norm, rms_norm_backward};
 use crate::scratch::Scratch;
 
@@ -122,11 +122,7 @@ impl CustomOp2 for NormOp {
                 Ok(())
             })
         })?;
-        let dtheta = if theta.is_variable() {
-            Some(Tensor::from_vec(dtheta, theta.shape(), theta.device())?)
-        } else {
-            None
-        };
+        let dtheta = gradient_of(theta, dtheta)?;
         Ok((Some(Tensor::from_vec(dx, x.shape(), x.device())?), dtheta))
     }
 }
