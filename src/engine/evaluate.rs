@@ -1,6 +1,8 @@
 //! The loss on text that is not trained on, and what a classifier says of it.
 
-use super::metrics::Predictions;
+use super::metrics::{
+    ClassificationMetrics, GenerationMetrics, Predictions, classification, generation,
+};
 use super::{Judged, Model};
 use crate::data::{Batch, BatchSource, IGNORE};
 use crate::error::{Error, Result};
@@ -18,6 +20,26 @@ pub struct Evaluation {
     pub whole: bool,
     /// A classifier's; none of a language model.
     pub predictions: Option<Predictions>,
+}
+
+/// An evaluation's measures with their intervals: of a language model, or of a classifier.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Measures {
+    pub generation: Option<GenerationMetrics>,
+    pub classification: Option<ClassificationMetrics>,
+}
+
+impl Evaluation {
+    /// `labels` names a classifier's classes; `bytes` is what all tokens of a text spell, where that
+    /// is known; `seed` is the bootstrap's.
+    pub fn measures(&self, labels: &[String], bytes: Option<usize>, seed: u64) -> Measures {
+        let classes = |predictions| classification(predictions, labels, seed);
+        let text = || generation(&self.rows, self.loss, bytes.filter(|_| self.whole), seed);
+        Measures {
+            generation: self.predictions.is_none().then(text),
+            classification: self.predictions.as_ref().map(classes),
+        }
+    }
 }
 
 /// Reads `source` from its start until exactly `max_tokens` tokens are predicted, or to its end:

@@ -8,14 +8,14 @@ use serde::{Deserialize, Serialize};
 use super::{Ready, plan, quantize, tokenizer, with_threads};
 use crate::data::audit::AuditMode;
 use crate::data::{
-    Columns, DataConfig, Frames, Labelled, LabelledBatches, Layout, Sequential, Tokenizer,
-    prepare_whole, prepare_whole_texts,
+    BatchSource, Columns, DataConfig, Frames, Labelled, LabelledBatches, Layout, Sequential,
+    Tokenizer, prepare_whole, prepare_whole_texts,
 };
-use crate::engine::metrics::{
-    ClassificationMetrics, GenerationMetrics, classification, generation as measure,
-};
+use crate::engine::metrics::{ClassificationMetrics, GenerationMetrics};
 use crate::engine::models::{Architecture, Labels, Task, Transformer};
-use crate::engine::{Control, EvalEvent, Event, Hooks, evaluate as evaluate_source};
+use crate::engine::{
+    Control, EvalEvent, Event, Hooks, Measures, Model, evaluate as evaluate_source,
+};
 use crate::error::{Error, Result};
 
 /// Settings of an evaluation; every one of them must be named.
@@ -154,39 +154,7 @@ fn labels(
     };
     let set = Labelled::new(texts, class)?;
     let source = LabelledBatches::new(&set, config.batch_size)?;
-    let begin = Instant::now();
-    let limit = config.eval_tokens.unwrap_or(usize::MAX);
-    let found = evaluate_source(model, &source, limit, || {
-        Ok(hooks.poll()? == Control::Continue)
-    })?
-    .ok_or(Error::Interrupted)?;
-    let seconds = begin.elapsed().as_secs_f64();
-    let predictions = found.predictions.unwrap_or_default();
-    let measured = classification(
-        &predictions,
-        known.map_or(&[][..], |k| &k.names),
-        config.seed,
-    );
-    hooks.on_event(&Event::Eval(EvalEvent {
-        step: 0,
-        loss: found.loss,
-        perplexity: found.loss.exp(),
-        tokens: found.tokens,
-        best: false,
-        generation: None,
-        classification: Some(measured.summary),
-    }))?;
-    Ok(EvaluateResult {
-        loss: found.loss,
-        perplexity: found.loss.exp(),
-        bits_per_byte: None,
-        skipped,
-        tokens: found.tokens,
-        seconds,
-        tokens_per_second: found.tokens as f64 / seconds,
-        generation: None,
-        classification: Some(measured),
-    })
+    measured(config, model, &source, skipped, hooks)
 }
 
 fn generation(
@@ -199,34 +167,46 @@ fn generation(
     if let Some(message) = whole.warning {
         hooks.on_event(&Event::Warning { message })?;
     }
-    let source = Sequential::new(&whole.packed, config.batch_size)?;
+    let source = Sequential::new(&whole.packed, config.batch_size)?.spelling(whole.bytes);
+    measured(config, model, &source, whole.skipped, hooks)
+}
+
+fn measured(
+    config: &EvaluateConfig,
+    model: &Transformer,
+    source: &dyn BatchSource,
+    skipped: usize,
+    hooks: &mut (dyn Hooks + Send),
+) -> Result<EvaluateResult> {
     let begin = Instant::now();
     let limit = config.eval_tokens.unwrap_or(usize::MAX);
-    let found = evaluate_source(model, &source, limit, || {
+    let found = evaluate_source(model, source, limit, || {
         Ok(hooks.poll()? == Control::Continue)
     })?
     .ok_or(Error::Interrupted)?;
     let seconds = begin.elapsed().as_secs_f64();
-    let bytes = whole.bytes.filter(|_| found.whole);
-    let measured = measure(&found.rows, found.loss, bytes, config.seed);
+    let Measures {
+        generation,
+        classification,
+    } = found.measures(model.labels(), source.bytes(), config.seed);
     hooks.on_event(&Event::Eval(EvalEvent {
         step: 0,
         loss: found.loss,
         perplexity: found.loss.exp(),
         tokens: found.tokens,
         best: false,
-        generation: Some(measured),
-        classification: None,
+        generation,
+        classification: classification.as_ref().map(|found| found.summary),
     }))?;
     Ok(EvaluateResult {
         loss: found.loss,
         perplexity: found.loss.exp(),
-        bits_per_byte: measured.bits_per_byte.map(|bits| bits.value),
-        skipped: whole.skipped,
+        bits_per_byte: generation.and_then(|found| Some(found.bits_per_byte?.value)),
+        skipped,
         tokens: found.tokens,
         seconds,
         tokens_per_second: found.tokens as f64 / seconds,
-        generation: Some(measured),
-        classification: None,
+        generation,
+        classification,
     })
 }

@@ -8,6 +8,7 @@ use super::labels::Labels;
 use super::names::{Family, Names};
 use super::transformer::{Activation, NormKind, Placement};
 use super::{bert, gpt2, llama};
+use crate::engine::ops::gelu::Gelu;
 use crate::engine::ops::rope::Scaling;
 use crate::error::{Error, Result};
 use crate::folder::ConfigFile;
@@ -234,6 +235,15 @@ fn single_label(file: &ConfigFile) -> Result<()> {
             "{}: problem_type {other} is not supported; single_label_classification is",
             file.path().display()
         ))),
+    }
+}
+
+/// The GELU that a config.json names under `key`, or `default` where it names none.
+pub(super) fn gelu(file: &ConfigFile, key: &'static str, default: &str) -> Result<Gelu> {
+    match file.str_opt(key)?.unwrap_or(default) {
+        "gelu" => Ok(Gelu::Exact),
+        "gelu_new" | "gelu_pytorch_tanh" => Ok(Gelu::Tanh),
+        _ => Err(file.wrong(key, "\"gelu\", \"gelu_new\" or \"gelu_pytorch_tanh\"")),
     }
 }
 

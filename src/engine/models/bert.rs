@@ -1,26 +1,15 @@
 //! BERT (Devlin et al., 2018) as transformers' `BertModel` defines it: LayerNorm after each block,
 //! learned positions and token types, attention to the whole row, a pooler on the first token.
 
-use super::architecture::{Architecture, Head, unsupported};
+use super::architecture::{Architecture, Head, gelu, unsupported};
 use super::names::Family;
 use super::transformer::{Activation, NormKind, Placement};
-use crate::engine::ops::gelu::Gelu;
 use crate::error::Result;
 use crate::folder::ConfigFile;
 
 pub(super) fn read(file: &ConfigFile) -> Result<Architecture> {
     let hidden_size = file.usize("hidden_size")?;
     let num_attention_heads = file.usize("num_attention_heads")?;
-    let gelu = match file.str_opt("hidden_act")?.unwrap_or("gelu") {
-        "gelu" => Gelu::Exact,
-        "gelu_new" | "gelu_pytorch_tanh" => Gelu::Tanh,
-        _ => {
-            return Err(file.wrong(
-                "hidden_act",
-                "\"gelu\", \"gelu_new\" or \"gelu_pytorch_tanh\"",
-            ));
-        }
-    };
     if let Some(kind) = file.str_opt("position_embedding_type")?
         && kind != "absolute"
     {
@@ -48,7 +37,7 @@ pub(super) fn read(file: &ConfigFile) -> Result<Architecture> {
         norm: NormKind::Layer,
         norm_eps: file.f64_or("layer_norm_eps", 1e-12)? as f32,
         placement: Placement::After,
-        activation: Activation::Gelu(gelu),
+        activation: Activation::Gelu(gelu(file, "hidden_act", "gelu")?),
         rope: None,
         tie_word_embeddings: true,
         attention_bias: true,

@@ -1,26 +1,15 @@
 //! GPT-2 (Radford et al., 2019) as transformers' `GPT2Model` defines it: LayerNorm before each
 //! block, learned positions, one Conv1D for queries, keys and values, an MLP with `gelu_new`.
 
-use super::architecture::{Architecture, Head, unsupported};
+use super::architecture::{Architecture, Head, gelu, unsupported};
 use super::names::Family;
 use super::transformer::{Activation, NormKind, Placement};
-use crate::engine::ops::gelu::Gelu;
 use crate::error::Result;
 use crate::folder::ConfigFile;
 
 pub(super) fn read(file: &ConfigFile) -> Result<Architecture> {
     let hidden_size = file.usize_or("n_embd", 768)?;
     let num_attention_heads = file.usize_or("n_head", 12)?;
-    let gelu = match file.str_opt("activation_function")?.unwrap_or("gelu_new") {
-        "gelu_new" | "gelu_pytorch_tanh" => Gelu::Tanh,
-        "gelu" => Gelu::Exact,
-        _ => {
-            return Err(file.wrong(
-                "activation_function",
-                "\"gelu_new\", \"gelu_pytorch_tanh\" or \"gelu\"",
-            ));
-        }
-    };
     for (key, neutral) in [
         ("scale_attn_weights", true),
         ("scale_attn_by_inverse_layer_idx", false),
@@ -47,7 +36,7 @@ pub(super) fn read(file: &ConfigFile) -> Result<Architecture> {
         norm: NormKind::Layer,
         norm_eps: file.f64_or("layer_norm_epsilon", 1e-5)? as f32,
         placement: Placement::Before,
-        activation: Activation::Gelu(gelu),
+        activation: Activation::Gelu(gelu(file, "activation_function", "gelu_new")?),
         rope: None,
         tie_word_embeddings: file.bool_or("tie_word_embeddings", true)?,
         attention_bias: true,

@@ -6,9 +6,8 @@ use super::Run;
 use crate::data::BatchSource;
 use crate::engine::Model;
 use crate::engine::checkpoint::{self, Contents};
-use crate::engine::evaluate::{Evaluation, evaluate};
+use crate::engine::evaluate::{Measures, evaluate};
 use crate::engine::events::{Control, EvalEvent, Event, StepEvent, StopReason, TrainResult};
-use crate::engine::metrics::{classification, generation};
 use crate::engine::state::{Measured, State};
 use crate::error::{Error, Result};
 
@@ -54,13 +53,7 @@ impl Run<'_> {
         let Some(found) = found else {
             return Ok(());
         };
-        let Evaluation {
-            loss,
-            tokens,
-            rows,
-            whole,
-            predictions,
-        } = found;
+        let (loss, tokens) = (found.loss, found.tokens);
         self.progress
             .record_evaluation(start.elapsed().as_secs_f64());
         let measured = Measured { step, loss };
@@ -68,14 +61,11 @@ impl Run<'_> {
         if step == 0 {
             self.state.heldout_loss_before = Some(loss);
         }
-        let seed = self.config.seed;
-        let classification = predictions
-            .as_ref()
-            .map(|predictions| classification(predictions, self.model.labels(), seed));
-        let bytes = self.heldout.bytes().filter(|_| whole);
-        let generation = classification
-            .is_none()
-            .then(|| generation(&rows, loss, bytes, seed));
+        let (labels, bytes) = (self.model.labels(), self.heldout.bytes());
+        let Measures {
+            generation,
+            classification,
+        } = found.measures(labels, bytes, self.config.seed);
         if step == 0 {
             self.state.classification_before.clone_from(&classification);
         }

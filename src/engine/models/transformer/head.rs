@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Shape, Tensor};
 
-use super::block::{slice_of, to_candle, with_slice};
+use super::block::{gradient_of, slice_of, to_candle, with_slice};
 use super::norm::Norm;
 use crate::engine::ops::cross_entropy::{Gradients, linear_cross_entropy};
 use crate::error::Result;
@@ -258,11 +258,6 @@ impl CustomOp3 for LanguageHead {
             .d_weight
             .map(|values| Tensor::from_vec(values, weight.shape(), device))
             .transpose()?;
-        let d_norm = if norm.is_variable() {
-            Some(Tensor::from_vec(d_norm, norm.shape(), device)?)
-        } else {
-            None
-        };
-        Ok((Some(dx), d_weight, d_norm))
+        Ok((Some(dx), d_weight, gradient_of(norm, d_norm)?))
     }
 }
