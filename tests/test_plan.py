@@ -197,6 +197,8 @@ def test_the_function_and_the_command_agree(
     assert "8.03B parameters" in shown
     assert "fits 24.00 GiB" in shown
     assert "checkpointing" in shown
+    # A card that CUDA itself fills is still told what is missing.
+    assert ferrotune.plan(folder, gpu_memory=0.75).changes
     roomy = ferrotune.plan(folder, gpu_memory=80)
     assert roomy.fits
     assert roomy.changes == ()

@@ -96,8 +96,8 @@ def audit(
 
     Memory grows with the records themselves, by 200 bytes each for near duplicates, 16 for exact
     ones and their leaks, and, where labels are predicted, by the words of at most 200,000 labelled
-    records. Languages are told for at most 100,000 records. Every other check keeps counts, and 24
-    bytes for each record that it finds.
+    records. Languages are told for at most 100,000 records. Every other check keeps counts, and the
+    places of the records that it finds.
 
     Args:
         data, heldout_data: files and folders, or tables in memory.

@@ -151,7 +151,7 @@ def plan(
         longest_sequence=(
             None if available is None else advice.longest_sequence(shape, setup, available)
         ),
-        changes=advice.changes(shape, setup, available) if available and not fits else (),
+        changes=() if available is None or fits else advice.changes(shape, setup, available),
     )
 
 
