@@ -366,7 +366,7 @@ fn hostile_templates() {
         assert!(error.starts_with("the chat template fails: "), "{error}");
         assert!(error.contains(expected), "{source}: {error}");
         // Seconds of a processor at most, on a machine that may be busy.
-        assert!(begin.elapsed() < Duration::from_secs(60), "{source}");
+        assert!(begin.elapsed() < Duration::from_secs(20), "{source}");
     }
     // Values inside one another, deeper than a usual stack could print, compare or drop them.
     let nested = "{% set ns = namespace(x=[], y=[]) %}{% for a in range(300) %}{% for b in range(300) %}{% set ns.x = [ns.x] %}{% set ns.y = {'k': ns.y} %}{% endfor %}{% endfor %}";
