@@ -48,7 +48,8 @@ def train(engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train
 def test_the_run_folder(train: Train) -> None:
     train(method="lora", rank_pattern={"q_proj": 4}, patience=3)
     assert {path.name for path in Path("run").iterdir()} == {
-        "config.toml", "metrics.jsonl", "adapter", "curves.png", "results.json", "README.md"
+        "config.toml", "metrics.jsonl", "adapter", "curves.png", "results.json", "README.md",
+        "report.html",
     }  # fmt: skip
     settings = read_toml("run/config.toml")
     assert settings["rank_pattern"] == {"q_proj": 4}

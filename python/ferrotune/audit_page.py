@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from . import tables
+from .pages import STYLE, document, figures
 
 if TYPE_CHECKING:
     from .auditing import AuditResult, Finding
@@ -12,62 +13,25 @@ if TYPE_CHECKING:
 _NAMES = {"stop": "Stop", "warning": "Warning", "note": "Note", "ok": "Fine"}
 _BARS = 20  # labels or languages that a plot shows
 
-_STYLE = """
-.ft-audit{--ink:#1c1f23;--soft:#5d6670;--line:#e2e5e9;--card:#fff;--bar:#0072b2;--ok:#009e73;
---note:#0072b2;--warning:#b45f06;--stop:#c0272d;color:var(--ink);font:15px/1.5 system-ui,sans-serif;
-max-width:1000px;margin:0 auto;text-align:left}
-@media(prefers-color-scheme:dark){.ft-audit{--ink:#e8eaed;--soft:#a2abb5;--line:#3a4046;
---card:#22262a;--bar:#56b4e9;--ok:#3cc79b;--note:#56b4e9;--warning:#f0a04b;--stop:#ff6b6b}}
-.ft-audit h1{font-size:24px;margin:0 0 4px}.ft-audit h2{font-size:16px;margin:0}
-.ft-audit p{margin:4px 0}.ft-audit .soft{color:var(--soft);font-size:13px}
-.ft-audit .sums{display:flex;gap:10px;flex-wrap:wrap;margin:14px 0}
-.ft-audit .sum{border:1px solid var(--line);border-radius:8px;padding:6px 14px;
-background:var(--card)}
-.ft-audit .sum b{font-size:20px;margin-right:6px}
-.ft-audit .card{border:1px solid var(--line);border-left:5px solid var(--tone);border-radius:6px;
-background:var(--card);padding:10px 16px;margin:10px 0}
-.ft-audit .card h2 span{float:right;color:var(--tone);font-weight:600}
-.ft-audit .plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(320px,1fr));gap:14px}
-.ft-audit .plot{border:1px solid var(--line);border-radius:6px;background:var(--card);
-padding:10px 16px}
-.ft-audit table{border-collapse:collapse;width:100%;font-size:13px;margin:6px 0}
-.ft-audit td{border-top:1px solid var(--line);padding:3px 10px 3px 0;vertical-align:top;
-text-align:left;overflow-wrap:anywhere}
-.ft-audit td.place{white-space:nowrap;color:var(--soft);width:1%}
-.ft-audit td.note{color:var(--tone);width:28%}
-.ft-audit svg{width:100%;height:auto;display:block}
-.ft-audit svg text{fill:var(--soft);font-size:11px}.ft-audit svg rect{fill:var(--bar)}
-.ft-audit summary{cursor:pointer;color:var(--soft);font-size:13px}
-.ft-audit .fine{columns:2;column-gap:30px;font-size:14px;padding-left:18px}
-"""
-
 
 def page(result: "AuditResult") -> str:
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        "<title>ferrotune audit</title><style>body{margin:24px;background:#f6f7f9}"
-        "@media(prefers-color-scheme:dark){body{background:#17191c}}</style></head>"
-        f"<body>{body(result)}</body></html>\n"
-    )
+    return document("ferrotune audit", body(result))
 
 
 def body(result: "AuditResult") -> str:
     """The page's content, with its style, to stand in another page."""
-    ordered = sorted(result.findings, key=lambda one: list(_NAMES).index(one.severity))
-    found = [one for one in ordered if one.severity != "ok"]
-    fine = [one for one in ordered if one.severity == "ok"]
+    fine = [one for one in result.findings if one.severity == "ok"]
     names = ", ".join(html.escape(name) for name in result.files[:5])
     more = f" and {len(result.files) - 5} more" if len(result.files) > 5 else ""
     fine_list = "".join(f"<li>{html.escape(one.message)}</li>" for one in fine)
     return (
-        f'<div class="ft-audit"><style>{_STYLE}</style>'
+        f'<div class="ft-page"><style>{STYLE}</style>'
         f"<h1>{html.escape(_headline(result))}</h1>"
         f'<p class="soft">{html.escape(result.title())}: {names}{more}</p>'
-        f"{_sums(result)}{''.join(map(_card, found))}"
+        f"{_sums(result)}{cards(result.findings)}"
         f'<div class="plots">{_plots(result)}</div>'
         f'<div class="card" style="--tone:var(--ok)"><h2>Fine <span>{len(fine)} of '
-        f'{len(ordered)} checks</span></h2><ul class="fine">{fine_list}</ul></div>'
+        f'{len(result.findings)} checks</span></h2><ul class="fine">{fine_list}</ul></div>'
         f'<p class="soft">{html.escape(_times(result))}</p></div>'
     )
 
@@ -86,6 +50,12 @@ def _times(result: "AuditResult") -> str:
     return f"Time: {', '.join(parts)}." if parts else ""
 
 
+def cards(findings: "Sequence[Finding]") -> str:
+    """A card for each finding that is not fine, the worst first."""
+    ordered = sorted(findings, key=lambda one: list(_NAMES).index(one.severity))
+    return "".join(_card(one) for one in ordered if one.severity != "ok")
+
+
 def _sums(result: "AuditResult") -> str:
     sums = [(tables.count(result.records), "records")]
     if result.heldout_records:
@@ -96,8 +66,7 @@ def _sums(result: "AuditResult") -> str:
         sums.append((tables.compact(result.tokens["read"]), "tokens"))
         sums.append((tables.compact(result.tokens["trained"]), "trained tokens"))
     sums.append((tables.count(result.lengths["median"]), "characters in the median record"))
-    cells = (f'<div class="sum"><b>{number}</b>{name}</div>' for number, name in sums)
-    return f'<div class="sums">{"".join(cells)}</div>'
+    return figures(sums)
 
 
 def _card(finding: "Finding") -> str:

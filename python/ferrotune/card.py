@@ -42,7 +42,7 @@ def render(
         _front_matter(base, settings["method"], result),
         f"# {_title(base, settings['method'])}\n\n{_summary(result, settings, base)}",
         f"## Results\n\n{_results(result).markdown()}{_classes(result)}{_verdict(result)}{curves}",
-        f"## Limits\n\n{_limits(result, settings)}",
+        f"## Limits\n\n{_bullets(limits(result, settings))}",
         f"## Use\n\n{_use(result, settings, in_weights)}",
         f"## Data\n\n{_data(result, files)}",
         f"## Settings\n\n{_settings(settings).markdown()}",
@@ -127,7 +127,8 @@ def _results(result: TrainResult) -> Table:
     return Table("Results", tuple(rows))
 
 
-def _limits(result: TrainResult, settings: Mapping[str, Any]) -> str:
+def limits(result: TrainResult, settings: Mapping[str, Any]) -> list[str]:
+    """What the run does not show, and what its reader should know of it."""
     limits = []
     if result.heldout_loss_before is None:
         limits.append("No data was held out: nothing here says how the model does on new text.")
@@ -150,8 +151,7 @@ def _limits(result: TrainResult, settings: Mapping[str, Any]) -> str:
     if result.classification is not None:
         known = "how the held-out texts are classified:"
     limits.append(
-        f"This card knows {known} no safety, no bias, nor what the model lost of what it knew "
-        "before."
+        f"Known here is {known} no safety, no bias, nor what the model lost of what it knew before."
     )
     skipped, cut = result.data.get("skipped_total") or 0, result.data.get("truncated") or 0
     if skipped or cut:
@@ -165,7 +165,11 @@ def _limits(result: TrainResult, settings: Mapping[str, Any]) -> str:
             f"The adapter was trained over the {settings['quant_type'].upper()} weights: over the "
             "unquantised model its loss differs a little from the one above."
         )
-    return "\n".join(f"- {limit}" for limit in limits)
+    return limits
+
+
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _use(result: TrainResult, settings: Mapping[str, Any], in_weights: bool) -> str:
@@ -240,7 +244,8 @@ def _code(label: str, lines: str) -> str:
     return f"{label}:\n\n```python\n{lines}\n```"
 
 
-def _data(result: TrainResult, files: Sequence[tuple[str, int, str]]) -> str:
+def counts(result: TrainResult) -> str:
+    """How many records and tokens there were to train on and to evaluate on."""
     found = result.data
     facts = [
         (label, found[key])
@@ -252,12 +257,16 @@ def _data(result: TrainResult, files: Sequence[tuple[str, int, str]]) -> str:
         )
         if found.get(key) is not None
     ]
-    counts = ", ".join(f"{tables.count(value)} {label}" for label, value in facts)
+    return ", ".join(f"{tables.count(value)} {label}" for label, value in facts)
+
+
+def _data(result: TrainResult, files: Sequence[tuple[str, int, str]]) -> str:
+    known = counts(result)
     if not files:
-        return f"{counts}, from tables in memory."
+        return f"{known}, from tables in memory."
     rows = (f"| `{Path(path).name}` | {size:,} | `{digest}` |" for path, size, digest in files)
     table = "\n".join(["| file | bytes | SHA-256 |", "| --- | ---: | --- |", *rows])
-    return f"{counts}.\n\n{table}" if counts else table
+    return f"{known}.\n\n{table}" if known else table
 
 
 def _settings(settings: Mapping[str, Any]) -> Table:
@@ -265,14 +274,15 @@ def _settings(settings: Mapping[str, Any]) -> Table:
     hidden |= {"trained_layers"} if settings["method"] != "freeze" else set()
     hidden |= _QUANTISED_ALONE if settings["method"] != "qlora" else set()
     rows = [
-        (name, _shown(settings[name]))
+        (name, shown(settings[name]))
         for name in _SHOWN
         if name not in hidden and settings[name] is not None and settings[name] != {}
     ]
     return Table("Settings", tuple(rows))
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A setting's value as people read it."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Mapping):

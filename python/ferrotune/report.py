@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import card
+from . import card, environment
 from .config import to_toml
 from .files import fingerprint, write_atomic
 from .history import History
@@ -45,23 +45,30 @@ def write(
     history: History,
     data: Sequence[Fingerprint],
 ) -> None:
-    """Writes results.json, curves.png and the cards of the run and of its weights."""
+    """Writes results.json, report.html, curves.png and the cards of the run and of its weights."""
+    from . import run_page
     from .plots import save_curves
 
     folder = result.output
     title = f"{result.method} fine-tuning of {Path(settings['model']).name}"
-    write_atomic(folder / "results.json", results_json(result, settings, data))
+    found = environment.describe()
+    write_atomic(folder / "results.json", results_json(result, settings, data, found))
     save_curves(history, folder / "curves.png", title)
     files = [(one.path, one.size, one.sha256) for one in data]
+    page = run_page.render(result, settings, history, files, found)
+    write_atomic(folder / "report.html", page)
     write_atomic(folder / "README.md", card.render(result, settings, files, in_weights=False))
     if result.weights.is_dir() and result.weights != folder:
         write_atomic(result.weights / "README.md", card.render(result, settings, files))
 
 
 def results_json(
-    result: TrainResult, settings: Mapping[str, Any], data: Sequence[Fingerprint]
+    result: TrainResult,
+    settings: Mapping[str, Any],
+    data: Sequence[Fingerprint],
+    made_on: Mapping[str, str],
 ) -> str:
-    """The result, the settings and the data's fingerprints as one JSON object."""
+    """The result, the settings, the data's fingerprints and the environment as one JSON object."""
     files = [{"path": one.path, "bytes": one.size, "sha256": one.sha256} for one in data]
     content = {
         "ferrotune": version(),
@@ -72,6 +79,7 @@ def results_json(
         },
         "settings": dict(settings),
         "files": files,
+        "environment": dict(made_on),
     }
     return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 

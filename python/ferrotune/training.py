@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import files, report
+from .event_files import EventFiles
 from .history import History
 from .options import SettingError
 from .progress import Display, open_display
@@ -19,6 +20,8 @@ OnEvent = Callable[[dict[str, Any]], bool | None]
 
 # Settings that are about how a run is called, not about what it computes.
 _NOT_OF_THE_RUN = ("progress",)
+# Settings that are this side's alone.
+_NOT_OF_THE_ENGINE = ("tensorboard",)
 
 # Events that come after the checkpoint of a resumed run was found to fit these settings.
 _OF_A_STARTED_RUN = ("step", "eval", "checkpoint", "stop")
@@ -40,13 +43,15 @@ def run(
     settings = {name: v for name, v in settings.items() if name not in _NOT_OF_THE_RUN}
     output = _output(settings, default_output)
     settings["output"] = str(output)
-    relay = _Relay(settings, open_display(show, _title(settings)), on_event, tables)
+    events = EventFiles(output / "tensorboard") if settings["tensorboard"] else None
+    relay = _Relay(settings, open_display(show, _title(settings)), events, on_event, tables)
+    engine = {name: v for name, v in settings.items() if name not in _NOT_OF_THE_ENGINE}
     try:
-        found = json.loads(_native.train(json.dumps(settings), relay, dict(tables)))
+        found = json.loads(_native.train(json.dumps(engine), relay, dict(tables)))
     except KeyboardInterrupt:
         raise _interrupted(output) from None
     finally:
-        relay.display.close()
+        relay.close()
     if relay.interrupted:
         raise _interrupted(output)
     history = relay.history(output)
@@ -89,12 +94,13 @@ def _interrupted(output: Path) -> TrainInterrupted:
 
 
 class _Relay:
-    """What the engine calls with each event: display, history, the user's own function."""
+    """What the engine calls with each event: display, history, event files, the user's function."""
 
     def __init__(
         self,
         settings: dict[str, Any],
         display: Display,
+        event_files: EventFiles | None,
         on_event: OnEvent | None,
         tables: Mapping[str, Any],
     ):
@@ -103,6 +109,7 @@ class _Relay:
         self.interrupted = False
         self.fingerprints: list[report.Fingerprint] = []
         self._settings = settings
+        self._event_files = event_files
         self._on_event = on_event
         self._events = History()
         self._files: list[str] = []
@@ -118,6 +125,8 @@ class _Relay:
                 self._start()
             self._events.add(event)
             self._show(event)
+            if self._event_files is not None:
+                self._event_files.event(event)
             answer = self._on_event(event) if self._on_event is not None else None
         except KeyboardInterrupt:
             # Ctrl-C came while Python ran: stopping after this step writes the checkpoint.
@@ -141,6 +150,11 @@ class _Relay:
             self.display = Display()
             with contextlib.suppress(OSError):
                 print(f"progress display ended: {error}", file=sys.stderr)
+
+    def close(self) -> None:
+        self.display.close()
+        if self._event_files is not None:
+            self._event_files.close()
 
     def history(self, output: Path) -> History:
         """The whole run's numbers, those before a resumption included."""

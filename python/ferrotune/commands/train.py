@@ -217,6 +217,9 @@ def train(
     resume: Annotated[
         bool, Option("go on from the checkpoint in the output folder", group=RUN)
     ] = False,
+    tensorboard: Annotated[
+        bool, Option("also write TensorBoard event files, into the output folder", group=RUN)
+    ] = False,
     threads: Threads = None,
     progress: Progress = True,
     on_event: Callable[[dict[str, Any]], bool | None] | None = None,
@@ -238,8 +241,10 @@ def train(
 
     The run's folder holds `config.toml` (every setting, ready to run again), `metrics.jsonl`,
     `adapter/` in PEFT's format (`model/`, a Hugging Face folder, for methods "full" and "freeze"),
-    `checkpoint/`, `curves.png`, `results.json` and a model card, `README.md`. A classifier's
-    adapter has its head as PEFT's `modules_to_save`, and a config.json that names the labels.
+    `checkpoint/`, `curves.png`, `results.json`, `report.html` (all of it on one page) and a model
+    card, `README.md`; with `tensorboard` also `tensorboard/`, event files by tensorboardX
+    (`pip install 'ferrotune[tensorboard]'`). A classifier's adapter has its head as PEFT's
+    `modules_to_save`, and a config.json that names the labels.
 
     Args:
         data: files and folders, or tables in memory: a Hugging Face `Dataset`, a pandas or polars

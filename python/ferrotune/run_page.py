@@ -1,0 +1,200 @@
+"""A run as one page of HTML: is it better, did it overfit, on what data, and how to repeat it."""
+
+import base64
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import card, tables
+from .audit_page import cards
+from .auditing import Finding
+from .history import History
+from .metrics import ClassificationMetrics
+from .pages import STYLE, document, figures
+from .plots import curves_png
+from .results import TrainResult
+
+CURVES = (1400, 700)  # pixels: sharp at the page's width on a dense screen
+
+_STYLE = """
+.ft-run h2{margin:26px 0 6px}.ft-run img{width:100%;height:auto;border-radius:6px;display:block}
+.ft-run th{text-align:left;font-weight:400;color:var(--soft);border-top:1px solid var(--line);
+padding:3px 10px 3px 0;vertical-align:top;white-space:nowrap}
+.ft-run .grid th,.ft-run .grid td{text-align:right;padding:3px 8px;white-space:nowrap}
+.ft-run .grid th:first-child{text-align:left}
+.ft-run .verdict{border-left:5px solid var(--tone);padding:8px 16px;background:var(--card);
+border-radius:6px;margin:14px 0}
+.ft-run code{font-size:12px;overflow-wrap:anywhere}
+.ft-run .shaded td{background:color-mix(in srgb,var(--bar) var(--part),transparent)}
+.ft-run .scroll{overflow-x:auto}
+"""
+_TONES = {"healthy": "ok", "overfitted": "warning", "did not learn": "stop", "unknown": "note"}
+
+# The path, size in bytes and SHA-256 of a data file.
+File = tuple[str, int, str]
+
+
+def render(
+    result: TrainResult,
+    settings: Mapping[str, Any],
+    history: History,
+    files: Sequence[File],
+    environment: Mapping[str, str],
+) -> str:
+    """The page of a run that is over; nothing on it is fetched from elsewhere."""
+    title = f"{result.method} fine-tuning of {Path(settings['model']).name}"
+    sections = (
+        f"<h1>{html.escape(title)}</h1><p class='soft'>{_subtitle(result, settings)}</p>",
+        figures(_figures(result)),
+        _verdict(result),
+        _section("Curves", _curves(history)),
+        _section("Evaluation on held-out data", _evaluation(result)),
+        _section("What this does not show", _list(card.limits(result, settings))),
+        _section("Data", _data(result, files)),
+        _section("Audit of the data", _audit(result, settings)),
+        _section("Settings", _pairs(_settings(settings))),
+        _section("Environment", _pairs(environment.items())),
+    )
+    return document(
+        title,
+        f'<div class="ft-page ft-run"><style>{STYLE}{_STYLE}</style>{"".join(sections)}</div>',
+    )
+
+
+def _section(title: str, content: str) -> str:
+    return f"<h2>{title}</h2>{content}" if content else ""
+
+
+def _subtitle(result: TrainResult, settings: Mapping[str, Any]) -> str:
+    tokens = tables.count(result.tokens)
+    where = f"{settings['model']} → {result.weights}"
+    return html.escape(
+        f"{result.task} · seed {settings['seed']} · {tokens} training tokens · {where}"
+    )
+
+
+def _figures(result: TrainResult) -> list[tuple[str, str]]:
+    before, best = result.heldout_loss_before, result.heldout_loss_best
+    found = []
+    if best is not None:
+        was = "" if before is None else f"{before:.3f} → "
+        found.append((f"{was}{best:.3f}", "held-out loss"))
+    if result.classification is not None:
+        found.append((f"{result.classification.accuracy.value:.1%}", "held-out accuracy"))
+    elif result.perplexity_best is not None:
+        found.append((tables.perplexity_text(result.perplexity_best), "held-out perplexity"))
+    if result.model.get("trainable") is not None:
+        found.append((tables.compact(result.model["trainable"]), "trained parameters"))
+    found.append((tables.count(result.steps), "steps"))
+    found.append((tables.duration(result.seconds), "of training"))
+    return found
+
+
+def _verdict(result: TrainResult) -> str:
+    if result.verdict is None:
+        return ""
+    tone = _TONES[result.verdict.kind]
+    text = html.escape(result.verdict.text)
+    return f'<div class="verdict" style="--tone:var(--{tone})">{text}</div>'
+
+
+def _curves(history: History) -> str:
+    if not history.steps:
+        return ""
+    content = base64.b64encode(curves_png(history, "", *CURVES)).decode()
+    return (
+        '<img alt="Train and held-out loss over the steps" '
+        f'src="data:image/png;base64,{content}" width="{CURVES[0]}" height="{CURVES[1]}">'
+    )
+
+
+def _evaluation(result: TrainResult) -> str:
+    """All measures with their intervals; a classifier's classes and what it takes for what."""
+    if result.classification is None:
+        rows = () if result.generation is None else result.generation.rows()
+        return _pairs(rows)
+    found = result.classification
+    note = (
+        f"<p class='soft'>On {tables.count(found.examples)} texts; in brackets the 95 % intervals "
+        "of 1,000 bootstrap resamples of them.</p>"
+    )
+    return f"{note}{_pairs(found.rows())}{_classes(found)}{_confusion(found)}"
+
+
+def _classes(found: ClassificationMetrics) -> str:
+    rows = [
+        (
+            one.label,
+            one.f1.text(2),
+            one.precision.text(2),
+            one.recall.text(2),
+            tables.count(one.support),
+        )
+        for one in found.classes
+    ]
+    return _grid(("class", "F1", "precision", "recall", "texts"), rows)
+
+
+def _confusion(found: ClassificationMetrics) -> str:
+    """Texts by true class (row) and predicted class (column), shaded by their part of the row."""
+    body = []
+    for label, counts in zip(found.labels, found.confusion, strict=True):
+        row = max(sum(counts), 1)
+        cells = "".join(
+            f'<td style="--part:{70 * number / row:.0f}%">{tables.count(number)}</td>'
+            for number in counts
+        )
+        body.append(f"<tr><th>{html.escape(label)}</th>{cells}</tr>")
+    head = "".join(f"<th>{html.escape(label)}</th>" for label in found.labels)
+    return (
+        '<div class="scroll"><table class="grid shaded"><tr><th>true \\ predicted</th>'
+        f"{head}</tr>{''.join(body)}</table></div>"
+    )
+
+
+def _grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    body = []
+    for first, *rest in rows:
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in rest)
+        body.append(f"<tr><th>{html.escape(first)}</th>{cells}</tr>")
+    return f'<div class="scroll"><table class="grid"><tr>{head}</tr>{"".join(body)}</table></div>'
+
+
+def _pairs(rows: Iterable[tuple[str, str]]) -> str:
+    body = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+        for name, value in rows
+    )
+    return f"<table>{body}</table>" if body else ""
+
+
+def _list(lines: Iterable[str]) -> str:
+    items = "".join(f"<li>{html.escape(line.replace('`', ''))}</li>" for line in lines)
+    return f"<ul>{items}</ul>"
+
+
+def _data(result: TrainResult, files: Sequence[File]) -> str:
+    counts = html.escape(card.counts(result))
+    rows = "".join(
+        f"<tr><td>{html.escape(path)}</td><td>{tables.count(size)} bytes</td>"
+        f"<td><code>SHA-256 {digest}</code></td></tr>"
+        for path, size, digest in files
+    )
+    return f"<p>{counts}</p><table>{rows}</table>"
+
+
+def _audit(result: TrainResult, settings: Mapping[str, Any]) -> str:
+    if settings["audit"] == "off":
+        return "<p>The data was not looked at: audit was off.</p>"
+    findings = [Finding.from_native(one) for one in result.data.get("audit") or ()]
+    return cards(findings) or "<p>Nothing was found fault with.</p>"
+
+
+def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Every one of them: those that were not set, too."""
+    return [
+        (name, "not set" if value is None else card.shown(value))
+        for name, value in settings.items()
+    ]
