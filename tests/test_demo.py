@@ -44,6 +44,7 @@ def test_the_demo(tmp_path: Path) -> None:
         "metrics.jsonl",
         "curves.png",
         "results.json",
+        "report.html",
         "README.md",
         "checkpoint/state.json",
         "adapter/adapter_config.json",

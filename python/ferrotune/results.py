@@ -380,6 +380,7 @@ class DemoResult(Result):
             ("metrics", str(output / "metrics.jsonl")),
             ("settings", str(output / "config.toml")),
             ("model card", str(output / "README.md")),
+            ("report", str(output / "report.html")),
         )
         return Table("ferrotune demo", (*rows, *places))
 

@@ -15,10 +15,12 @@ from .pages import STYLE, document, figures
 from .plots import curves_png
 from .results import TrainResult
 
-CURVES = (1400, 700)  # pixels: sharp at the page's width on a dense screen
+CURVES = (1000, 500)  # pixels: the page's width
 
 _STYLE = """
-.ft-run h2{margin:26px 0 6px}.ft-run img{width:100%;height:auto;border-radius:6px;display:block}
+.ft-run h2{margin:26px 0 6px}.ft-run .card h2{margin:0}
+.ft-run .wide{columns:2;column-gap:30px}.ft-run .wide th{width:45%}.ft-run tr{break-inside:avoid}
+.ft-run img{width:100%;height:auto;border-radius:6px;display:block}
 .ft-run th{text-align:left;font-weight:400;color:var(--soft);border-top:1px solid var(--line);
 padding:3px 10px 3px 0;vertical-align:top;white-space:nowrap}
 .ft-run .grid th,.ft-run .grid td{text-align:right;padding:3px 8px;white-space:nowrap}
@@ -53,7 +55,7 @@ def render(
         _section("What this does not show", _list(card.limits(result, settings))),
         _section("Data", _data(result, files)),
         _section("Audit of the data", _audit(result, settings)),
-        _section("Settings", _pairs(_settings(settings))),
+        _section("Settings", f'<div class="wide">{_pairs(_settings(settings))}</div>'),
         _section("Environment", _pairs(environment.items())),
     )
     return document(
@@ -195,6 +197,6 @@ def _audit(result: TrainResult, settings: Mapping[str, Any]) -> str:
 def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Every one of them: those that were not set, too."""
     return [
-        (name, "not set" if value is None else card.shown(value))
+        (name, "not set" if value is None else card.shown(value) or "none")
         for name, value in settings.items()
     ]
