@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 
 use data_support::{BOS, EOS, byte_level, bytes, text, write};
 use ferrotune::data::{
-    Batch, Content, DataConfig, Evaluation, Packed, Packing, Prepared, Reason, Tokenizer, prepare,
+    Batch, Content, DataConfig, Evaluation, Few, Packed, Packing, Prepared, Reason, Tokenizer,
+    prepare, prepare_texts,
 };
 use ferrotune::error::{Error, Result};
 use tempfile::tempdir;
@@ -406,5 +407,62 @@ fn data_that_cannot_be_trained_on() {
     assert!(
         message.contains("no trained token in its first 32 tokens (sequence_length)"),
         "{message}"
+    );
+}
+
+#[test]
+fn few_shots_are_drawn_by_label_and_seed() {
+    let folder = tempdir().unwrap();
+    let path = folder.path();
+    let tokenizer = bytes(path, None, None);
+    let line = |at: usize| format!("{{\"text\": \"text {at}\", \"label\": \"{}\"}}\n", at % 3);
+    let mut records: Vec<String> = (0..60).map(line).collect();
+    records.push(line(0)); // a copy counts once
+    let files = [
+        write(path, "a.jsonl", &records.concat()),
+        write(
+            path,
+            "b.jsonl",
+            &records.iter().rev().cloned().collect::<String>(),
+        ),
+    ];
+    let drawn = |file: usize, shots: usize, seed: u64| {
+        let mut config = config(&serde_json::json!({"data": [files[file]]}));
+        config.few = Some(Few { shots, seed });
+        prepare_texts(&config, &tokenizer).map(|found| {
+            let mut train: Vec<_> = std::iter::zip(found.train.ids, found.train.labels).collect();
+            train.sort();
+            (train, found.heldout.ids.len(), found.report.train_records)
+        })
+    };
+    let (train, heldout, counted) = drawn(0, 4, 1).unwrap();
+    assert_eq!((train.len(), counted), (12, 12));
+    for label in ["0", "1", "2"] {
+        assert_eq!(train.iter().filter(|(_, name)| name == label).count(), 4);
+    }
+    let ids: std::collections::HashSet<_> = train.iter().map(|(ids, _)| ids).collect();
+    assert_eq!(ids.len(), 12);
+    assert_eq!(drawn(1, 4, 1).unwrap().0, train, "the order of the file");
+    let other = drawn(0, 4, 2).unwrap();
+    assert_ne!(other.0, train);
+    assert_eq!(other.1, heldout);
+    // More shots of one seed are those of fewer, and others.
+    let more = drawn(0, 6, 1).unwrap().0;
+    assert!(train.iter().all(|one| more.contains(one)));
+    let error = drawn(0, 40, 1).unwrap_err().to_string();
+    assert!(error.contains("shots is 40, but there are 1"), "{error}");
+    assert!(error.contains("of label '0'"), "{error}");
+}
+
+#[test]
+fn few_shots_of_texts_without_labels() {
+    let folder = tempdir().unwrap();
+    let file = write(folder.path(), "a.txt", &lines(50));
+    let mut config = config(&serde_json::json!({"data": [file]}));
+    config.few = Some(Few { shots: 7, seed: 3 });
+    let found = prepare(&config, &bytes(folder.path(), None, None)).unwrap();
+    assert_eq!(
+        (found.report.train_records, found.report.heldout_records),
+        (7, 10)
     );
 }

@@ -73,6 +73,7 @@ def train(
 
         def evaluate_at(step: int) -> None:
             loss = FLOOR + (BASE_LOSS - FLOOR) * math.exp(-step / 40) + (0.3 if step > 100 else 0)
+            loss += 0.01 * settings["seed"] if step else 0.0
             best = not losses or loss < min(losses)[0]
             losses.append((loss, step))
             emit("eval", step=step, loss=loss, perplexity=math.exp(loss), tokens=10_000, best=best)

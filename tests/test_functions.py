@@ -19,7 +19,7 @@ def test_train_sends_every_setting(engine: Any, tmp_path: Path) -> None:
     result = ferrotune.train("m", tmp_path / "d.txt", tmp_path / "run", progress=False)
     name, sent = engine[-1]
     assert name == "train"
-    assert set(sent) == set(settings_of(ferrotune.train)) - {"progress", "tensorboard"}
+    assert set(sent) == set(settings_of(ferrotune.train)) - {"progress", "repeats", "tensorboard"}
     assert sent["data"] == [str(tmp_path / "d.txt")]
     assert sent["learning_rate"] == 2e-4
     assert sent["rank_pattern"] == {}

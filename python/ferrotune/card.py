@@ -20,7 +20,7 @@ _SHOWN = (
     "sequence_length", "packing", "batch_size", "gradient_accumulation", "epochs", "max_steps",
     "max_seconds", "learning_rate", "warmup_steps", "schedule", "min_learning_rate_ratio",
     "weight_decay", "beta1", "beta2", "eps", "max_grad_norm", "seed", "heldout", "group",
-    "eval_every", "eval_tokens", "patience",
+    "eval_every", "eval_tokens", "patience", "split_seed", "shots", "repeats",
 )  # fmt: skip
 _ADAPTERS_ALONE = set(_SHOWN[3:10])
 _QUANTISED_ALONE = {"quant_type", "blocksize", "double_quant"}
@@ -143,9 +143,11 @@ def limits(result: TrainResult, settings: Mapping[str, Any]) -> list[str]:
             f"The held-out text comes from the same files as the training text, split {by}, and "
             "also chose the best weights: it says little about text from elsewhere."
         )
+    seeds = f"One run with one seed ({settings['seed']})"
+    if result.repeats:
+        seeds = f"{len(result.repeats)} runs, seeds {settings['seed']} to {result.repeats[-1].seed}"
     limits.append(
-        f"One run with one seed ({settings['seed']}); an evaluation reads at most "
-        f"{tables.count(settings['eval_tokens'])} tokens."
+        f"{seeds}; an evaluation reads at most {tables.count(settings['eval_tokens'])} tokens."
     )
     known = "the loss on the held-out text alone: no task,"
     if result.classification is not None:

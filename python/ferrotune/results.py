@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import tables
 from .metrics import ClassificationMetrics, GenerationMetrics
+from .repeats import MEASURES, Repeat, spreads
 from .tables import Table
 from .verdict import Verdict
 
@@ -81,7 +82,8 @@ class TrainResult(Result):
     `data` are what the engine reported of them. A classifier's losses are in nats per label;
     `classification_before` and `classification` are its other measures before the first step and
     with the best weights, `generation` those of a language model with its best weights. `verdict`
-    says in words whether the run overfitted.
+    says in words whether the run overfitted. `repeats` are this run and those under other seeds,
+    where some were asked for.
     """
 
     method: str
@@ -103,6 +105,7 @@ class TrainResult(Result):
     classification_before: ClassificationMetrics | None = None
     classification: ClassificationMetrics | None = None
     verdict: Verdict | None = None
+    repeats: tuple[Repeat, ...] = ()
 
     @property
     def task(self) -> str:
@@ -164,6 +167,7 @@ class TrainResult(Result):
             ("held-out loss", loss),
             *self._measures(),
             *self._verdict(),
+            *self._spread(),
             ("trained parameters", self.parameters_text()),
             ("steps", tables.count(self.steps) + (f" ({notes})" if notes else "")),
             ("training tokens", tables.count(self.tokens)),
@@ -175,6 +179,14 @@ class TrainResult(Result):
         if self.verdict is None or self.verdict.kind == "unknown":
             return ()
         return (("verdict", self.verdict.kind),)
+
+    def _spread(self) -> tuple[tuple[str, str], ...]:
+        """The measures over all seeds."""
+        runs = len(self.repeats)
+        return tuple(
+            (f"{MEASURES[name]}, {runs} seeds", spread.text())
+            for name, spread in spreads(self.repeats).items()
+        )
 
     def _measures(self) -> tuple[tuple[str, str], ...]:
         """What the held-out part says beside the loss, before and after."""

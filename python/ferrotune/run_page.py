@@ -13,6 +13,7 @@ from .history import History
 from .metrics import ClassificationMetrics
 from .pages import STYLE, document, figures
 from .plots import curves_png
+from .repeats import MEASURES, spreads
 from .results import TrainResult
 
 CURVES = (1000, 500)  # pixels: the page's width
@@ -52,6 +53,7 @@ def render(
         _verdict(result),
         _section("Curves", _curves(history)),
         _section("Evaluation on held-out data", _evaluation(result)),
+        _section("Under other seeds", _seeds(result)),
         _section("What this does not show", _list(card.limits(result, settings))),
         _section("Data", _data(result, files)),
         _section("Audit of the data", _audit(result, settings)),
@@ -153,6 +155,22 @@ def _confusion(found: ClassificationMetrics) -> str:
         '<div class="scroll"><table class="grid shaded"><tr><th>true \\ predicted</th>'
         f"{head}</tr>{''.join(body)}</table></div>"
     )
+
+
+def _seeds(result: TrainResult) -> str:
+    """The measures of every run, and their spread."""
+    found = spreads(result.repeats)
+    if not found:
+        return ""
+    rows = [
+        (
+            str(one.seed),
+            *(f"{one.measures[name]:.3f}" if name in one.measures else "" for name in found),
+        )
+        for one in result.repeats
+    ]
+    rows.append(("mean ± deviation (range)", *(spread.text() for spread in found.values())))
+    return _grid(("seed", *(MEASURES[name] for name in found)), rows)
 
 
 def _grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import files, report
+from . import files, repeats, report
 from .event_files import EventFiles
 from .history import History
 from .options import SettingError
 from .progress import Display, open_display
+from .repeats import Repeat
 from .results import TrainInterrupted, TrainResult
 from .verdict import judge
 
@@ -21,7 +22,7 @@ OnEvent = Callable[[dict[str, Any]], bool | None]
 # Settings that are about how a run is called, not about what it computes.
 _NOT_OF_THE_RUN = ("progress",)
 # Settings that are this side's alone.
-_NOT_OF_THE_ENGINE = ("tensorboard",)
+_NOT_OF_THE_ENGINE = ("tensorboard", "repeats")
 
 # Events that come after the checkpoint of a resumed run was found to fit these settings.
 _OF_A_STARTED_RUN = ("step", "eval", "checkpoint", "stop")
@@ -37,14 +38,54 @@ def run(
 
     `tables` are the data in memory, by the names that stand for them in the settings.
     """
-    from . import _native
-
     show = bool(settings["progress"])
     settings = {name: v for name, v in settings.items() if name not in _NOT_OF_THE_RUN}
-    output = _output(settings, default_output)
-    settings["output"] = str(output)
+    settings = repeats.settings_of(settings, 0)
+    settings["output"] = str(_output(settings, default_output))
+    result, write = _once(settings, show, on_event, tables)
+    if settings["repeats"] > 1 and result.stop_reason != "interrupted":
+        result = dataclasses.replace(result, repeats=_again(settings, show, on_event, tables))
+        write(result)
+    return result
+
+
+def _again(
+    settings: Mapping[str, Any],
+    show: bool,
+    on_event: OnEvent | None,
+    tables: Mapping[str, Any],
+) -> tuple[Repeat, ...]:
+    """The first run and those under the next seeds, which are made where they are not over."""
+    output = Path(settings["output"])
+    runs = [repeats.finished(output)]
+    for number in range(1, settings["repeats"]):
+        own = repeats.settings_of(settings, number)
+        folder = Path(own["output"])
+        if repeats.finished(folder) is None:
+            try:
+                _once(own, show, on_event, tables, f", run {number + 1} of {settings['repeats']}")
+            except TrainInterrupted:
+                raise _interrupted(output) from None
+        run = repeats.finished(folder)
+        if run is None:  # the user's function ended it
+            break
+        runs.append(run)
+    return tuple(run for run in runs if run is not None)
+
+
+def _once(
+    settings: dict[str, Any],
+    show: bool,
+    on_event: OnEvent | None,
+    tables: Mapping[str, Any],
+    which: str = "",
+) -> tuple[TrainResult, Callable[[TrainResult], None]]:
+    """One run and its report, and what writes the report of a result that knows more."""
+    from . import _native
+
+    output = Path(settings["output"])
     events = EventFiles(output / "tensorboard") if settings["tensorboard"] else None
-    relay = _Relay(settings, open_display(show, _title(settings)), events, on_event, tables)
+    relay = _Relay(settings, open_display(show, _title(settings) + which), events, on_event, tables)
     engine = {name: v for name, v in settings.items() if name not in _NOT_OF_THE_ENGINE}
     try:
         found = json.loads(_native.train(json.dumps(engine), relay, dict(tables)))
@@ -57,8 +98,12 @@ def run(
     history = relay.history(output)
     result = TrainResult.from_native(settings["method"], found)
     result = dataclasses.replace(result, verdict=judge(history))
-    report.write(result, settings, history, relay.fingerprints)
-    return result
+
+    def write(known: TrainResult) -> None:
+        report.write(known, settings, history, relay.fingerprints)
+
+    write(result)
+    return result, write
 
 
 def _title(settings: Mapping[str, Any]) -> str:

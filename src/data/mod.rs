@@ -40,7 +40,7 @@ pub use labelled::{
 };
 pub use order::epoch_order;
 pub use pack::{Layout, Packed, Packing};
-pub use prepare::{DataConfig, DataReport, Prepared, Skipped, prepare};
+pub use prepare::{DataConfig, DataReport, Few, Prepared, Skipped, prepare};
 pub use reader::{EXTENSIONS, Files, MAX_RECORD_BYTES, Reader, expand, open};
 pub use record::{Content, Digest, Item, Reason, Record, Skip};
 pub use rows::{Rows, RowsReport, prepare_rows};

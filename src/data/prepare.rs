@@ -48,11 +48,22 @@ pub struct DataConfig {
     pub sequence_length: usize,
     pub packing: bool,
     pub seed: u64,
+    /// Few-shot: the training records are these alone.
+    #[serde(skip)]
+    pub few: Option<Few>,
     #[serde(skip, default = "inputs")]
     pub layout: Layout,
     /// What becomes of a run whose data [`super::audit`] finds fault with.
     #[serde(skip)]
     pub audit: AuditMode,
+}
+
+/// A draw of few training records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Few {
+    /// Records of each label; of all together where records have no labels.
+    pub shots: usize,
+    pub seed: u64,
 }
 
 fn inputs() -> Layout {
@@ -172,6 +183,9 @@ impl Divided {
         } else {
             train.split(config, near.as_ref())?
         };
+        if let Some(few) = config.few {
+            train.draw(few)?;
+        }
         Ok(Self {
             train,
             heldout,
@@ -292,6 +306,39 @@ impl Source {
             held[index] = true;
         }
         Ok(self.extract(&held))
+    }
+
+    /// Leaves [`Few::shots`] different texts of each label: those whose hash with the seed is lowest, whatever the
+    /// order of the files.
+    fn draw(&mut self, few: Few) -> Result<()> {
+        let mut of_label: BTreeMap<Option<&str>, BTreeMap<[u8; 32], usize>> = BTreeMap::new();
+        for (at, (record, digest)) in self.records.iter().zip(&self.digests).enumerate() {
+            let mut hash = Sha256::new();
+            hash.update(few.seed.to_le_bytes());
+            hash.update(digest);
+            let label = of_label.entry(record.label.as_deref()).or_default();
+            label.entry(hash.finalize().into()).or_insert(at);
+        }
+        let labelled = of_label.keys().any(Option::is_some);
+        let mut left_out = vec![true; self.records.len()];
+        for (label, ranked) in &of_label {
+            if labelled && label.is_none() {
+                continue;
+            }
+            if ranked.len() < few.shots {
+                let whose = label.map_or_else(String::new, |label| format!(" of label '{label}'"));
+                return Err(Error::argument(format!(
+                    "shots is {}, but there are {} different training records{whose}; give fewer shots, or more data",
+                    few.shots,
+                    ranked.len()
+                )));
+            }
+            for &at in ranked.values().take(few.shots) {
+                left_out[at] = false;
+            }
+        }
+        self.extract(&left_out);
+        Ok(())
     }
 
     /// Moves the records marked in `taken` into a source of their own.

@@ -121,6 +121,12 @@ pub struct TrainConfig {
     /// Gradients of a larger L2 norm are scaled down to it; 0 switches this off.
     pub max_grad_norm: f64,
     pub seed: u64,
+    /// Seed of the split; null for `seed`.
+    #[serde(deserialize_with = "present")]
+    pub split_seed: Option<u64>,
+    /// Training records of each label, or of all, that `seed` draws; null for all there are.
+    #[serde(deserialize_with = "present")]
+    pub shots: Option<usize>,
 
     /// Part of the records that is held out, where `heldout_data` is empty.
     pub heldout: f64,

@@ -40,6 +40,9 @@ impl TrainConfig {
         for (name, path) in [("model", &self.model), ("output", &self.output)] {
             within(name, "''", !path.as_os_str().is_empty(), "a folder's path")?;
         }
+        if let Some(shots) = self.shots {
+            at_least_one("shots", shots)?;
+        }
         within("data", "[]", !self.data.is_empty(), "at least one file")
     }
 

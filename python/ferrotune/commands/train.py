@@ -180,8 +180,29 @@ def train(
         float, Option("clip the gradient to this global norm; 0 for never", group=TRAINING)
     ] = 1.0,
     seed: Annotated[
-        int, Option("of the split, the order, the adapters and dropout", group=TRAINING)
+        int, Option("of the split, the order, the adapters, dropout and shots", group=TRAINING)
     ] = 0,
+    split_seed: Annotated[
+        int | None, Option("of the split alone", group=HELDOUT, unset="seed")
+    ] = None,
+    shots: Annotated[
+        int | None,
+        Option(
+            "few-shot: train on this many records of each label, or of all where there are no "
+            "labels, drawn by seed",
+            unit="records",
+            group=DATA,
+            unset="all records",
+        ),
+    ] = None,
+    repeats: Annotated[
+        int,
+        Option(
+            "runs under seed, seed + 1, … on the same split, to see how far a result is luck",
+            unit="runs",
+            group=RUN,
+        ),
+    ] = 1,
     heldout: Annotated[
         float, Option("part of the records kept out of training", unit="share", group=HELDOUT)
     ] = 0.05,
@@ -245,6 +266,10 @@ def train(
     card, `README.md`; with `tensorboard` also `tensorboard/`, event files by tensorboardX
     (`pip install 'ferrotune[tensorboard]'`). A classifier's adapter has its head as PEFT's
     `modules_to_save`, and a config.json that names the labels.
+
+    With `repeats` the run is made again under the next seeds (other shots, order, adapters and
+    dropout; the same held-out part), each in a folder of its own under `repeats/`; the result is
+    the first run's, with the spread of all of them.
 
     Args:
         data: files and folders, or tables in memory: a Hugging Face `Dataset`, a pandas or polars

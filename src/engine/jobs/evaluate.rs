@@ -126,6 +126,7 @@ fn data(config: &EvaluateConfig) -> DataConfig {
         frames: config.frames.clone(),
         sequence_length: config.sequence_length,
         packing: config.packing,
+        few: None,
         seed: 0,
         layout: Layout::Inputs,
         audit: AuditMode::Off,

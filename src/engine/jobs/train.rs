@@ -7,7 +7,7 @@ use super::{Names, select, tokenizer, with_threads};
 use crate::adapter::{AdapterConfig, Selector};
 use crate::data::audit::Severity;
 use crate::data::{
-    BatchSource, DataConfig, DataReport, Labelled, LabelledBatches, PreparedTexts, Sequential,
+    BatchSource, DataConfig, DataReport, Few, Labelled, LabelledBatches, PreparedTexts, Sequential,
     Shuffled, prepare, prepare_texts,
 };
 use crate::engine::models::{
@@ -302,7 +302,11 @@ fn data_config(config: &TrainConfig) -> DataConfig {
         frames: config.frames.clone(),
         sequence_length: config.sequence_length,
         packing: config.packing,
-        seed: config.seed,
+        seed: config.split_seed.unwrap_or(config.seed),
+        few: config.shots.map(|shots| Few {
+            shots,
+            seed: config.seed,
+        }),
         layout: crate::data::Layout::Inputs,
         audit: config.audit,
     }
