@@ -8,6 +8,7 @@ mod batch;
 mod batches;
 mod chat;
 mod columns;
+mod divided;
 mod example;
 mod formats;
 mod guard;
