@@ -154,6 +154,23 @@ def test_the_page_of_a_classifier_with_an_audit() -> None:
     ]  # fmt: skip
 
 
+def test_the_page_of_a_test_split_and_of_forgetting() -> None:
+    language = {
+        name: interval(value)
+        for name, value in (("loss_interval", 2.5), ("perplexity_interval", 12.0))
+    }
+    language["bits_per_byte"] = None
+    test = {"loss": 0.6, "tokens": 8, "classification": classified()}
+    forgetting = {"tokens": 50, "before": language, "after": language, "change": interval(0.3)}
+    written = page(result_of(test=test, forgetting=forgetting))
+    text = " ".join(read(written).texts)
+    assert written.index("Test split") < written.index("What this does not show")
+    for part in ("0.750 (0.740 to 0.760)", "The model forgot", "+0.300 (+0.290 to +0.310)"):
+        assert part in text, part
+    assert "nor what the model lost" not in text
+    assert "Test split" not in page(result_of())
+
+
 def test_a_page_of_little() -> None:
     before = {"heldout_loss_before": None, "heldout_loss_best": None, "heldout_loss_last": None}
     written = page(result_of(**before), audit="off")

@@ -19,7 +19,7 @@ _SHOWN = (
     "target_modules", "rank_pattern", "alpha_pattern", "quant_type", "blocksize", "double_quant",
     "sequence_length", "packing", "batch_size", "gradient_accumulation", "epochs", "max_steps",
     "max_seconds", "learning_rate", "warmup_steps", "schedule", "min_learning_rate_ratio",
-    "weight_decay", "beta1", "beta2", "eps", "max_grad_norm", "seed", "heldout", "group",
+    "weight_decay", "beta1", "beta2", "eps", "max_grad_norm", "seed", "heldout", "test", "group",
     "eval_every", "eval_tokens", "patience", "split_seed", "shots", "repeats",
 )  # fmt: skip
 _ADAPTERS_ALONE = set(_SHOWN[3:10])
@@ -41,7 +41,7 @@ def render(
     sections = (
         _front_matter(base, settings["method"], result),
         f"# {_title(base, settings['method'])}\n\n{_summary(result, settings, base)}",
-        f"## Results\n\n{_results(result).markdown()}{_classes(result)}{_verdict(result)}{curves}",
+        f"## Results\n\n{_results(result).markdown()}{_classes(result)}{_words(result)}{curves}",
         f"## Limits\n\n{_bullets(limits(result, settings))}",
         f"## Use\n\n{_use(result, settings, in_weights)}",
         f"## Data\n\n{_data(result, files)}",
@@ -62,17 +62,21 @@ def base_name(model: str) -> str:
     return folder.resolve().name
 
 
-def _verdict(result: TrainResult) -> str:
-    return "" if result.verdict is None else f"\n\n{result.verdict.text}"
+def _words(result: TrainResult) -> str:
+    forgetting = result.forgetting and result.forgetting.sentence()
+    said = (result.verdict and result.verdict.text, forgetting)
+    return "".join(f"\n\n{text}" for text in said if text)
 
 
 def _classes(result: TrainResult) -> str:
-    """The classes' measures and the confusion matrix on the held-out part."""
-    found = result.classification
+    """The classes' measures and the confusion matrix on the test split, or else held out."""
+    found, side = result.classification, "held-out"
+    if result.test is not None and result.test.classification is not None:
+        found, side = result.test.classification, "test"
     if found is None:
         return ""
     note = (
-        f"On {tables.count(found.examples)} held-out texts; in brackets the 95 % interval of 1,000 "
+        f"On {tables.count(found.examples)} {side} texts; in brackets the 95 % interval of 1,000 "
         "bootstrap resamples of them."
     )
     return f"\n\n{note}\n\n{found.markdown()}"
@@ -143,6 +147,11 @@ def limits(result: TrainResult, settings: Mapping[str, Any]) -> list[str]:
             f"The held-out text comes from the same files as the training text, split {by}, and "
             "also chose the best weights: it says little about text from elsewhere."
         )
+    if result.test is not None:
+        limits.append(
+            "The test split chose nothing and was read once, at the end: its numbers are the "
+            "ones to go by."
+        )
     seeds = f"One run with one seed ({settings['seed']})"
     if result.repeats:
         seeds = f"{len(result.repeats)} runs, seeds {settings['seed']} to {result.repeats[-1].seed}"
@@ -152,9 +161,8 @@ def limits(result: TrainResult, settings: Mapping[str, Any]) -> list[str]:
     known = "the loss on the held-out text alone: no task,"
     if result.classification is not None:
         known = "how the held-out texts are classified:"
-    limits.append(
-        f"Known here is {known} no safety, no bias, nor what the model lost of what it knew before."
-    )
+    lost = "" if result.forgetting else ", nor what the model lost of what it knew before"
+    limits.append(f"Known here is {known} no safety, no bias{lost}.")
     skipped, cut = result.data.get("skipped_total") or 0, result.data.get("truncated") or 0
     if skipped or cut:
         limits.append(
@@ -256,8 +264,9 @@ def counts(result: TrainResult) -> str:
             ("train_tokens", "training tokens"),
             ("heldout_records", "held-out records"),
             ("heldout_tokens", "held-out tokens"),
+            ("test_records", "test records"),
         )
-        if found.get(key) is not None
+        if found.get(key)
     ]
     return ", ".join(f"{tables.count(value)} {label}" for label, value in facts)
 

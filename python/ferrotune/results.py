@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import tables
+from .judgement import Forgetting, TestMetrics
 from .metrics import ClassificationMetrics, GenerationMetrics
 from .repeats import MEASURES, Repeat, spreads
 from .tables import Table
@@ -82,8 +83,9 @@ class TrainResult(Result):
     `data` are what the engine reported of them. A classifier's losses are in nats per label;
     `classification_before` and `classification` are its other measures before the first step and
     with the best weights, `generation` those of a language model with its best weights. `verdict`
-    says in words whether the run overfitted. `repeats` are this run and those under other seeds,
-    where some were asked for.
+    says in words whether the run overfitted. `test` and `forgetting` are None where no test split
+    and no text of the model's own domain was given. `repeats` are this run and those
+    under other seeds, where some were asked for.
     """
 
     method: str
@@ -105,6 +107,8 @@ class TrainResult(Result):
     classification_before: ClassificationMetrics | None = None
     classification: ClassificationMetrics | None = None
     verdict: Verdict | None = None
+    test: TestMetrics | None = None
+    forgetting: Forgetting | None = None
     repeats: tuple[Repeat, ...] = ()
 
     @property
@@ -137,6 +141,7 @@ class TrainResult(Result):
             for name in ("generation_best", "classification_before", "classification_best")
         )
         measured = ClassificationMetrics.from_native
+        test, forgetting = found.get("test"), found.get("forgetting")
         return cls(
             method=method,
             output=output,
@@ -144,6 +149,8 @@ class TrainResult(Result):
             generation=generation and GenerationMetrics.from_native(generation),
             classification_before=before and measured(before),
             classification=best and measured(best),
+            test=test and TestMetrics.from_native(test),
+            forgetting=forgetting and Forgetting.from_native(forgetting),
             **fields,
         )
 
@@ -166,6 +173,8 @@ class TrainResult(Result):
         return (
             ("held-out loss", loss),
             *self._measures(),
+            *(self.test.rows() if self.test else ()),
+            *(self.forgetting.rows() if self.forgetting else ()),
             *self._verdict(),
             *self._spread(),
             ("trained parameters", self.parameters_text()),

@@ -10,6 +10,7 @@ from . import card, tables
 from .audit_page import cards
 from .auditing import Finding
 from .history import History
+from .judgement import TestMetrics
 from .metrics import ClassificationMetrics
 from .pages import STYLE, document, figures
 from .plots import curves_png
@@ -52,7 +53,9 @@ def render(
         figures(_figures(result)),
         _verdict(result),
         _section("Curves", _curves(history)),
-        _section("Evaluation on held-out data", _evaluation(result)),
+        _section("Test split, read once at the end", _measures(result.test)),
+        _section("Held-out data, which chose the weights", _measures(result)),
+        _section("Forgetting", _forgetting(result)),
         _section("Under other seeds", _seeds(result)),
         _section("What this does not show", _list(card.limits(result, settings))),
         _section("Data", _data(result, files)),
@@ -113,17 +116,25 @@ def _curves(history: History) -> str:
     )
 
 
-def _evaluation(result: TrainResult) -> str:
+def _measures(side: TrainResult | TestMetrics | None) -> str:
     """All measures with their intervals; a classifier's classes and what it takes for what."""
-    if result.classification is None:
-        rows = () if result.generation is None else result.generation.rows()
-        return _pairs(rows)
-    found = result.classification
+    if side is None:
+        return ""
+    found = side.classification
+    if found is None:
+        return _pairs(() if side.generation is None else side.generation.rows())
     note = (
         f"<p class='soft'>On {tables.count(found.examples)} texts; in brackets the 95 % intervals "
         "of 1,000 bootstrap resamples of them.</p>"
     )
     return f"{note}{_pairs(found.rows())}{_classes(found)}{_confusion(found)}"
+
+
+def _forgetting(result: TrainResult) -> str:
+    found = result.forgetting
+    if found is None:
+        return ""
+    return f"<p>{html.escape(found.sentence())}</p>{_pairs(found.rows())}"
 
 
 def _classes(found: ClassificationMetrics) -> str:

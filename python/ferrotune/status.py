@@ -109,6 +109,8 @@ def _data(event: Mapping[str, Any]) -> str:
         tokens = event.get("heldout_tokens")
         held = f" ({compact(tokens)} tokens)" if tokens is not None else ""
         parts.append(f"{count(event['heldout_records'])} held out{held}")
+    if event.get("test_records"):
+        parts.append(f"{count(event['test_records'])} kept for the test")
     if event.get("truncated"):
         parts.append(f"{count(event['truncated'])} truncated")
     skipped = event.get("skipped_total") or 0

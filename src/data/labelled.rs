@@ -4,8 +4,9 @@ use rayon::prelude::*;
 use sha2::{Digest as _, Sha256};
 
 use super::batch::{Batch, IGNORE};
+use super::divided::Divided;
 use super::order::epoch_order;
-use super::prepare::{DataConfig, DataReport, Divided, Skips, Source};
+use super::prepare::{DataConfig, DataReport, Skips, Source};
 use super::record::{Content, Reason, Record};
 use super::source::BatchSource;
 use super::tokenizer::Tokenizer;
@@ -21,11 +22,13 @@ pub struct Texts {
     pub truncated: usize,
 }
 
-/// Both sides of a run's labelled data.
+/// The sides of a run's labelled data.
 #[derive(Debug, Clone)]
 pub struct PreparedTexts {
     pub train: Texts,
     pub heldout: Texts,
+    /// Where a test side was asked for.
+    pub test: Option<Texts>,
     pub report: DataReport,
 }
 
@@ -39,23 +42,32 @@ pub fn prepare_texts(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepa
     let skips = &mut divided.skips;
     let train = texts(&divided.train, &config, tokenizer, skips, "training")?;
     let heldout = texts(&divided.heldout, &config, tokenizer, skips, "held-out")?;
+    let test = divided.test.as_ref();
+    let test = test.map(|source| texts(source, &config, tokenizer, skips, "test"));
+    let test = test.transpose()?;
     let (train_records, heldout_records) = (train.ids.len(), heldout.ids.len());
+    let (test_records, test_tokens, test_truncated) = test.as_ref().map_or((0, 0, 0), |test| {
+        (test.ids.len(), test.tokens(), test.truncated)
+    });
     let report = divided.report(&DataReport {
-        records: train_records + heldout_records,
+        records: train_records + heldout_records + test_records,
         train_records,
         heldout_records,
+        test_records,
+        test_tokens,
         train_tokens: train.tokens(),
         heldout_tokens: heldout.tokens(),
         train_targets: train_records,
         heldout_targets: heldout_records,
         train_rows: train_records,
         heldout_rows: heldout_records,
-        truncated: train.truncated + heldout.truncated,
+        truncated: train.truncated + heldout.truncated + test_truncated,
         ..DataReport::default()
     });
     Ok(PreparedTexts {
         train,
         heldout,
+        test,
         report,
     })
 }

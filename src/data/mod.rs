@@ -8,7 +8,9 @@ mod batch;
 mod batches;
 mod chat;
 mod columns;
+mod divided;
 mod example;
+mod few;
 mod formats;
 mod guard;
 mod json;
@@ -34,13 +36,14 @@ pub use batch::{Batch, IGNORE};
 pub use batches::{Batches, Evaluation};
 pub use columns::Columns;
 pub use example::Example;
+pub use few::Few;
 pub use formats::{Frame, Frames};
 pub use labelled::{
     Labelled, LabelledBatches, PreparedTexts, Texts, prepare_texts, prepare_whole_texts,
 };
 pub use order::epoch_order;
 pub use pack::{Layout, Packed, Packing};
-pub use prepare::{DataConfig, DataReport, Few, Prepared, Skipped, prepare};
+pub use prepare::{DataConfig, DataReport, Prepared, Skipped, prepare};
 pub use reader::{EXTENSIONS, Files, MAX_RECORD_BYTES, Reader, expand, open};
 pub use record::{Content, Digest, Item, Reason, Record, Skip};
 pub use rows::{Rows, RowsReport, prepare_rows};

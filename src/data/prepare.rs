@@ -1,20 +1,22 @@
 //! From files to rows that can be trained on, with a report of what became of every record.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::path::PathBuf;
 
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::audit::{AuditMode, Finding, Side, audit_of_run};
+use super::audit::{AuditMode, Finding, Side};
 use super::columns::Columns;
+use super::divided::Divided;
+use super::few::Few;
 use super::formats::Frames;
 use super::near::NearTexts;
 use super::pack::{Layout, Packed, Packing};
 use super::reader::Files;
 use super::record::{Digest, Item, Reason, Record};
-use super::split::{Split, SplitPlan, divide_by};
+use super::split::{Split, SplitPlan};
 use super::tokenizer::Tokenizer;
 use super::whole::spelled;
 use crate::error::{Error, Result};
@@ -33,6 +35,11 @@ pub struct DataConfig {
     pub heldout: f64,
     #[serde(default)]
     pub heldout_data: Vec<PathBuf>,
+    /// Fraction of the records kept for a last test, where `test_data` names no files; 0 for none.
+    #[serde(default)]
+    pub test: f64,
+    #[serde(default)]
+    pub test_data: Vec<PathBuf>,
     /// Whether each side gets its part of every label.
     #[serde(default)]
     pub stratify: bool,
@@ -41,7 +48,7 @@ pub struct DataConfig {
     pub near_duplicates: f64,
     #[serde(flatten)]
     pub columns: Columns,
-    /// Tables in memory, by the names that stand for them in `data` and `heldout_data`.
+    /// Tables in memory, by the names that stand for them among the files.
     #[serde(skip)]
     pub frames: Frames,
     /// Tokens in a row.
@@ -58,28 +65,20 @@ pub struct DataConfig {
     pub audit: AuditMode,
 }
 
-/// A draw of few training records.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Few {
-    /// Records of each label; of all together where records have no labels.
-    pub shots: usize,
-    pub seed: u64,
-}
-
 fn inputs() -> Layout {
     Layout::Inputs
 }
 
 impl DataConfig {
-    /// How these settings divide records, with a test side of `test`.
-    pub(super) fn split_plan(&self, test: f64) -> SplitPlan {
+    /// How these settings divide records.
+    pub(super) fn split_plan(&self) -> SplitPlan {
         SplitPlan {
             how: match self.columns.group_column {
                 Some(_) => Split::Group,
                 None => Split::Random,
             },
             heldout: self.heldout,
-            test,
+            test: self.test,
             stratify: self.stratify,
             near_duplicates: self.near_similarity(),
             seed: self.seed,
@@ -94,18 +93,22 @@ impl DataConfig {
 /// What became of the records.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct DataReport {
-    /// Records that are trained on or held out.
+    /// Records that are on a side.
     pub records: usize,
     pub train_records: usize,
     pub heldout_records: usize,
+    /// Records kept for a last test.
+    pub test_records: usize,
     /// Tokens a model reads in one pass over the rows, padding not counted.
     pub train_tokens: usize,
     pub heldout_tokens: usize,
+    pub test_tokens: usize,
     /// Tokens a model is to predict.
     pub train_targets: usize,
     pub heldout_targets: usize,
     /// UTF-8 bytes of what is predicted of the held-out part, where that is known.
     pub heldout_bytes: Option<usize>,
+    pub test_bytes: Option<usize>,
     pub train_rows: usize,
     pub heldout_rows: usize,
     /// Records that lost tokens because they are longer than a row.
@@ -115,7 +118,7 @@ pub struct DataReport {
     /// The first records that were left out.
     pub skipped: Vec<Skipped>,
     pub skipped_total: usize,
-    /// Every file that was read, folders expanded; the held-out ones last.
+    /// Every file that was read, folders expanded; those of the held-out and the test side last.
     pub files: Vec<PathBuf>,
     /// What an audit found fault with; empty where none was made.
     pub audit: Vec<Finding>,
@@ -137,77 +140,9 @@ pub struct Skipped {
 pub struct Prepared {
     pub train: Packed,
     pub heldout: Packed,
+    /// Where a test side was asked for.
+    pub test: Option<Packed>,
     pub report: DataReport,
-}
-
-/// The records of both sides, read, audited and divided.
-pub(super) struct Divided {
-    pub train: Source,
-    pub heldout: Source,
-    pub skips: Skips,
-    files: Vec<PathBuf>,
-    audit: Vec<Finding>,
-    fingerprint: Sha256,
-}
-
-impl Divided {
-    /// # Errors
-    /// Bad settings, files or columns; data without records, or that cannot be split.
-    pub fn read(config: &DataConfig) -> Result<Self> {
-        let mut skips = Skips::default();
-        let mut fingerprint = Sha256::new();
-        let mut train = Source::read(&config.data, config, &mut skips)?;
-        train.hash(&mut fingerprint);
-        let mut files = train.paths.clone();
-        let heldout = if config.heldout_data.is_empty() {
-            None
-        } else {
-            let heldout = Source::read(&config.heldout_data, config, &mut skips)?;
-            heldout.hash(&mut fingerprint);
-            files.extend_from_slice(&heldout.paths);
-            Some(heldout)
-        };
-        let near = Source::near(&train, heldout.as_ref(), config)?;
-        let held = heldout.as_ref().map(Source::side);
-        let audit = audit_of_run(config, train.side(), held, near.as_ref(), &skips)?;
-        let heldout = if let Some(heldout) = heldout {
-            train.remove(&heldout, near.as_ref(), &mut skips);
-            if train.records.is_empty() {
-                return Err(Error::argument(format!(
-                    "every record of {} is in the held-out data as well{}",
-                    listed(&config.data),
-                    skips.example()
-                )));
-            }
-            heldout
-        } else {
-            train.split(config, near.as_ref())?
-        };
-        if let Some(few) = config.few {
-            train.draw(few)?;
-        }
-        Ok(Self {
-            train,
-            heldout,
-            skips,
-            files,
-            audit,
-            fingerprint,
-        })
-    }
-
-    /// The report, with what a caller measured in `counts` (whose skips, files, audit and
-    /// fingerprint are filled in here).
-    pub fn report(self, counts: &DataReport) -> DataReport {
-        DataReport {
-            skipped: self.skips.first,
-            skipped_total: self.skips.total,
-            files: self.files,
-            audit: self.audit,
-            fingerprint: format!("{:x}", self.fingerprint.finalize()),
-            ..counts.clone()
-        }
-    }
 }
 
 /// Reads, splits, tokenises and packs what `config` names.
@@ -234,10 +169,19 @@ pub fn prepare(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
     };
     let (train, train_records, _) = side(&divided.train, "training")?;
     let (heldout, heldout_records, heldout_bytes) = side(&divided.heldout, "held-out")?;
+    let test = divided.test.as_ref();
+    let test = test.map(|source| side(source, "test")).transpose()?;
+    let (test, test_records, test_bytes) = match test {
+        Some((packed, records, bytes)) => (Some(packed), records, bytes),
+        None => (None, 0, None),
+    };
     let report = divided.report(&DataReport {
-        records: train_records + heldout_records,
+        records: train_records + heldout_records + test_records,
         train_records,
         heldout_records,
+        test_records,
+        test_tokens: test.as_ref().map_or(0, Packed::tokens),
+        test_bytes,
         train_tokens: train.tokens(),
         heldout_tokens: heldout.tokens(),
         train_targets: train.targets(),
@@ -252,6 +196,7 @@ pub fn prepare(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
     Ok(Prepared {
         train,
         heldout,
+        test,
         report,
     })
 }
@@ -297,94 +242,6 @@ impl Source {
         }
     }
 
-    /// Takes the held-out records out.
-    fn split(&mut self, config: &DataConfig, near: Option<&NearTexts>) -> Result<Self> {
-        let plan = config.split_plan(0.0);
-        let sides = divide_by(&self.records, &self.digests, &plan, near)?;
-        let mut held = vec![false; self.records.len()];
-        for &index in &sides.heldout {
-            held[index] = true;
-        }
-        Ok(self.extract(&held))
-    }
-
-    /// Leaves [`Few::shots`] different texts of each label: those whose hash with the seed is lowest, whatever the
-    /// order of the files.
-    fn draw(&mut self, few: Few) -> Result<()> {
-        let mut of_label: BTreeMap<Option<&str>, BTreeMap<[u8; 32], usize>> = BTreeMap::new();
-        for (at, (record, digest)) in self.records.iter().zip(&self.digests).enumerate() {
-            let mut hash = Sha256::new();
-            hash.update(few.seed.to_le_bytes());
-            hash.update(digest);
-            let label = of_label.entry(record.label.as_deref()).or_default();
-            label.entry(hash.finalize().into()).or_insert(at);
-        }
-        let labelled = of_label.keys().any(Option::is_some);
-        let mut left_out = vec![true; self.records.len()];
-        for (label, ranked) in &of_label {
-            if labelled && label.is_none() {
-                continue;
-            }
-            if ranked.len() < few.shots {
-                let whose = label.map_or_else(String::new, |label| format!(" of label '{label}'"));
-                return Err(Error::argument(format!(
-                    "shots is {}, but there are {} different training records{whose}; give fewer shots, or more data",
-                    few.shots,
-                    ranked.len()
-                )));
-            }
-            for &at in ranked.values().take(few.shots) {
-                left_out[at] = false;
-            }
-        }
-        self.extract(&left_out);
-        Ok(())
-    }
-
-    /// Moves the records marked in `taken` into a source of their own.
-    fn extract(&mut self, taken: &[bool]) -> Self {
-        let mut other = Self {
-            paths: self.paths.clone(),
-            records: Vec::new(),
-            digests: Vec::new(),
-        };
-        let records = std::mem::take(&mut self.records);
-        let digests = std::mem::take(&mut self.digests);
-        for ((record, digest), &taken) in records.into_iter().zip(digests).zip(taken) {
-            let to = if taken { &mut other } else { &mut *self };
-            to.records.push(record);
-            to.digests.push(digest);
-        }
-        other
-    }
-
-    /// Drops what would leak into `heldout`: its texts, what nearly is one of them, and its groups.
-    fn remove(&mut self, heldout: &Self, near: Option<&NearTexts>, skips: &mut Skips) {
-        let texts: HashSet<&Digest> = heldout.digests.iter().collect();
-        let held = heldout.records.iter();
-        let groups: HashSet<&str> = held.filter_map(|record| record.group.as_deref()).collect();
-        let near = near.map_or_else(HashMap::new, |near| self.leaking(heldout, near));
-        let mut leaks = vec![false; self.records.len()];
-        for (index, record) in self.records.iter().enumerate() {
-            let group = record
-                .group
-                .as_deref()
-                .filter(|group| groups.contains(group));
-            let reason = if texts.contains(&self.digests[index]) {
-                Reason::HeldOutText
-            } else if let Some(similarity) = near.get(&self.digests[index]) {
-                Reason::HeldOutNear(format!("{:.0} %", similarity * 100.0))
-            } else if let Some(group) = group {
-                Reason::HeldOutGroup(group.to_owned())
-            } else {
-                continue;
-            };
-            leaks[index] = true;
-            skips.add(&self.paths[record.file], record.number, &reason);
-        }
-        self.extract(&leaks);
-    }
-
     /// The near duplicates among the texts of both sides, where they matter; `heldout`'s records count on behind.
     pub(super) fn near(
         train: &Self,
@@ -405,34 +262,8 @@ impl Source {
         NearTexts::of_records(&records, &digests, similarity).map(Some)
     }
 
-    /// The texts that are near duplicates of one in `heldout`, or hang together with one, with the similarity that joins
-    /// them to it.
-    fn leaking(&self, heldout: &Self, near: &NearTexts) -> HashMap<Digest, f64> {
-        let digest = |place: usize| match near.records[place].checked_sub(self.digests.len()) {
-            Some(held) => heldout.digests[held],
-            None => self.digests[near.records[place]],
-        };
-        let held: HashSet<&Digest> = heldout.digests.iter().collect();
-        let mut union = near.union();
-        let mut held_roots = HashSet::new();
-        for place in 0..near.records.len() {
-            if held.contains(&digest(place)) {
-                held_roots.insert(union.root(place));
-            }
-        }
-        let mut found = HashMap::new();
-        for pair in &near.pairs {
-            if held_roots.contains(&union.root(pair.first)) {
-                for place in [pair.first, pair.second] {
-                    found.entry(digest(place)).or_insert(pair.similarity);
-                }
-            }
-        }
-        found
-    }
-
     /// Feeds every record, in order and after their number, to a fingerprint.
-    fn hash(&self, hash: &mut Sha256) {
+    pub(super) fn hash(&self, hash: &mut Sha256) {
         hash.update((self.records.len() as u64).to_le_bytes());
         for (record, digest) in self.records.iter().zip(&self.digests) {
             hash.update(digest);
@@ -525,7 +356,7 @@ impl Skips {
     }
 }
 
-fn listed(paths: &[PathBuf]) -> String {
+pub(super) fn listed(paths: &[PathBuf]) -> String {
     let names: Vec<String> = paths
         .iter()
         .map(|path| path.display().to_string())

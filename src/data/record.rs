@@ -109,12 +109,12 @@ pub enum Reason {
     Nul(String),
     #[error("`{column}` {problem}")]
     Malformed { column: String, problem: String },
-    #[error("the same text is in the held-out data")]
-    HeldOutText,
-    #[error("a near duplicate ({0} alike) is in the held-out data")]
-    HeldOutNear(String),
-    #[error("its group `{0}` is in the held-out data")]
-    HeldOutGroup(String),
+    #[error("the same text is in the {0} data")]
+    HeldOutText(&'static str),
+    #[error("a near duplicate ({1} alike) is in the {0} data")]
+    HeldOutNear(&'static str, String),
+    #[error("its group `{1}` is in the {0} data")]
+    HeldOutGroup(&'static str, String),
     #[error(
         "the tokenizer has no chat template to turn messages into text with; give a model folder whose tokenizer_config.json or chat_template.jinja holds one"
     )]

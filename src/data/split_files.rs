@@ -18,8 +18,6 @@ use crate::file::write_atomic;
 pub struct SplitConfig {
     #[serde(flatten)]
     pub data: DataConfig,
-    /// Fraction of the records kept for a last test; 0 for none.
-    pub test: f64,
     /// The folder of the files.
     pub output: PathBuf,
 }
@@ -58,7 +56,7 @@ pub fn split_files(config: &SplitConfig) -> Result<SplitResult> {
     }
     let mut skips = Skips::default();
     let source = Source::read(&config.data.data, &config.data, &mut skips)?;
-    let plan = config.data.split_plan(config.test);
+    let plan = config.data.split_plan();
     let sides = divide(&source.records, &source.digests, &plan)?;
     std::fs::create_dir_all(output).map_err(Error::io(output))?;
     let named = [

@@ -131,6 +131,11 @@ pub struct TrainConfig {
     /// Part of the records that is held out, where `heldout_data` is empty.
     pub heldout: f64,
     pub heldout_data: Vec<PathBuf>,
+    /// Part of the records that is kept for one test at the end, where `test_data` is empty.
+    pub test: f64,
+    pub test_data: Vec<PathBuf>,
+    /// Text of the base model's own domain, whose loss tells what a language model forgot.
+    pub forgetting: Vec<PathBuf>,
     /// Whether the held-out part has its share of every label.
     pub stratify: bool,
     /// Jaccard similarity of character 5-grams from which texts stay on one side; 0 for exact duplicates alone.
@@ -150,7 +155,7 @@ pub struct TrainConfig {
     pub label_column: Option<String>,
     /// What becomes of the run where its data is found fault with.
     pub audit: AuditMode,
-    /// Tables in memory, by the names that stand for them in `data` and `heldout_data`.
+    /// Tables in memory, by the names that stand for them among the files.
     #[serde(skip)]
     pub frames: Frames,
 
@@ -172,10 +177,12 @@ pub struct TrainConfig {
 /// Settings that a checkpoint may be continued under another value of: they change where a run
 /// writes, looks and ends, never what it computes. Data is compared by its fingerprint, the model
 /// by a loss, the length by the schedule's steps.
-const FREE: [&str; 12] = [
+const FREE: [&str; 14] = [
     "model",
     "data",
     "heldout_data",
+    "test_data",
+    "forgetting",
     "output",
     "resume",
     "threads",

@@ -46,6 +46,7 @@ pub struct DataEvent {
     pub records: usize,
     pub train_records: usize,
     pub heldout_records: usize,
+    pub test_records: usize,
     pub train_tokens: usize,
     pub heldout_tokens: usize,
     pub truncated: usize,

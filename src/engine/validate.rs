@@ -117,6 +117,18 @@ impl TrainConfig {
                 "above 0 and below 1 (a part of the records)",
             )?;
         }
+        let test = self.test;
+        within(
+            "test",
+            test,
+            (0.0..1.0).contains(&test),
+            "at least 0 and below 1 (a part of the records)",
+        )?;
+        if test > 0.0 && !self.test_data.is_empty() {
+            return Err(Error::argument(format!(
+                "test is {test}, and test_data names files: give one of them"
+            )));
+        }
         let similarity = self.near_duplicates;
         within(
             "near_duplicates",

@@ -209,6 +209,25 @@ def train(
     heldout_data: Annotated[
         DataSources, Option("files to evaluate on instead of a part of the data", group=HELDOUT)
     ] = (),
+    test: Annotated[
+        float,
+        Option(
+            "part of the records kept for one test, at the end, with the best weights",
+            unit="share",
+            group=HELDOUT,
+        ),
+    ] = 0.0,
+    test_data: Annotated[
+        DataSources, Option("files to test on instead of a part of the data", group=HELDOUT)
+    ] = (),
+    forgetting: Annotated[
+        DataSources,
+        Option(
+            "text of a language model's own domain: its loss before and after tells what the "
+            "model forgot",
+            group=HELDOUT,
+        ),
+    ] = (),
     group: Group = None,
     stratify: Stratify = True,
     near_duplicates: NearDuplicates = 0.8,
@@ -256,7 +275,10 @@ def train(
     their units) and a key of its TOML config. The data is split by record, or by `group`, with near
     duplicates on one side and each label in its proportion; the model is evaluated on the held-out
     part before the first step, every `eval_every` steps and at the end, and the weights with the
-    lowest held-out loss are kept. Before that the data is audited (`ferrotune.audit`): what is
+    lowest held-out loss are kept. Where `test` or `test_data` asks for a test split, these weights
+    are measured on all of it, once; it shares no text, near duplicate or group with the other
+    sides. `forgetting` is read before the first step and at the end, up to `eval_tokens`. Before
+    any of it the data is audited (`ferrotune.audit`): what is
     found is shown as warnings and kept in the result's `data["audit"]`, and `audit` says whether
     the run ends where training would be meaningless.
 
@@ -298,7 +320,7 @@ def train(
     from ..training import run
 
     tables: dict[str, Any] = {}
-    for name in ("data", "heldout_data"):
+    for name in ("data", "heldout_data", "test_data", "forgetting"):
         arguments[name] = named(arguments[name], tables)
     settings = collect(train, arguments)
     if settings["learning_rate"] is None:

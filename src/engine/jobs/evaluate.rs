@@ -113,6 +113,8 @@ fn data(config: &EvaluateConfig) -> DataConfig {
         data: config.data.clone(),
         heldout: 0.0,
         heldout_data: Vec::new(),
+        test: 0.0,
+        test_data: Vec::new(),
         stratify: false,
         near_duplicates: 0.0,
         columns: Columns {

@@ -4,6 +4,7 @@ mod audit;
 mod compute;
 mod evaluate;
 mod generate;
+mod judge;
 mod merge;
 mod train;
 
@@ -13,6 +14,7 @@ pub use audit::{AuditJob, audit};
 pub use compute::compute;
 pub use evaluate::{EvaluateConfig, EvaluateResult, evaluate};
 pub use generate::{GenerateConfig, GenerateResult, generate};
+pub use judge::{Forgetting, Judgement, Tested};
 pub use merge::{MergeConfig, MergeResult, merge};
 pub use train::{TrainOutcome, train};
 

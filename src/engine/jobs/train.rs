@@ -3,6 +3,7 @@
 use serde::Serialize;
 use serde_json::{Map, json};
 
+use super::judge::{Judge, Judgement, own_batches, own_text, refuse_forgetting};
 use super::{Names, select, tokenizer, with_threads};
 use crate::adapter::{AdapterConfig, Selector};
 use crate::data::audit::Severity;
@@ -14,8 +15,8 @@ use crate::engine::models::{
     Architecture, Head, Init, Labels, LoadPlan, Lora, Quantize, Task, Trained, Transformer,
 };
 use crate::engine::{
-    DataEvent, Event, Hooks, Method, ModelEvent, RunFolder, Skip, TargetModules, TaskChoice,
-    TrainConfig, TrainResult, train_in,
+    DataEvent, Event, Hooks, Method, ModelEvent, RunFolder, Skip, StopReason, TargetModules,
+    TaskChoice, TrainConfig, TrainResult, train_in,
 };
 use crate::error::{Error, Result};
 
@@ -29,6 +30,8 @@ pub struct TrainOutcome {
     pub adapter: Option<std::path::PathBuf>,
     pub model: ModelEvent,
     pub data: DataReport,
+    #[serde(flatten)]
+    pub judgement: Judgement,
 }
 
 /// Reads, checks and trains. Nothing is written before model, data and settings are known to be good.
@@ -71,21 +74,29 @@ fn generation(
     architecture: Architecture,
     hooks: &mut (dyn Hooks + Send),
 ) -> Result<TrainOutcome> {
-    let (trained, warnings) = trained(config, &architecture)?;
+    let (trained, mut warnings) = trained(config, &architecture)?;
     let tokenizer = tokenizer(&config.model, &architecture)?;
     tokenizer.fits()?;
     let model = load(config, architecture, trained)?;
-    let prepared = prepare(&data_config(config), &tokenizer)?;
+    let mut prepared = prepare(&data_config(config), &tokenizer)?;
+    let own = own_text(config, &tokenizer, &mut warnings)?;
+    prepared.report.files.extend(config.forgetting.clone());
     drop(tokenizer);
     let train = Shuffled::new(&prepared.train, config.batch_size, config.seed)?
         .by_length(config.sort_by_length);
     let heldout = Sequential::new(&prepared.heldout, config.batch_size)?
         .spelling(prepared.report.heldout_bytes);
+    let test = prepared.test.as_ref();
+    let test = test.map(|test| {
+        let source = Sequential::new(test, config.batch_size)?;
+        Ok::<_, Error>(source.spelling(prepared.report.test_bytes))
+    });
+    let (test, own) = (test.transpose()?, own_batches(config, own.as_ref())?);
     fit(
         config,
         &model,
-        &train,
-        &heldout,
+        (&train, &heldout),
+        Judge::new(config, test.as_ref().map(source), own.as_ref().map(source)),
         prepared.report,
         warnings,
         hooks,
@@ -97,28 +108,54 @@ fn classification(
     mut architecture: Architecture,
     hooks: &mut (dyn Hooks + Send),
 ) -> Result<TrainOutcome> {
+    refuse_forgetting(config)?;
     let (trained, mut warnings) = trained(config, &architecture)?;
     let tokenizer = tokenizer(&config.model, &architecture)?;
     tokenizer.fits()?;
     let PreparedTexts {
         train,
         heldout,
+        test,
         report,
     } = prepare_texts(&data_config(config), &tokenizer)?;
     drop(tokenizer);
-    let (labels, warning) = labels(&architecture, &train.labels, &heldout.labels)?;
+    let (labels, warning) = labels(
+        &architecture,
+        &train.labels,
+        &[
+            ("held-out", &heldout.labels),
+            ("test", test.as_ref().map_or(&[], |test| &test.labels)),
+        ],
+    )?;
     warnings.extend(warning);
     let class = |label: &str| {
         let found = labels.index(label);
         found.ok_or_else(|| Error::run(format!("label '{label}' has no number")))
     };
     let (train, heldout) = (Labelled::new(train, class)?, Labelled::new(heldout, class)?);
+    let test = test.map(|test| Labelled::new(test, class)).transpose()?;
     architecture.head = Head::Classification(labels);
     let model = load(config, architecture, trained)?;
     let train = LabelledBatches::new(&train, config.batch_size)?
         .shuffled(config.seed, config.sort_by_length);
     let heldout = LabelledBatches::new(&heldout, config.batch_size)?;
-    fit(config, &model, &train, &heldout, report, warnings, hooks)
+    let test = test.as_ref();
+    let test = test.map(|test| LabelledBatches::new(test, config.batch_size));
+    let test = test.transpose()?;
+    let judge = Judge::new(config, test.as_ref().map(source), None);
+    fit(
+        config,
+        &model,
+        (&train, &heldout),
+        judge,
+        report,
+        warnings,
+        hooks,
+    )
+}
+
+fn source<S: BatchSource>(source: &S) -> &dyn BatchSource {
+    source
 }
 
 /// The head's classes: the stored head's where they name every label of the data, else the data's;
@@ -126,7 +163,7 @@ fn classification(
 fn labels(
     architecture: &Architecture,
     train: &[String],
-    heldout: &[String],
+    others: &[(&str, &[String])],
 ) -> Result<(Labels, Option<String>)> {
     let seen = Labels::fresh(train.iter().cloned());
     let quoted = |names: &[String]| {
@@ -135,16 +172,18 @@ fn labels(
         let names: Vec<String> = names.iter().take(SHOWN).map(|n| format!("'{n}'")).collect();
         format!("{}{more}", names.join(", "))
     };
-    let mut unseen: Vec<String> = heldout.to_vec();
-    unseen.retain(|label| seen.index(label).is_none());
-    unseen.sort();
-    unseen.dedup();
-    if !unseen.is_empty() {
-        return Err(Error::argument(format!(
-            "the held-out data have labels that the training data never show: {}; hold out other \
-             records, or add some of these labels to the training data",
-            quoted(&unseen)
-        )));
+    for (side, given) in others {
+        let mut unseen: Vec<String> = given.to_vec();
+        unseen.retain(|label| seen.index(label).is_none());
+        unseen.sort();
+        unseen.dedup();
+        if !unseen.is_empty() {
+            return Err(Error::argument(format!(
+                "the {side} data have labels that the training data never show: {}; hold out other \
+                 records, or add some of these labels to the training data",
+                quoted(&unseen)
+            )));
+        }
     }
     if seen.len() < 2 {
         return Err(Error::argument(format!(
@@ -186,8 +225,8 @@ fn load(config: &TrainConfig, architecture: Architecture, trained: Trained) -> R
 fn fit(
     config: &TrainConfig,
     model: &Transformer,
-    train: &dyn BatchSource,
-    heldout: &dyn BatchSource,
+    (train, heldout): (&dyn BatchSource, &dyn BatchSource),
+    mut judge: Judge<'_>,
     report: DataReport,
     warnings: Vec<String>,
     hooks: &mut (dyn Hooks + Send),
@@ -203,7 +242,12 @@ fn fit(
     for message in faults.chain(warnings) {
         hooks.on_event(&Event::Warning { message })?;
     }
+    judge.before(model, hooks)?;
     let result = train_in(&folder, config, model, train, heldout, hooks)?;
+    let judgement = match result.stop_reason {
+        StopReason::Interrupted => Judgement::default(),
+        _ => judge.after(model, hooks)?,
+    };
     let adapter = config
         .method
         .is_adapter()
@@ -214,6 +258,7 @@ fn fit(
         adapter,
         model: model_event,
         data: report,
+        judgement,
     })
 }
 
@@ -284,11 +329,13 @@ fn last_layers(config: &TrainConfig, model: &Architecture) -> Result<Trained> {
     Ok(Trained { whole, lora: None })
 }
 
-fn data_config(config: &TrainConfig) -> DataConfig {
+pub(super) fn data_config(config: &TrainConfig) -> DataConfig {
     DataConfig {
         data: config.data.clone(),
         heldout: config.heldout,
         heldout_data: config.heldout_data.clone(),
+        test: config.test,
+        test_data: config.test_data.clone(),
         stratify: config.stratify,
         near_duplicates: config.near_duplicates,
         columns: crate::data::Columns {
@@ -317,6 +364,7 @@ fn data_event(report: &DataReport) -> DataEvent {
         records: report.records,
         train_records: report.train_records,
         heldout_records: report.heldout_records,
+        test_records: report.test_records,
         train_tokens: report.train_tokens,
         heldout_tokens: report.heldout_tokens,
         truncated: report.truncated,

@@ -1,0 +1,51 @@
+//! Few-shot training data.
+
+use std::collections::BTreeMap;
+
+use sha2::{Digest as _, Sha256};
+
+use super::prepare::Source;
+use crate::error::{Error, Result};
+
+/// A draw of few training records.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Few {
+    /// Records of each label; of all together where records have no labels.
+    pub shots: usize,
+    pub seed: u64,
+}
+
+impl Source {
+    /// Leaves [`Few::shots`] different texts of each label: those whose hash with the seed is lowest, whatever the
+    /// order of the files.
+    pub(super) fn draw(&mut self, few: Few) -> Result<()> {
+        let mut of_label: BTreeMap<Option<&str>, BTreeMap<[u8; 32], usize>> = BTreeMap::new();
+        for (at, (record, digest)) in self.records.iter().zip(&self.digests).enumerate() {
+            let mut hash = Sha256::new();
+            hash.update(few.seed.to_le_bytes());
+            hash.update(digest);
+            let label = of_label.entry(record.label.as_deref()).or_default();
+            label.entry(hash.finalize().into()).or_insert(at);
+        }
+        let labelled = of_label.keys().any(Option::is_some);
+        let mut left_out = vec![true; self.records.len()];
+        for (label, ranked) in &of_label {
+            if labelled && label.is_none() {
+                continue;
+            }
+            if ranked.len() < few.shots {
+                let whose = label.map_or_else(String::new, |label| format!(" of label '{label}'"));
+                return Err(Error::argument(format!(
+                    "shots is {}, but there are {} different training records{whose}; give fewer shots, or more data",
+                    few.shots,
+                    ranked.len()
+                )));
+            }
+            for &at in ranked.values().take(few.shots) {
+                left_out[at] = false;
+            }
+        }
+        self.extract(&left_out);
+        Ok(())
+    }
+}
