@@ -25,7 +25,7 @@ from python_face import command, environment, ferrotune_cli, interruptible
         (["train", "--lerning-rate", "1"], "unknown option '--lerning-rate'; did you mean '--l"),
         (["train", "--r", "x"], "argument --r: wants a whole number, not 'x'"),
         (["train", "--r"], "argument --r: expected one argument"),
-        (["train", "--method", "lorra"], "wants one of lora, qlora, freeze, full, not 'lorra'"),
+        (["train", "--method", "lorra"], "wants one of lora, qlora, ia3,"),
         (["train", "stray"], "unexpected argument 'stray'"),
         (["--versoin"], "unknown option '--versoin'; did you mean '--version'?"),
         (["train", "--rank-pattern", "q"], "wants NAME=N, not 'q'"),

@@ -16,13 +16,16 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # The settings that say something about the weights, in the order of train's signature.
 _SHOWN = (
     "task", "method", "trained_layers", "r", "lora_alpha", "lora_dropout", "use_rslora",
-    "target_modules", "rank_pattern", "alpha_pattern", "quant_type", "blocksize", "double_quant",
+    "rank_pattern", "alpha_pattern", "target_modules", "feedforward_modules",
+    "quant_type", "blocksize", "double_quant",
     "sequence_length", "packing", "batch_size", "gradient_accumulation", "epochs", "max_steps",
     "max_seconds", "learning_rate", "warmup_steps", "schedule", "min_learning_rate_ratio",
     "weight_decay", "beta1", "beta2", "eps", "max_grad_norm", "seed", "heldout", "test", "group",
     "eval_every", "eval_tokens", "patience", "split_seed", "shots", "repeats",
 )  # fmt: skip
-_ADAPTERS_ALONE = set(_SHOWN[3:10])
+_LORA = ("lora", "qlora")
+_LORA_ALONE = set(_SHOWN[3:9])
+_ADAPTERS_ALONE = {"target_modules", "feedforward_modules"}
 _QUANTISED_ALONE = {"quant_type", "blocksize", "double_quant"}
 
 
@@ -109,6 +112,7 @@ def _summary(result: TrainResult, settings: Mapping[str, Any], base: str) -> str
     how = {
         "lora": "LoRA adapters",
         "qlora": f"LoRA adapters over {settings['quant_type'].upper()} weights",
+        "ia3": "(IA)³ vectors",
         "full": "every weight trained",
         "freeze": f"the head{f' and the last {layers} blocks' if layers else ''} trained",
     }[settings["method"]]
@@ -281,13 +285,14 @@ def _data(result: TrainResult, files: Sequence[tuple[str, int, str]]) -> str:
 
 
 def _settings(settings: Mapping[str, Any]) -> Table:
-    hidden = set() if settings["method"] not in WHOLE_MODEL else set(_ADAPTERS_ALONE)
+    hidden = set() if settings["method"] in _LORA else set(_LORA_ALONE)
+    hidden |= _ADAPTERS_ALONE if settings["method"] in WHOLE_MODEL else set()
     hidden |= {"trained_layers"} if settings["method"] != "freeze" else set()
     hidden |= _QUANTISED_ALONE if settings["method"] != "qlora" else set()
     rows = [
         (name, shown(settings[name]))
         for name in _SHOWN
-        if name not in hidden and settings[name] is not None and settings[name] != {}
+        if name not in hidden and settings.get(name) is not None and settings[name] != {}
     ]
     return Table("Settings", tuple(rows))
 

@@ -27,9 +27,7 @@ Data = Annotated[
         group=DATA,
     ),
 ]
-Adapter = Annotated[
-    StrPath | None, Option("folder of a PEFT LoRA adapter for the model", group=MODEL)
-]
+Adapter = Annotated[StrPath | None, Option("folder of an adapter for the model", group=MODEL)]
 LoadedQuantType = Annotated[
     Literal["nf4", "fp4"] | None,
     Option("hold the linear layers in 4 bits", group=MODEL, unset="as stored"),

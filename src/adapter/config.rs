@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
@@ -81,23 +81,8 @@ impl AdapterConfig {
     /// `Format` if the file is missing or a field is missing or of the wrong type; `Argument` if a field asks for
     /// something that is not supported here; `Io` if the folder or the file cannot be read.
     pub fn read(folder: &Path) -> Result<(Self, Vec<String>)> {
-        let path = folder.join(CONFIG_FILE);
-        std::fs::read_dir(folder).map_err(Error::io(folder))?;
-        if !path.exists() {
-            return Err(Error::format(
-                folder,
-                format!("missing {CONFIG_FILE}: {}", listing(folder)),
-            ));
-        }
-        let text = std::fs::read(&path).map_err(Error::io(&path))?;
-        let map: Map<String, Value> = serde_json::from_slice(&text)
-            .map_err(|error| Error::format(&path, format!("not a JSON object: {error}")))?;
-        parse(&map).map_err(|problem| match problem {
-            Problem::Malformed(message) => Error::format(&path, message),
-            Problem::Unsupported(message) => {
-                Error::argument(format!("{}: {message}", path.display()))
-            }
-        })
+        let (path, map) = read_fields(folder)?;
+        parse(&map).map_err(|problem| problem.at(&path))
     }
 
     /// The values that no model can be trained or run with.
@@ -218,18 +203,42 @@ impl AdapterConfig {
 
     /// The file's text: two spaces of indentation, ASCII only, as Python's `json.dumps` writes it.
     pub fn to_text(&self) -> String {
-        let mut text = String::new();
-        for character in format!("{:#}", Value::Object(self.to_json())).chars() {
-            if character.is_ascii() {
-                text.push(character);
-            } else {
-                for unit in character.encode_utf16(&mut [0; 2]) {
-                    let _ = write!(text, "\\u{unit:04x}");
-                }
+        ascii(self.to_json())
+    }
+}
+
+/// JSON as Python's `json.dumps(…, indent=2)` writes it.
+pub(super) fn ascii(fields: Map<String, Value>) -> String {
+    let mut text = String::new();
+    for character in format!("{:#}", Value::Object(fields)).chars() {
+        if character.is_ascii() {
+            text.push(character);
+        } else {
+            for unit in character.encode_utf16(&mut [0; 2]) {
+                let _ = write!(text, "\\u{unit:04x}");
             }
         }
-        text
     }
+    text
+}
+
+/// The fields of a folder's adapter_config.json, and the file's path.
+///
+/// # Errors
+/// `Format` if the file is missing or no JSON object; `Io` if the folder or the file cannot be read.
+pub(super) fn read_fields(folder: &Path) -> Result<(PathBuf, Map<String, Value>)> {
+    let path = folder.join(CONFIG_FILE);
+    std::fs::read_dir(folder).map_err(Error::io(folder))?;
+    if !path.exists() {
+        return Err(Error::format(
+            folder,
+            format!("missing {CONFIG_FILE}: {}", listing(folder)),
+        ));
+    }
+    let text = std::fs::read(&path).map_err(Error::io(&path))?;
+    let map = serde_json::from_slice(&text)
+        .map_err(|error| Error::format(&path, format!("not a JSON object: {error}")))?;
+    Ok((path, map))
 }
 
 /// PEFT declares alpha as an int: whole values are written as one.

@@ -1,13 +1,26 @@
 //! Which fields of adapter_config.json mean something here, and the error for one that means something else.
 
+use std::path::Path;
+
 use serde_json::{Map, Value};
 
+use crate::error::Error;
 use crate::folder::kind;
 
 /// What is wrong with a configuration: its form, or a meaning that is not supported here.
 pub(super) enum Problem {
     Malformed(String),
     Unsupported(String),
+}
+
+impl Problem {
+    /// As an error of the file it was found in.
+    pub fn at(self, path: &Path) -> Error {
+        match self {
+            Self::Malformed(message) => Error::format(path, message),
+            Self::Unsupported(message) => Error::argument(format!("{}: {message}", path.display())),
+        }
+    }
 }
 
 pub(super) type Parsed<T> = std::result::Result<T, Problem>;
@@ -128,24 +141,22 @@ pub(super) fn check(map: &Map<String, Value>) -> Parsed<Vec<String>> {
             return unsupported("init_lora_weights", value, &instead);
         }
     }
-    let unknown: Vec<&str> = map
-        .keys()
-        .map(String::as_str)
-        .filter(|key| {
-            !(READ.contains(key)
-                || KEPT.contains(key)
-                || NEUTRAL.contains(key)
-                || IGNORED.contains(key))
-        })
-        .collect();
-    Ok(if unknown.is_empty() {
+    let known = [&READ[..], &KEPT, &NEUTRAL, &IGNORED].concat();
+    Ok(unknown(map, &known))
+}
+
+/// A warning where the file has fields that are not `known`.
+pub(super) fn unknown(map: &Map<String, Value>, known: &[&str]) -> Vec<String> {
+    let names = map.keys().map(String::as_str);
+    let unknown: Vec<&str> = names.filter(|name| !known.contains(name)).collect();
+    if unknown.is_empty() {
         Vec::new()
     } else {
         vec![format!(
             "unknown fields are ignored: {} (the file may come from a newer PEFT)",
             unknown.join(", ")
         )]
-    })
+    }
 }
 
 /// Null, false and empty collections switch a feature off.

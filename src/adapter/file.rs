@@ -13,7 +13,7 @@ use crate::folder::{PT_METADATA, Staging, Tensor, Weights, listing};
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
 /// What PEFT puts before a module's name.
-const PREFIX: &str = "base_model.model.";
+pub(super) const PREFIX: &str = "base_model.model.";
 const A: &str = ".lora_A.weight";
 const B: &str = ".lora_B.weight";
 
@@ -142,19 +142,8 @@ fn some(names: &[&str]) -> String {
 /// `Io` if the folder or a file cannot be read.
 pub fn read(folder: &Path) -> Result<(Adapter, Vec<String>)> {
     let (config, warnings) = AdapterConfig::read(folder)?;
+    let weights = open_weights(folder)?;
     let path = folder.join(WEIGHTS_FILE);
-    if !path.exists() {
-        let hint = if folder.join("adapter_model.bin").exists() {
-            "; adapter_model.bin is a pickle and is not read: PeftModel.save_pretrained writes safetensors"
-        } else {
-            ""
-        };
-        return Err(Error::format(
-            folder,
-            format!("missing {WEIGHTS_FILE}: {}{hint}", listing(folder)),
-        ));
-    }
-    let weights = Weights::open_file(&path)?;
     let mut modules = BTreeMap::new();
     let mut saved = BTreeMap::new();
     for name in weights.names() {
@@ -188,18 +177,43 @@ pub fn read(folder: &Path) -> Result<(Adapter, Vec<String>)> {
     Ok((adapter, warnings))
 }
 
+/// The folder's tensors.
+///
+/// # Errors
+/// `Format` if the file is missing or broken.
+pub(super) fn open_weights(folder: &Path) -> Result<Weights> {
+    let path = folder.join(WEIGHTS_FILE);
+    if !path.exists() {
+        let hint = if folder.join("adapter_model.bin").exists() {
+            "; adapter_model.bin is a pickle and is not read: PeftModel.save_pretrained writes safetensors"
+        } else {
+            ""
+        };
+        return Err(Error::format(
+            folder,
+            format!("missing {WEIGHTS_FILE}: {}{hint}", listing(folder)),
+        ));
+    }
+    Weights::open_file(&path)
+}
+
 /// The name in the base model of a tensor that `modules_to_save` covers.
 fn saved_name<'a>(config: &AdapterConfig, name: &'a str) -> Option<&'a str> {
     let own = name.strip_prefix(PREFIX)?;
-    let holders = own.match_indices('.').map(|(dot, _)| &own[..dot]);
+    let is_factor = own.ends_with(A) || own.ends_with(B);
+    (!is_factor && is_saved(&config.modules_to_save, own)).then_some(own)
+}
+
+/// Whether a tensor of the base model belongs to a module that `modules_to_save` covers.
+pub(super) fn is_saved(modules_to_save: &[String], tensor: &str) -> bool {
+    let holders = tensor.match_indices('.').map(|(dot, _)| &tensor[..dot]);
     let covers = |module: &str| {
-        let saved = config.modules_to_save.iter();
+        let saved = modules_to_save.iter();
         saved
             .map(String::as_str)
             .any(|end| module == end || super::selector::suffixes(module).any(|own| own == end))
     };
-    let is_factor = own.ends_with(A) || own.ends_with(B);
-    (!is_factor && holders.into_iter().any(covers)).then_some(own)
+    holders.into_iter().any(covers)
 }
 
 /// The partner's name, and the module's where `name` is the first of the two.

@@ -7,9 +7,13 @@ mod pattern;
 mod rules;
 mod selector;
 mod target;
+mod tuned;
 
 pub use config::{AdapterConfig, CONFIG_FILE, PEFT_VERSION};
 pub use file::{Adapter, LoraPair, SavedTensor, WEIGHTS_FILE, read, write};
 pub use rules::Rules;
 pub use selector::Selector;
 pub use target::{Modules, Selection, Target, select};
+pub use tuned::{
+    Common, Ia3Config, Ia3Selection, Tuned, TunedConfig, is_lora, read_tuned, write_tuned,
+};

@@ -18,6 +18,8 @@ pub enum Method {
     Lora,
     /// Adapters beside frozen 4-bit weights.
     Qlora,
+    /// Vectors that multiply keys, values and the MLP's inner activations: (IA)³.
+    Ia3,
     /// The head, and the last blocks where `trained_layers` says so; the rest stays frozen.
     Freeze,
     /// Every weight.
@@ -37,8 +39,13 @@ pub enum TaskChoice {
 }
 
 impl Method {
-    /// Whether what is trained stands beside the base's weights, as a PEFT adapter.
+    /// Whether what is trained stands beside the base's weights, as an adapter.
     pub fn is_adapter(self) -> bool {
+        !matches!(self, Self::Freeze | Self::Full)
+    }
+
+    /// Whether adapters are LoRA's.
+    pub fn is_lora(self) -> bool {
         matches!(self, Self::Lora | Self::Qlora)
     }
 }
@@ -81,7 +88,12 @@ pub struct TrainConfig {
     /// Probability, in [0, 1).
     pub lora_dropout: f64,
     pub use_rslora: bool,
-    pub target_modules: TargetModules,
+    /// Null for the method's own choice.
+    #[serde(deserialize_with = "present")]
+    pub target_modules: Option<TargetModules>,
+    /// Those of (IA)³'s target modules whose input is multiplied; null for PEFT's choice.
+    #[serde(deserialize_with = "present")]
+    pub feedforward_modules: Option<TargetModules>,
     pub rank_pattern: BTreeMap<String, usize>,
     pub alpha_pattern: BTreeMap<String, f64>,
 

@@ -8,6 +8,7 @@ mod events;
 pub mod generate;
 mod gradients;
 pub mod jobs;
+mod methods;
 pub mod metrics;
 mod model;
 pub mod models;

@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 
-use super::config::{Method, TrainConfig};
+use super::config::{Method, TargetModules, TrainConfig};
 use crate::error::{Error, Result};
 
 const MOST_THREADS: usize = 1024;
@@ -13,9 +13,10 @@ impl TrainConfig {
     /// `Argument` naming the first setting out of its range, its value and the range.
     pub fn validate(&self) -> Result<()> {
         self.validate_places()?;
-        if self.method.is_adapter() {
+        if self.method.is_lora() {
             self.validate_lora()?;
         }
+        self.validate_method()?;
         let layers = self.trained_layers;
         if self.method != Method::Freeze && layers > 0 {
             return Err(Error::argument(format!(
@@ -56,18 +57,30 @@ impl TrainConfig {
         for (pattern, &alpha) in &self.alpha_pattern {
             positive(&format!("alpha_pattern['{pattern}']"), alpha)?;
         }
+        Ok(())
+    }
+
+    /// The settings of what stands beside the base's weights.
+    fn validate_method(&self) -> Result<()> {
         let named = match &self.target_modules {
-            super::TargetModules::Pattern(pattern) => !pattern.is_empty(),
-            super::TargetModules::Names(names) => {
+            None => true,
+            Some(TargetModules::Pattern(pattern)) => !pattern.is_empty(),
+            Some(TargetModules::Names(names)) => {
                 !names.is_empty() && names.iter().all(|name| !name.is_empty())
             }
         };
         within(
             "target_modules",
             "empty",
-            named,
+            named || !self.method.is_adapter(),
             "'all-linear', a list of module names or a regular expression",
-        )
+        )?;
+        if self.method != Method::Ia3 && self.feedforward_modules.is_some() {
+            return Err(Error::argument(
+                "feedforward_modules is a setting of method ia3 alone; give method ia3, or leave it out",
+            ));
+        }
+        Ok(())
     }
 
     fn validate_length(&self) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::{Dropout, FrozenWeight};
+use super::{Dropout, FrozenWeight, Scaled};
 use crate::error::Result;
 use crate::matmul::{Into, Mat, MatMut, Threads, columns_of, matmul};
 use crate::scratch::Scratch;
@@ -22,6 +22,8 @@ pub struct Member {
     pub name: String,
     pub n: usize,
     pub adapter: Option<Adapter>,
+    /// An (IA)³ vector's place; none where there is a LoRA adapter.
+    pub scaled: Option<Scaled>,
 }
 
 /// Where the base weights of a [`Group`] live.
@@ -36,19 +38,11 @@ pub enum Base {
     Trained { biases: Vec<bool> },
 }
 
-/// A trained tensor inside the group's flat parameter vector.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tensor {
-    pub name: String,
-    pub offset: usize,
-    pub shape: Vec<usize>,
-}
-
 /// Projections `y_i = x·W_iᵀ + bias_i + scaling_i · dropout_i(x)·A_iᵀ·B_iᵀ` of one input
 /// `x` `[m, k]`, their outputs side by side in `y` `[m, Σn]`.
 ///
 /// What is trained lies in one flat slice `theta`: with a frozen base all `A_i` `[r_i, k]` one
-/// after another, then all `B_i` `[n_i, r_i]`; with a trained base all `W_i` `[n_i, k]`, then the
+/// after another, then all `B_i` `[n_i, r_i]` (or the members' (IA)³ vectors); with a trained base all `W_i` `[n_i, k]`, then the
 /// biases.
 #[derive(Debug, Clone)]
 pub struct Group {
@@ -68,61 +62,18 @@ impl Group {
         self.adapters().map(|(_, adapter)| adapter.r).sum()
     }
 
-    fn adapters(&self) -> impl Iterator<Item = (&Member, Adapter)> {
+    pub(super) fn adapters(&self) -> impl Iterator<Item = (&Member, Adapter)> {
         self.members
             .iter()
             .filter_map(|member| Some((member, member.adapter?)))
     }
 
-    /// The trained tensors in the order they lie in `theta`.
-    pub fn tensors(&self) -> Vec<Tensor> {
-        let mut tensors = Vec::new();
-        let mut offset = 0;
-        let mut push = |name: String, shape: Vec<usize>| {
-            let len: usize = shape.iter().product();
-            tensors.push(Tensor {
-                name,
-                offset,
-                shape,
-            });
-            offset += len;
-        };
-        match &self.base {
-            Base::Frozen { .. } => {
-                for (member, adapter) in self.adapters() {
-                    push(
-                        format!("{}.lora_A.weight", member.name),
-                        vec![adapter.r, self.k],
-                    );
-                }
-                for (member, adapter) in self.adapters() {
-                    push(
-                        format!("{}.lora_B.weight", member.name),
-                        vec![member.n, adapter.r],
-                    );
-                }
-            }
-            Base::Trained { biases } => {
-                for member in &self.members {
-                    push(format!("{}.weight", member.name), vec![member.n, self.k]);
-                }
-                for (member, _) in self.members.iter().zip(biases).filter(|(_, has)| **has) {
-                    push(format!("{}.bias", member.name), vec![member.n]);
-                }
-            }
-        }
-        tensors
-    }
-
-    /// Length of `theta`.
-    pub fn theta_len(&self) -> usize {
-        self.tensors()
-            .last()
-            .map_or(0, |last| last.offset + last.shape.iter().product::<usize>())
-    }
-
     /// All base weights under each other, `[Σn, k]` in f32: in `theta` when trained, else in scratch.
-    fn with_weights<R>(&self, theta: &[f32], work: impl FnOnce(&[f32]) -> R) -> Result<R> {
+    pub(super) fn with_weights<R>(
+        &self,
+        theta: &[f32],
+        work: impl FnOnce(&[f32]) -> R,
+    ) -> Result<R> {
         match &self.base {
             Base::Frozen { weights, .. } => {
                 if let [FrozenWeight::F32(values)] = weights.as_slice() {
@@ -142,7 +93,7 @@ impl Group {
         }
     }
 
-    fn add_biases(&self, theta: &[f32], y: &mut [f32]) {
+    pub(super) fn add_biases(&self, theta: &[f32], y: &mut [f32]) {
         let width = self.width();
         let mut bias = vec![0.0f32; width];
         let mut any = false;
@@ -185,6 +136,9 @@ impl Group {
         theta: &[f32],
         dropout: Option<Dropout>,
     ) -> Result<(Scratch, Scratch)> {
+        if self.is_scaled() {
+            return self.scaled_forward(x, theta);
+        }
         let (k, width, rank) = (self.k, self.width(), self.rank());
         let m = x.len() / k;
         let mut y = Scratch::dirty(m * width);
@@ -290,6 +244,9 @@ impl Group {
         mut dx: Option<&mut [f32]>,
         dtheta: &mut [f32],
     ) -> Result<()> {
+        if self.is_scaled() {
+            return self.scaled_backward(x, theta, h, dy, dx, dtheta);
+        }
         let (k, width, rank) = (self.k, self.width(), self.rank());
         let m = x.len() / k;
         let mut g = Scratch::dirty(m * rank);
@@ -463,27 +420,5 @@ impl Group {
             }
             column += member.n;
         }
-    }
-
-    fn places(&self) -> Places {
-        Places {
-            r: 0,
-            b: self.rank() * self.k,
-        }
-    }
-}
-
-/// Walks the members' places in H (columns) and in `theta` (B's elements).
-struct Places {
-    r: usize,
-    b: usize,
-}
-
-impl Places {
-    fn next_b(&mut self, n: usize, r: usize) -> (usize, std::ops::Range<usize>) {
-        let at = (self.r, self.b..self.b + n * r);
-        self.r += r;
-        self.b += n * r;
-        at
     }
 }

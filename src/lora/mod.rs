@@ -5,10 +5,14 @@
 
 mod dropout;
 mod group;
+mod ia3;
+mod layout;
 mod weight;
 
 pub use dropout::Dropout;
-pub use group::{Adapter, Base, Group, Member, Tensor};
+pub use group::{Adapter, Base, Group, Member};
+pub use ia3::Scaled;
+pub use layout::Tensor;
 pub use weight::FrozenWeight;
 
 #[cfg(test)]

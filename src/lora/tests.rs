@@ -207,6 +207,7 @@ fn member(name: &str, n: usize, adapter: Option<(usize, f32)>) -> Member {
         name: name.into(),
         n,
         adapter: adapter.map(|(r, scaling)| Adapter { r, scaling }),
+        scaled: None,
     }
 }
 

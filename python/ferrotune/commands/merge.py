@@ -16,7 +16,9 @@ from ..shared import MODEL, RUN, Model
 )
 def merge(
     model: Model,
-    adapter: Annotated[StrPath, Option("folder of a PEFT LoRA adapter for the model", group=MODEL)],
+    adapter: Annotated[
+        StrPath, Option("folder of a LoRA or (IA)³ adapter for the model", group=MODEL)
+    ],
     output: Annotated[
         StrPath, Option("folder of the merged model; must be new or empty", group=RUN)
     ],

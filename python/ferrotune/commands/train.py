@@ -35,8 +35,8 @@ from ..shared import (
 DEFAULT_OUTPUT = "ferrotune-run"
 
 # QLoRA's 2e-4 (Dettmers et al. 2023, table 9) moves the few adapter weights; all weights at once
-# want about a tenth of it.
-_LEARNING_RATES = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5, "freeze": 2e-5}
+# want about a tenth of it. (IA)³'s is of its paper (Liu et al. 2022, section 3.3).
+_LEARNING_RATES = {"lora": 2e-4, "qlora": 2e-4, "ia3": 3e-3, "full": 2e-5, "freeze": 2e-5}
 
 
 def _call(invocation: Invocation) -> TrainResult:
@@ -83,10 +83,10 @@ def train(
         ),
     ] = "auto",
     method: Annotated[
-        Literal["lora", "qlora", "freeze", "full"],
+        Literal["lora", "qlora", "ia3", "freeze", "full"],
         Option(
-            "adapters; adapters over a 4-bit model; the head and the last blocks alone; or every "
-            "weight",
+            "LoRA adapters; LoRA adapters over a 4-bit model; vectors that scale activations, "
+            "(IA)³; the head and the last blocks alone; or every weight",
             group=MODEL,
         ),
     ] = "qlora",
@@ -103,13 +103,22 @@ def train(
     ] = 0.0,
     use_rslora: Annotated[bool, Option("scale by lora_alpha / sqrt(r)", group=MODEL)] = False,
     target_modules: Annotated[
-        str | Sequence[str],
+        str | Sequence[str] | None,
         Option(
             "linear layers that get an adapter: all-linear, name suffixes, or one regular "
             "expression for the whole name",
             group=MODEL,
+            unset="all-linear; with ia3 PEFT's choice for the model",
         ),
-    ] = "all-linear",
+    ] = None,
+    feedforward_modules: Annotated[
+        str | Sequence[str] | None,
+        Option(
+            "those of ia3's target_modules whose input is scaled, not their output",
+            group=MODEL,
+            unset="PEFT's choice for the model",
+        ),
+    ] = None,
     rank_pattern: Annotated[
         Mapping[str, int], Option("r for modules whose name matches", group=MODEL)
     ] = NO_TABLE,
@@ -157,7 +166,11 @@ def train(
     ] = None,
     learning_rate: Annotated[
         float | None,
-        Option("highest learning rate", group=TRAINING, unset="2e-4; 2e-5 for full and freeze"),
+        Option(
+            "highest learning rate",
+            group=TRAINING,
+            unset="2e-4; 3e-3 for ia3; 2e-5 for full and freeze",
+        ),
     ] = None,
     warmup_steps: Annotated[
         int, Option("steps of linear warm-up from 0", unit="steps", group=TRAINING)
@@ -297,8 +310,8 @@ def train(
         data: files and folders, or tables in memory: a Hugging Face `Dataset`, a pandas or polars
             frame, an Arrow table. A table is read without a copy; `config.toml` has a name in its
             place, and only Python can run it again.
-        learning_rate: None is 2e-4 for lora and qlora (QLoRA's value) and 2e-5 for full and
-            freeze; small models take more, 1e-3 and above.
+        learning_rate: None is 2e-4 for lora and qlora (QLoRA's value), 3e-3 for ia3 (its paper's)
+            and 2e-5 for full and freeze; small models take more, 1e-3 and above.
         on_event: called with each event of the trainer (a dict told apart by its key "event":
             data, model, step, eval, checkpoint, warning, stop); returning False ends the run
             after this step, with a checkpoint.
@@ -325,4 +338,6 @@ def train(
     settings = collect(train, arguments)
     if settings["learning_rate"] is None:
         settings["learning_rate"] = _LEARNING_RATES[method]
+    if settings["target_modules"] is None and method != "ia3":
+        settings["target_modules"] = "all-linear"
     return run(settings, DEFAULT_OUTPUT, on_event, tables)

@@ -8,6 +8,7 @@ mod judge;
 mod merge;
 mod train;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 pub use audit::{AuditJob, audit};
@@ -21,12 +22,16 @@ pub use train::{TrainOutcome, train};
 use crate::adapter::{self, Modules};
 use crate::data::Tokenizer;
 use crate::dtype::QuantType;
+use crate::engine::methods;
 use crate::engine::models::{
     Architecture, Head, Init, Labels, LoadPlan, Lora, Quantize, Trained, linear_modules,
     other_modules,
 };
 use crate::error::{Error, Result};
 use crate::folder::ConfigFile;
+
+/// Tensors of an adapter's `modules_to_save`.
+type Saved = BTreeMap<String, adapter::SavedTensor>;
 
 /// Rayon threads for everything that runs in `work`; all of the machine's if `threads` is none.
 ///
@@ -123,11 +128,20 @@ fn plan(
 
 /// Reads an adapter for a model, which gets the head that the adapter was trained with.
 fn saved_adapter(folder: &Path, model: &mut Architecture) -> Result<(Trained, Vec<String>)> {
-    let (adapter, mut warnings) = adapter::read(folder)?;
-    if let Some(labels) = saved_labels(folder, &adapter, model)? {
-        model.head = Head::Classification(labels);
+    if !adapter::is_lora(folder)? {
+        let (tuned, mut warnings) = adapter::read_tuned(folder)?;
+        let whole = saved_head(folder, &tuned.saved, model)?;
+        let (beside, more) = methods::saved(tuned, Names::new(model).modules())?;
+        warnings.extend(more);
+        let trained = Trained {
+            whole,
+            lora: None,
+            beside: Some(beside),
+        };
+        return Ok((trained, warnings));
     }
-    let whole = saved_modules(folder, &adapter, model)?;
+    let (adapter, mut warnings) = adapter::read(folder)?;
+    let whole = saved_head(folder, &adapter.saved, model)?;
     let (config, selection) = select(&adapter.config, model)?;
     adapter.check(&selection)?;
     warnings.extend(selection.warnings);
@@ -138,19 +152,24 @@ fn saved_adapter(folder: &Path, model: &mut Architecture) -> Result<(Trained, Ve
             targets: selection.targets,
             init: Init::Saved(Box::new(adapter)),
         }),
+        beside: None,
     };
     Ok((trained, warnings))
 }
 
+/// Gives the model the head that an adapter brings along; its modules.
+fn saved_head(folder: &Path, saved: &Saved, model: &mut Architecture) -> Result<Vec<String>> {
+    if let Some(labels) = saved_labels(folder, saved, model)? {
+        model.head = Head::Classification(labels);
+    }
+    saved_modules(folder, saved, model)
+}
+
 /// The classes of an adapter with a head of its own: those of the config.json beside it, or of the
 /// model where their number fits, or nameless ones.
-fn saved_labels(
-    folder: &Path,
-    adapter: &adapter::Adapter,
-    model: &Architecture,
-) -> Result<Option<Labels>> {
+fn saved_labels(folder: &Path, saved: &Saved, model: &Architecture) -> Result<Option<Labels>> {
     let weight = format!("{}.weight", model.names().classifier);
-    let Some(head) = adapter.saved.get(&weight) else {
+    let Some(head) = saved.get(&weight) else {
         return Ok(None);
     };
     let count = head.shape.first().copied().unwrap_or(0);
@@ -167,15 +186,11 @@ fn saved_labels(
 }
 
 /// The modules whose weights the adapter brings along, all of them parts of the model's head.
-fn saved_modules(
-    folder: &Path,
-    adapter: &adapter::Adapter,
-    model: &Architecture,
-) -> Result<Vec<String>> {
+fn saved_modules(folder: &Path, saved: &Saved, model: &Architecture) -> Result<Vec<String>> {
     let names = model.names();
     let pooler = names.pooler.map(|pooler| names.outer(pooler));
     let mut whole: Vec<String> = Vec::new();
-    for name in adapter.saved.keys() {
+    for name in saved.keys() {
         let module = name
             .rsplit_once('.')
             .map_or(name.as_str(), |(module, _)| module);

@@ -15,8 +15,8 @@ use crate::engine::models::{
     Architecture, Head, Init, Labels, LoadPlan, Lora, Quantize, Task, Trained, Transformer,
 };
 use crate::engine::{
-    DataEvent, Event, Hooks, Method, ModelEvent, RunFolder, Skip, StopReason, TargetModules,
-    TaskChoice, TrainConfig, TrainResult, train_in,
+    DataEvent, Event, Hooks, Method, ModelEvent, RunFolder, Skip, StopReason, TaskChoice,
+    TrainConfig, TrainResult, methods, train_in,
 };
 use crate::error::{Error, Result};
 
@@ -267,12 +267,13 @@ fn trained(config: &TrainConfig, model: &Architecture) -> Result<(Trained, Vec<S
     match config.method {
         Method::Full => return Ok((Trained::everything(), Vec::new())),
         Method::Freeze => return Ok((last_layers(config, model)?, Vec::new())),
-        Method::Lora | Method::Qlora => {}
+        _ => {}
     }
-    let target = match &config.target_modules {
-        TargetModules::Pattern(pattern) => Selector::Pattern(pattern.clone()),
-        TargetModules::Names(names) => Selector::Names(names.clone()),
-    };
+    if let Some(found) = methods::fresh(config, model, Names::new(model).modules())? {
+        return Ok(found);
+    }
+    let all = || Selector::Pattern("all-linear".to_owned());
+    let target = (config.target_modules.as_ref()).map_or_else(all, methods::selector);
     let mut adapter = AdapterConfig::new(target);
     adapter.r = config.r;
     adapter.lora_alpha = config.lora_alpha;
@@ -297,7 +298,12 @@ fn trained(config: &TrainConfig, model: &Architecture) -> Result<(Trained, Vec<S
         targets: selection.targets,
         init: Init::Random,
     });
-    Ok((Trained { whole, lora }, selection.warnings))
+    let trained = Trained {
+        whole,
+        lora,
+        beside: None,
+    };
+    Ok((trained, selection.warnings))
 }
 
 /// The head and the last blocks, with the norm behind them.
@@ -326,7 +332,10 @@ fn last_layers(config: &TrainConfig, model: &Architecture) -> Result<Trained> {
     if count > 0 {
         whole.extend(names.norm.map(|norm| names.outer(norm)));
     }
-    Ok(Trained { whole, lora: None })
+    Ok(Trained {
+        whole,
+        ..Trained::nothing()
+    })
 }
 
 pub(super) fn data_config(config: &TrainConfig) -> DataConfig {

@@ -13,5 +13,6 @@ pub use architecture::{Architecture, Head, Task};
 pub use labels::Labels;
 pub use names::{Family, Names};
 pub use transformer::{
-    Decoder, Init, LoadPlan, Lora, Quantize, Trained, Transformer, linear_modules, other_modules,
+    Beside, Decoder, Init, LoadPlan, Lora, Quantize, Trained, Transformer, linear_modules,
+    other_modules,
 };

@@ -4,6 +4,7 @@
 use candle_core::{Device, Var};
 use half::{bf16, f16};
 
+use super::beside;
 use super::head::Table;
 use super::init::{normal, uniform};
 use super::load::{Init, LoadPlan};
@@ -14,7 +15,7 @@ use crate::engine::models::architecture::Architecture;
 use crate::engine::{Parameter, Segment};
 use crate::error::{Error, Result};
 use crate::folder::Weights;
-use crate::lora::{Adapter, Base, FrozenWeight, Group, Member};
+use crate::lora::{Adapter, Base, FrozenWeight, Group, Member, Scaled};
 use crate::quant::quantize_4bit;
 
 /// transformers' `initializer_range`: the spread of a new head's weights.
@@ -66,7 +67,7 @@ impl<'a> Builder<'a> {
             let rest = module.strip_prefix(whole.as_str());
             whole.is_empty() || rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
         });
-        let any = trained.lora.is_some() || !trained.whole.is_empty();
+        let any = trained.has_adapter() || !trained.whole.is_empty();
         named || (any && self.is_fresh(module))
     }
 
@@ -226,11 +227,13 @@ impl<'a> Builder<'a> {
             name: module.clone(),
             n: *n,
             adapter: self.adapter_of(module),
+            scaled: self.scaled_of(module),
         });
         let mut members: Vec<Member> = members.collect();
         let base = if projections.iter().any(|(module, _)| self.trains(module)) {
             for member in &mut members {
                 member.adapter = None;
+                member.scaled = None;
                 let name = format!("{}.weight", member.name);
                 let name = stored(self.weights, self.architecture, &name);
                 if self.weights.contains(&name) && self.weights.quantized(&name)?.is_some() {
@@ -270,6 +273,11 @@ impl<'a> Builder<'a> {
         })
     }
 
+    fn scaled_of(&self, module: &str) -> Option<Scaled> {
+        let beside = self.plan.trained.beside.as_ref()?;
+        beside.scaled.get(module).copied()
+    }
+
     /// An embedding or output table `[n, k]`.
     pub fn table(&mut self, module: &str, n: usize) -> Result<Table> {
         let k = self.architecture.hidden_size;
@@ -307,7 +315,7 @@ impl<'a> Builder<'a> {
                 let at = start + tensor.offset;
                 self.fill(&tensor.name, &tensor.shape, &mut values[at..at + len])?;
                 segments.push(Segment {
-                    decay: tensor.shape.len() > 1,
+                    decay: tensor.shape.len() > 1 && !beside::is_factor(&tensor.name),
                     name: tensor.name,
                     offset: at,
                     shape: tensor.shape,
@@ -344,6 +352,11 @@ impl<'a> Builder<'a> {
 
     /// First values of a trained tensor.
     fn fill(&self, name: &str, shape: &[usize], out: &mut [f32]) -> Result<()> {
+        if let Some(beside) = &self.plan.trained.beside
+            && beside.fill(name, shape, out)?
+        {
+            return Ok(());
+        }
         let init = self.plan.trained.lora.as_ref().map(|lora| &lora.init);
         let factor = (name
             .strip_suffix(".lora_A.weight")
@@ -389,7 +402,12 @@ impl<'a> Builder<'a> {
     }
 }
 
-fn copy_saved(name: &str, shape: &[usize], from: Option<&Vec<f32>>, out: &mut [f32]) -> Result<()> {
+pub fn copy_saved(
+    name: &str,
+    shape: &[usize],
+    from: Option<&Vec<f32>>,
+    out: &mut [f32],
+) -> Result<()> {
     match from {
         Some(values) if values.len() == out.len() => {
             out.copy_from_slice(values);

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 
 use super::attention::Attention;
+use super::beside::Beside;
 use super::builder::Builder;
 use super::classifier::{Classifier, Pooled};
 use super::embedding::Embedding;
@@ -50,6 +51,8 @@ pub struct Trained {
     /// Modules whose every weight is trained, with all that is inside; an empty name is the model.
     pub whole: Vec<String>,
     pub lora: Option<Lora>,
+    /// An adapter of another method.
+    pub beside: Option<Beside>,
 }
 
 impl Trained {
@@ -60,8 +63,13 @@ impl Trained {
     pub fn everything() -> Self {
         Self {
             whole: vec![String::new()],
-            lora: None,
+            ..Self::default()
         }
+    }
+
+    /// Whether anything is trained beside the base's weights.
+    pub fn has_adapter(&self) -> bool {
+        self.lora.is_some() || self.beside.is_some()
     }
 
     pub fn is_everything(&self) -> bool {
@@ -170,6 +178,11 @@ impl Transformer {
             config.fan_in_fan_out |= architecture.family.is_transposed();
             config
         });
+        let beside = plan.trained.beside.as_ref().map(|beside| {
+            let mut config = (*beside.config).clone();
+            config.common_mut().modules_to_save = builder.modules_to_save();
+            config
+        });
         let lora_dropout = adapter.as_ref().map_or(0.0, |c| c.lora_dropout as f32);
         let parameters = builder.parameters;
         Ok(Self {
@@ -179,6 +192,7 @@ impl Transformer {
             ends,
             parameters,
             adapter,
+            beside,
             lora_dropout,
             elements,
             positions: plan.positions,

@@ -2,6 +2,7 @@
 //! and a language model's head or a classifier's.
 
 mod attention;
+mod beside;
 mod block;
 mod builder;
 mod classifier;
@@ -19,6 +20,7 @@ use std::sync::{Arc, Mutex};
 
 use candle_core::Tensor;
 
+pub use beside::Beside;
 pub use block::Placement;
 pub use decode::Decoder;
 pub use load::{Init, LoadPlan, Lora, Quantize, Trained, linear_modules, other_modules};
@@ -26,7 +28,7 @@ pub use mlp::Activation;
 pub use norm::NormKind;
 
 use super::architecture::Architecture;
-use crate::adapter::AdapterConfig;
+use crate::adapter::{AdapterConfig, TunedConfig};
 use crate::data::Batch;
 use crate::engine::evaluate::labels;
 use crate::engine::ops::attention::Spans;
@@ -80,6 +82,8 @@ pub struct Transformer {
     parameters: Vec<Parameter>,
     /// The configuration to save adapters with; none if there are no adapters.
     adapter: Option<AdapterConfig>,
+    /// Likewise of a method beside LoRA.
+    beside: Option<TunedConfig>,
     lora_dropout: f32,
     /// Number of weights, adapters left out.
     elements: usize,

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
+use super::beside::{is_factor, scale_of, scaled_bias};
 use super::builder::transpose;
 use super::head::widened;
 use super::{Ends, Transformer, linear_modules};
@@ -56,7 +57,7 @@ impl Transformer {
     }
 
     /// The trained tensors by name, in the layout of linear layers.
-    fn trained(&self) -> Result<BTreeMap<String, SavedTensor>> {
+    pub(super) fn trained(&self) -> Result<BTreeMap<String, SavedTensor>> {
         let mut tensors = BTreeMap::new();
         for parameter in &self.parameters {
             let values = parameter.var.to_vec1::<f32>()?;
@@ -101,11 +102,14 @@ impl Transformer {
 
     /// Writes the adapter in PEFT's format, or the whole model in f32 where weights were trained.
     pub(super) fn write(&self, folder: &Path) -> Result<()> {
+        let config = match self.architecture.task() {
+            Task::Generation => None,
+            Task::Classification => Some(self.config()?.text()),
+        };
+        if let Some(tuned) = self.tuned()? {
+            return self.write_tuned(folder, &tuned, config.as_deref());
+        }
         if let Some(adapter) = self.adapter()? {
-            let config = match self.architecture.task() {
-                Task::Generation => None,
-                Task::Classification => Some(self.config()?.text()),
-            };
             return adapter::write(
                 folder,
                 &adapter,
@@ -145,7 +149,7 @@ impl Transformer {
     }
 
     /// config.json of the trained model: the base's, with the head's classes and labels.
-    fn config(&self) -> Result<ConfigFile> {
+    pub(super) fn config(&self) -> Result<ConfigFile> {
         let file = ConfigFile::open(&self.folder)?;
         let changes = self.architecture.changes(&file);
         Ok(file.with(changes))
@@ -165,7 +169,7 @@ impl Transformer {
         let (factors, whole): (BTreeMap<_, _>, BTreeMap<_, _>) = self
             .trained()?
             .into_iter()
-            .partition(|(name, _)| name.contains(".lora_"));
+            .partition(|(name, _)| name.contains(".lora_") || is_factor(name));
         let mut merged = 0;
         let mut tensors: Vec<Tensor> = whole
             .into_iter()
@@ -175,8 +179,12 @@ impl Transformer {
             let Base::Frozen { weights, .. } = &group.base else {
                 continue;
             };
-            for (member, weight) in group.members.iter().zip(weights) {
+            for (at, (member, weight)) in group.members.iter().zip(weights).enumerate() {
                 let name = format!("{}.weight", member.name);
+                let scale = scale_of(member, &factors);
+                if let Some(bias) = scaled_bias(group, at, scale, dtype) {
+                    tensors.push(bias);
+                }
                 let pair = member.adapter.map(|adapter| {
                     (
                         adapter,
@@ -184,7 +192,7 @@ impl Transformer {
                         &factors[&format!("{}.lora_B.weight", member.name)].values,
                     )
                 });
-                merged += usize::from(pair.is_some());
+                merged += usize::from(pair.is_some() || scale.is_some());
                 let (n, k) = (member.n, group.k);
                 let transposed = self.is_transposed(&name, &[n, k]);
                 let shape = if transposed { [k, n] } else { [n, k] };
@@ -196,6 +204,9 @@ impl Transformer {
                         let a = Mat::new(a, adapter.r, k);
                         let into = MatMut::new(&mut out, n, k);
                         matmul(into, Into::Accumulate, adapter.scaling, b, a, Threads::All);
+                    }
+                    if let Some((scaled, l)) = scale {
+                        Group::merge_scaled(scaled, l, &mut out);
                     }
                     if transposed {
                         out = transpose(&out, n, k);
@@ -277,7 +288,7 @@ impl Transformer {
     pub fn adapter_modules(&self) -> Vec<&str> {
         self.groups()
             .flat_map(|group| &group.members)
-            .filter(|member| member.adapter.is_some())
+            .filter(|member| member.adapter.is_some() || member.scaled.is_some())
             .map(|member| member.name.as_str())
             .collect()
     }

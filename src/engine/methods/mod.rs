@@ -1,0 +1,78 @@
+//! The methods beside LoRA: what a run's settings, or a saved adapter, train of a model.
+
+mod ia3;
+
+use serde_json::{Map, json};
+
+use super::models::{Architecture, Beside, Task, Trained};
+use super::{Method, TargetModules, TrainConfig};
+use crate::adapter::{Common, Modules, Selector, Tuned, TunedConfig};
+use crate::error::Result;
+
+/// What a run trains beside the base's weights, and warnings; none if its method is another.
+///
+/// # Errors
+/// `Argument` for settings that do not fit the model.
+pub fn fresh(
+    config: &TrainConfig,
+    model: &Architecture,
+    modules: Modules,
+) -> Result<Option<(Trained, Vec<String>)>> {
+    let (beside, warnings) = match config.method {
+        Method::Ia3 => ia3::fresh(config, model, modules)?,
+        Method::Lora | Method::Qlora | Method::Freeze | Method::Full => return Ok(None),
+    };
+    let mut whole = Vec::new();
+    if model.task() == Task::Classification {
+        whole.push(model.names().classifier.to_owned());
+    }
+    let trained = Trained {
+        whole,
+        lora: None,
+        beside: Some(beside),
+    };
+    Ok(Some((trained, warnings)))
+}
+
+/// A saved adapter in a model, and warnings.
+///
+/// # Errors
+/// `Argument` where it does not fit the model.
+pub fn saved(tuned: Tuned, modules: Modules) -> Result<(Beside, Vec<String>)> {
+    let Tuned {
+        config,
+        tensors,
+        saved,
+    } = tuned;
+    let (mut beside, warnings) = match config {
+        TunedConfig::Ia3(config) => ia3::saved(&config, &tensors, modules)?,
+    };
+    beside.saved = Some(tensors.into_iter().chain(saved).collect());
+    Ok((beside, warnings))
+}
+
+/// What every configuration says about a run's model.
+fn common(config: &TrainConfig, model: &Architecture) -> Common {
+    let task = match model.task() {
+        Task::Generation => "CAUSAL_LM",
+        Task::Classification => "SEQ_CLS",
+    };
+    Common {
+        modules_to_save: Vec::new(),
+        kept: Map::from_iter([
+            ("task_type".to_owned(), json!(task)),
+            (
+                "base_model_name_or_path".to_owned(),
+                json!(config.model.display().to_string()),
+            ),
+        ]),
+    }
+}
+
+/// A setting that names modules, as an adapter's configuration does.
+pub fn selector(setting: &TargetModules) -> Selector {
+    match setting {
+        TargetModules::Pattern(pattern) => Selector::Pattern(pattern.clone()),
+        TargetModules::Names(names) => Selector::Names(names.clone()),
+    }
+}

@@ -1,0 +1,187 @@
+"""The methods beside LoRA, next to PEFT: what each writes is read by the other, both ways."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ferrotune
+from families import cancelling
+from llamas import check_gradients, engine, largest
+from methods import (
+    FAMILIES,
+    Family,
+    computed,
+    in_engine_names,
+    in_peft,
+    inputs,
+    task_of,
+    tensors,
+    train,
+    with_data,
+    write_peft,
+)
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+NAMES = [f"{family}-{kind}" for family, kind in FAMILIES]
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=NAMES)
+def trained_base(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Family, Path]:
+    family: Family = request.param
+    return family, with_data(family, tmp_path_factory.mktemp("base"))
+
+
+def ia3(family: Family, **fields: Any) -> Any:
+    from peft import IA3Config
+
+    return IA3Config(task_type=task_of(family), **fields)
+
+
+IA3: dict[str, tuple[Family, dict[str, Any]]] = {
+    **dict(zip(NAMES, ((family, {}) for family in FAMILIES), strict=True)),
+    "inputs of a group": (
+        ("llama", "ForCausalLM"),
+        {"target_modules": ["q_proj", "up_proj"], "feedforward_modules": ["up_proj"]},
+    ),
+    "a pattern": (
+        ("gpt2", "LMHeadModel"),
+        {
+            "target_modules": r".*h\.1.*c_(attn|proj)",
+            "feedforward_modules": r".*attn\.c_attn",
+        },
+    ),
+    "all-linear": (
+        ("bert", "ForSequenceClassification"),
+        {"target_modules": "all-linear", "feedforward_modules": []},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IA3)
+def test_ia3_of_pefts_computes_as_there(case: str, tmp_path: Path) -> None:
+    family, fields = IA3[case]
+    base, adapter = write_peft(family, tmp_path, ia3(family, **fields))
+    data = inputs(family)
+    found = engine(base, data, adapter=adapter)
+    truth, torchs = (
+        computed(in_peft(base, family, adapter, dtype), data, family)
+        for dtype in ("float64", "float32")
+    )
+    assert largest(found.logits.reshape(truth.logits.shape), truth.logits) <= 1e-4
+    assert found.loss == pytest.approx(truth.loss, rel=1e-6)
+    expected, own = in_engine_names(truth.gradients), in_engine_names(torchs.gradients)
+    assert any(name.endswith(".ia3_l") for name in expected)
+    assert found.gradients.keys() == expected.keys()
+    check_gradients(found.gradients, expected, own, cancelling(expected))
+
+
+def sha(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def check_run(
+    family: Family, base: Path, folder: Path, method: str, **changes: Any
+) -> tuple[ferrotune.TrainResult, Any]:
+    """A short run: it learns, what it wrote gives its numbers over an untouched base, and a run
+    that is resumed ends in the same bytes. The result, and the adapter's first tensors."""
+    before = sha(base)
+    result = train(base, folder / "run", method, **changes)
+    assert sha(base) == before
+    assert result.heldout_loss_before is not None
+    assert result.heldout_loss_best is not None
+    assert result.heldout_loss_best < result.heldout_loss_before
+    again = ferrotune.eval(
+        base, base.parent / "heldout.jsonl", result.weights, sequence_length=40, batch_size=6,
+        threads=2, progress=False,
+    )  # fmt: skip
+    # The frozen weights of the run were those of the folder to the last bit.
+    assert again.loss == result.heldout_loss_best
+    halves = folder / "halves"
+    stop = {"on_event": lambda event: (event["event"], event.get("step")) != ("step", 3)}
+    with pytest.raises(ferrotune.TrainInterrupted):
+        train(base, halves, method, **changes, **stop)
+    resumed = train(base, halves, method, resume=True, **changes)
+    assert resumed.heldout_loss_best == result.heldout_loss_best
+    assert sha(halves / "adapter") | {"README.md": ""} == sha(folder / "run" / "adapter") | {
+        "README.md": ""
+    }
+    first = train(base, folder / "first", method, max_steps=1, **changes | {"learning_rate": 1e-30})
+    return result, tensors(first.weights)
+
+
+def check_moved(found: dict[str, Any], first: dict[str, Any]) -> None:
+    assert found.keys() == first.keys()
+    for name, values in found.items():
+        assert not np.array_equal(values, first[name]), name
+
+
+def generated(model: Path, adapter: Path | None = None) -> str:
+    return ferrotune.generate(
+        model, "and the", adapter, max_tokens=12, temperature=0.0, threads=2
+    ).text
+
+
+def test_ia3_that_was_trained_is_pefts(trained_base: tuple[Family, Path], tmp_path: Path) -> None:
+    family, base = trained_base
+    rate = 1e-3 if family[0] == "bert" else 3e-2
+    result, first = check_run(family, base, tmp_path, "ia3", learning_rate=rate)
+    found = tensors(result.weights)
+    check_moved(found, first)
+    vectors = {name: values for name, values in first.items() if name.endswith(".ia3_l")}
+    assert vectors
+    assert all((values == 1).all() for values in vectors.values())
+    config = json.loads((result.weights / "adapter_config.json").read_text())
+    peft = ia3(family).to_dict()
+    assert config.keys() == {name for name in peft if name != "eva_config"}
+    data = inputs(family, 90)
+    truth = computed(in_peft(base, family, result.weights), data, family)
+    ours = engine(base, data, adapter=result.weights)
+    assert largest(ours.logits.reshape(truth.logits.shape), truth.logits) <= 1e-4
+    merged = ferrotune.merge(base, result.weights, tmp_path / "merged")
+    assert merged.merged_modules == len(vectors)
+    whole = engine(merged.output, data)
+    assert largest(whole.logits.reshape(truth.logits.shape), truth.logits) <= 1e-4
+    if task_of(family) == "CAUSAL_LM":
+        assert generated(base, result.weights) == generated(merged.output) != generated(base)
+
+
+def test_ia3_over_4_bit_weights(tmp_path: Path) -> None:
+    family = ("llama", "ForCausalLM")
+    base, adapter = write_peft(family, tmp_path, ia3(family))
+    data = inputs(family)
+    coarse, exact = (engine(base, data, adapter=adapter, quant_type=q) for q in ("nf4", None))
+    assert 1e-3 < largest(coarse.logits, exact.logits) < 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"feedforward_modules": ["gate_proj"]}, "choose none of the target_modules"),
+        ({"target_modules": ["nothing"]}, "chooses none of the model's"),
+        ({"method": "lora", "feedforward_modules": ["down_proj"]}, "method ia3 alone"),
+        ({"trained_layers": 1}, "method freeze alone"),
+    ],
+)
+def test_settings_that_do_not_fit_ia3(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    base = with_data(("llama", "ForCausalLM"), tmp_path)
+    method = changes.pop("method", "ia3")
+    with pytest.raises(ValueError, match=message):
+        train(base, tmp_path / "run", method, **changes)
+    assert not (tmp_path / "run").exists()
