@@ -322,6 +322,27 @@ def _losses(trainer: Any) -> dict[int, float]:
     return {log["step"]: log["loss"] for log in trainer.state.log_history if "loss" in log}
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_torchdata_keeps_where_reading_stands(files: Path, workers: int) -> None:
+    nodes = pytest.importorskip("torchdata.stateful_dataloader")
+
+    def loader() -> Any:
+        data = _load(files, batch_size=3)
+        return nodes.StatefulDataLoader(
+            data, batch_size=3, num_workers=workers, collate_fn=DataCollator()
+        )
+
+    whole = _batches(loader())
+    first = loader()
+    reading = iter(first)
+    read = [next(reading)["input_ids"].tolist() for _ in range(4)]
+    again = loader()
+    again.load_state_dict(first.state_dict())
+    rest = _batches(again)
+    assert read + rest == whole
+    assert rest
+
+
 def test_trainer_trains_and_resumes_in_the_middle_of_an_epoch(files: Path, tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
