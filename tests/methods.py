@@ -40,7 +40,12 @@ def in_peft(base: Path, family: Family, adapter: Path, dtype: str = "float64") -
     config = transformers.AutoConfig.from_pretrained(source)
     auto: Any = getattr(transformers, f"AutoModel{kind}")
     model = auto.from_pretrained(base, config=config, attn_implementation="sdpa")
-    return computing_in(PeftModel.from_pretrained(model, str(adapter), is_trainable=True), dtype)
+    # PEFT makes no prompt that it reads trainable; `computed` wants the gradients all the same.
+    read = PeftModel.from_pretrained(model, str(adapter))
+    for name, parameter in read.named_parameters():
+        own = any(part in name for part in ("ia3_l", "prompt_encoder", ".modules_to_save."))
+        parameter.requires_grad_(own)
+    return computing_in(read, dtype)
 
 
 def write_peft(family: Family, folder: Path, config: Any, std: float = 0.3) -> tuple[Path, Path]:

@@ -12,7 +12,7 @@ import pytest
 
 import ferrotune
 from families import cancelling
-from llamas import check_gradients, engine, largest
+from llamas import Batch, batch, check_gradients, engine, largest
 from methods import (
     FAMILIES,
     Family,
@@ -26,6 +26,7 @@ from methods import (
     with_data,
     write_peft,
 )
+from texts import BOS
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -166,6 +167,125 @@ def test_ia3_over_4_bit_weights(tmp_path: Path) -> None:
     data = inputs(family)
     coarse, exact = (engine(base, data, adapter=adapter, quant_type=q) for q in ("nf4", None))
     assert 1e-3 < largest(coarse.logits, exact.logits) < 1
+
+
+VIRTUAL = ["prompt", "prefix"]
+
+
+def virtual(method: str, family: Family, count: int = 4) -> Any:
+    from peft import PrefixTuningConfig, PromptTuningConfig
+
+    kind = PromptTuningConfig if method == "prompt" else PrefixTuningConfig
+    return kind(task_type=task_of(family), num_virtual_tokens=count)
+
+
+def check_virtual(
+    method: str, base: Path, family: Family, adapter: Path, data: Batch, lengths: tuple[int, ...]
+) -> None:
+    """Logits, loss and gradients beside PEFT's, whose prefix is one tensor of all layers."""
+    found = engine(base, data, adapter=adapter)
+    truth, torchs = (
+        computed(in_peft(base, family, adapter, dtype), data, family, lengths)
+        for dtype in ("float64", "float32")
+    )
+    assert largest(found.logits.reshape(truth.logits.shape), truth.logits) <= 1e-4
+    assert found.loss == pytest.approx(truth.loss, rel=1e-6)
+    expected, own = in_engine_names(truth.gradients), in_engine_names(torchs.gradients)
+    name = next(name for name in expected if name.startswith("prompt_encoder"))
+    ours = dict(found.gradients)
+    if method == "prefix":
+        count = json.loads((adapter / "adapter_config.json").read_text())["num_virtual_tokens"]
+        layers = [name for name in ours if name.endswith(".prefix")]
+        ours[name] = np.concatenate(
+            [ours.pop(layer).reshape(count, -1) for layer in sorted(layers)], axis=1
+        ).ravel()
+    else:
+        ours[name] = ours.pop("prompt_embeddings")
+    assert ours.keys() == expected.keys()
+    check_gradients(ours, expected, own)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
+@pytest.mark.parametrize("method", VIRTUAL)
+def test_virtual_tokens_of_pefts_compute_as_there(
+    method: str, family: Family, tmp_path: Path
+) -> None:
+    base, adapter = write_peft(family, tmp_path, virtual(method, family))
+    # PEFT pools a padded row's padding where a prompt stands before the text; a prefix does not.
+    padded = method == "prefix" or family[0] == "bert"
+    lengths = (9, 4, 7) if padded and task_of(family) == "SEQ_CLS" else (9, 9, 9)
+    check_virtual(method, base, family, adapter, inputs(family, lengths=lengths), lengths)
+
+
+@pytest.mark.parametrize("method", VIRTUAL)
+def test_each_document_of_a_packed_row_has_its_virtual_tokens(method: str, tmp_path: Path) -> None:
+    family = ("llama", "ForCausalLM")
+    base, adapter = write_peft(family, tmp_path, virtual(method, family))
+    data = batch(97, 2, 30, documents=[[11, 19], [25]])
+    together = engine(base, data, adapter=adapter)
+    losses = []
+    for row, begin, end in [(0, 0, 11), (0, 11, 19), (0, 19, 30), (1, 0, 25), (1, 25, 30)]:
+        alone = engine(base, data.row(row, begin, end), adapter=adapter)
+        assert largest(together.logits[row : row + 1, begin:end], alone.logits) <= 1e-5
+        losses.append(alone.loss)
+    assert together.loss == pytest.approx(sum(losses), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", VIRTUAL)
+def test_virtual_tokens_that_were_trained_are_pefts(
+    method: str, trained_base: tuple[Family, Path], tmp_path: Path
+) -> None:
+    family, base = trained_base
+    rate = 1e-3 if family[0] == "bert" else 3e-2
+    changes = {"num_virtual_tokens": 3, "learning_rate": rate}
+    result, first = check_run(family, base, tmp_path, method, **changes)
+    check_moved(tensors(result.weights), first)
+    config = json.loads((result.weights / "adapter_config.json").read_text())
+    assert config.keys() == virtual(method, family).to_dict().keys()
+    data = inputs(family, 90)
+    truth = computed(in_peft(base, family, result.weights), data, family)
+    ours = engine(base, data, adapter=result.weights)
+    assert largest(ours.logits.reshape(truth.logits.shape), truth.logits) <= 1e-4
+    with pytest.raises(ValueError, match="cannot be merged"):
+        ferrotune.merge(base, result.weights, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    if task_of(family) == "CAUSAL_LM":
+        check_generated(base, result.weights, in_peft(base, family, result.weights))
+
+
+def check_generated(base: Path, adapter: Path, model: Any) -> None:
+    """The likeliest tokens are those of the reference `model`'s passes over the whole text."""
+    import torch
+    from tokenizers import Tokenizer
+
+    found = ferrotune.generate(base, "and the", adapter, max_tokens=5, temperature=0.0, threads=2)
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    prompt = [BOS, *tokenizer.encode("and the").ids]
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(found.tokens):
+            tokens = torch.tensor([ids])
+            logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+            ids.append(int(logits[0, -1].argmax()))
+    assert tokenizer.decode(ids) == tokenizer.decode(prompt) + found.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_virtual_tokens": 0}, "num_virtual_tokens must be at least 1, not 0"),
+        ({"num_virtual_tokens": 217}, "with num_virtual_tokens 217 is longer than the 256"),
+        ({"feedforward_modules": ["down_proj"]}, "method ia3 alone"),
+    ],
+)
+@pytest.mark.parametrize("method", VIRTUAL)
+def test_settings_that_do_not_fit_virtual_tokens(
+    method: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    base = with_data(("llama", "ForCausalLM"), tmp_path)
+    with pytest.raises(ValueError, match=message):
+        train(base, tmp_path / "run", method, **changes)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SHOWN = (
     "task", "method", "trained_layers", "r", "lora_alpha", "lora_dropout", "use_rslora",
     "rank_pattern", "alpha_pattern", "target_modules", "feedforward_modules",
+    "num_virtual_tokens", "prompt_tuning_init",
     "quant_type", "blocksize", "double_quant",
     "sequence_length", "packing", "batch_size", "gradient_accumulation", "epochs", "max_steps",
     "max_seconds", "learning_rate", "warmup_steps", "schedule", "min_learning_rate_ratio",
@@ -25,7 +26,8 @@ _SHOWN = (
 )  # fmt: skip
 _LORA = ("lora", "qlora")
 _LORA_ALONE = set(_SHOWN[3:9])
-_ADAPTERS_ALONE = {"target_modules", "feedforward_modules"}
+_MODULES_ALONE = {"target_modules", "feedforward_modules"}
+_PROMPTS = ("prompt", "prefix")
 _QUANTISED_ALONE = {"quant_type", "blocksize", "double_quant"}
 
 
@@ -113,6 +115,8 @@ def _summary(result: TrainResult, settings: Mapping[str, Any], base: str) -> str
         "lora": "LoRA adapters",
         "qlora": f"LoRA adapters over {settings['quant_type'].upper()} weights",
         "ia3": "(IA)³ vectors",
+        "prompt": f"{settings.get('num_virtual_tokens')} virtual tokens before each text",
+        "prefix": f"{settings.get('num_virtual_tokens')} virtual keys and values in every layer",
         "full": "every weight trained",
         "freeze": f"the head{f' and the last {layers} blocks' if layers else ''} trained",
     }[settings["method"]]
@@ -286,7 +290,9 @@ def _data(result: TrainResult, files: Sequence[tuple[str, int, str]]) -> str:
 
 def _settings(settings: Mapping[str, Any]) -> Table:
     hidden = set() if settings["method"] in _LORA else set(_LORA_ALONE)
-    hidden |= _ADAPTERS_ALONE if settings["method"] in WHOLE_MODEL else set()
+    hidden |= _MODULES_ALONE if settings["method"] in (*WHOLE_MODEL, *_PROMPTS) else set()
+    hidden |= {"num_virtual_tokens"} if settings["method"] not in _PROMPTS else set()
+    hidden |= {"prompt_tuning_init"} if settings["method"] != "prompt" else set()
     hidden |= {"trained_layers"} if settings["method"] != "freeze" else set()
     hidden |= _QUANTISED_ALONE if settings["method"] != "qlora" else set()
     rows = [

@@ -20,6 +20,10 @@ pub enum Method {
     Qlora,
     /// Vectors that multiply keys, values and the MLP's inner activations: (IA)³.
     Ia3,
+    /// Virtual tokens before each text: learned input embeddings.
+    Prompt,
+    /// Virtual tokens before each text: learned keys and values of every layer.
+    Prefix,
     /// The head, and the last blocks where `trained_layers` says so; the rest stays frozen.
     Freeze,
     /// Every weight.
@@ -48,6 +52,16 @@ impl Method {
     pub fn is_lora(self) -> bool {
         matches!(self, Self::Lora | Self::Qlora)
     }
+}
+
+/// Where the virtual tokens of a prompt begin.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PromptInit {
+    /// At embeddings of tokens that are drawn from the vocabulary.
+    SampleVocab,
+    /// At normal numbers of deviation 1, PEFT's own default.
+    Random,
 }
 
 /// How the learning rate moves after the warm-up.
@@ -96,6 +110,9 @@ pub struct TrainConfig {
     pub feedforward_modules: Option<TargetModules>,
     pub rank_pattern: BTreeMap<String, usize>,
     pub alpha_pattern: BTreeMap<String, f64>,
+    /// Of methods prompt and prefix, before each text.
+    pub num_virtual_tokens: usize,
+    pub prompt_tuning_init: PromptInit,
 
     #[serde(with = "quant_type")]
     pub quant_type: QuantType,

@@ -77,7 +77,8 @@ pub fn generate(
             "the prompt has no token, and the model has no start token to begin with",
         ));
     }
-    let room = decoder.capacity().saturating_sub(1).max(1);
+    let left = decoder.capacity().saturating_sub(decoder.length());
+    let room = left.saturating_sub(1).max(1);
     let ids = &ids[ids.len().saturating_sub(room)..];
     let mut random = ChaCha8Rng::seed_from_u64(sampling.seed);
     // The prompt is decoded along, so that a first token spells its leading space.

@@ -23,7 +23,7 @@ mod trainer;
 mod validate;
 mod weights;
 
-pub use config::{Method, ScheduleKind, TargetModules, TaskChoice, TrainConfig};
+pub use config::{Method, PromptInit, ScheduleKind, TargetModules, TaskChoice, TrainConfig};
 pub use evaluate::{Evaluation, Measures, evaluate};
 pub use events::{
     Control, DataEvent, EvalEvent, Event, Hooks, ModelEvent, Skip, StepEvent, StopReason,

@@ -35,8 +35,12 @@ from ..shared import (
 DEFAULT_OUTPUT = "ferrotune-run"
 
 # QLoRA's 2e-4 (Dettmers et al. 2023, table 9) moves the few adapter weights; all weights at once
-# want about a tenth of it. (IA)³'s is of its paper (Liu et al. 2022, section 3.3).
-_LEARNING_RATES = {"lora": 2e-4, "qlora": 2e-4, "ia3": 3e-3, "full": 2e-5, "freeze": 2e-5}
+# want about a tenth of it. (IA)³'s is of its paper (Liu et al. 2022, section 3.3); prompts and
+# prefixes have PEFT's examples' for AdamW.
+_LEARNING_RATES = {
+    "lora": 2e-4, "qlora": 2e-4, "ia3": 3e-3, "prompt": 3e-2, "prefix": 1e-2, "full": 2e-5,
+    "freeze": 2e-5,
+}  # fmt: skip
 
 
 def _call(invocation: Invocation) -> TrainResult:
@@ -83,10 +87,11 @@ def train(
         ),
     ] = "auto",
     method: Annotated[
-        Literal["lora", "qlora", "ia3", "freeze", "full"],
+        Literal["lora", "qlora", "ia3", "prompt", "prefix", "freeze", "full"],
         Option(
             "LoRA adapters; LoRA adapters over a 4-bit model; vectors that scale activations, "
-            "(IA)³; the head and the last blocks alone; or every weight",
+            "(IA)³; virtual tokens as input embeddings, or as keys and values of every layer; "
+            "the head and the last blocks alone; or every weight",
             group=MODEL,
         ),
     ] = "qlora",
@@ -125,6 +130,18 @@ def train(
     alpha_pattern: Annotated[
         Mapping[str, float], Option("lora_alpha for modules whose name matches", group=MODEL)
     ] = NO_TABLE,
+    num_virtual_tokens: Annotated[
+        int,
+        Option("of prompt and prefix, before each text", unit="tokens", group=MODEL),
+    ] = 20,
+    prompt_tuning_init: Annotated[
+        Literal["sample_vocab", "random"],
+        Option(
+            "where a prompt begins: at tokens drawn from the vocabulary, or at normal numbers of "
+            "deviation 1 as in PEFT",
+            group=MODEL,
+        ),
+    ] = "sample_vocab",
     quant_type: Annotated[
         Literal["nf4", "fp4"], Option("4-bit type of the frozen weights in qlora", group=MODEL)
     ] = "nf4",
@@ -169,7 +186,7 @@ def train(
         Option(
             "highest learning rate",
             group=TRAINING,
-            unset="2e-4; 3e-3 for ia3; 2e-5 for full and freeze",
+            unset="2e-4; ia3 3e-3; prompt 3e-2; prefix 1e-2; full and freeze 2e-5",
         ),
     ] = None,
     warmup_steps: Annotated[
@@ -310,8 +327,9 @@ def train(
         data: files and folders, or tables in memory: a Hugging Face `Dataset`, a pandas or polars
             frame, an Arrow table. A table is read without a copy; `config.toml` has a name in its
             place, and only Python can run it again.
-        learning_rate: None is 2e-4 for lora and qlora (QLoRA's value), 3e-3 for ia3 (its paper's)
-            and 2e-5 for full and freeze; small models take more, 1e-3 and above.
+        learning_rate: None is 2e-4 for lora and qlora (QLoRA's value), 3e-3 for ia3 (its paper's),
+            3e-2 for prompt, 1e-2 for prefix and 2e-5 for full and freeze; small models take
+            more, 1e-3 and above.
         on_event: called with each event of the trainer (a dict told apart by its key "event":
             data, model, step, eval, checkpoint, warning, stop); returning False ends the run
             after this step, with a checkpoint.

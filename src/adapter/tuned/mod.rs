@@ -1,6 +1,7 @@
 //! Adapters of the methods beside LoRA: their configurations, and one folder format for all.
 
 mod ia3;
+mod prompt;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,6 +9,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 pub use ia3::{Ia3Config, Ia3Selection};
+pub use prompt::{PROMPT_EMBEDDINGS, VirtualConfig, VirtualKind};
 
 use super::config::{CONFIG_FILE, PEFT_VERSION, ascii, read_fields};
 use super::fields::{Parsed, Problem, field, strings};
@@ -75,6 +77,7 @@ impl Common {
 #[derive(Debug, Clone, PartialEq)]
 pub enum TunedConfig {
     Ia3(Ia3Config),
+    Virtual(VirtualConfig),
 }
 
 impl TunedConfig {
@@ -82,18 +85,22 @@ impl TunedConfig {
     pub fn method(&self) -> &'static str {
         match self {
             Self::Ia3(_) => "ia3",
+            Self::Virtual(config) if config.is_prefix() => "prefix",
+            Self::Virtual(_) => "prompt",
         }
     }
 
     pub fn common(&self) -> &Common {
         match self {
             Self::Ia3(config) => &config.common,
+            Self::Virtual(config) => &config.common,
         }
     }
 
     pub fn common_mut(&mut self) -> &mut Common {
         match self {
             Self::Ia3(config) => &mut config.common,
+            Self::Virtual(config) => &mut config.common,
         }
     }
 
@@ -104,8 +111,13 @@ impl TunedConfig {
                 let (config, warnings) = Ia3Config::parse(map)?;
                 Ok((Self::Ia3(config), warnings))
             }
+            Some(prompt::PROMPT_TYPE | prompt::PREFIX_TYPE) => {
+                let is_prefix = kind == Some(prompt::PREFIX_TYPE);
+                let (config, warnings) = VirtualConfig::parse(map, is_prefix)?;
+                Ok((Self::Virtual(config), warnings))
+            }
             _ => Err(Problem::Unsupported(format!(
-                "peft_type={} is not supported; LORA and IA3 are",
+                "peft_type={} is not supported; LORA, IA3, PROMPT_TUNING and PREFIX_TUNING are",
                 map.get("peft_type").unwrap_or(&Value::Null)
             ))),
         }
@@ -114,6 +126,7 @@ impl TunedConfig {
     fn to_json(&self) -> Map<String, Value> {
         let fields = match self {
             Self::Ia3(config) => config.fields(),
+            Self::Virtual(config) => config.fields(),
         };
         let owned = |(name, value): (&str, Value)| (name.to_owned(), value);
         fields.into_iter().map(owned).collect()
@@ -123,6 +136,23 @@ impl TunedConfig {
     fn owns(&self, tensor: &str) -> bool {
         match self {
             Self::Ia3(_) => tensor.ends_with(ia3::VECTOR),
+            Self::Virtual(_) => tensor == PROMPT_EMBEDDINGS,
+        }
+    }
+
+    /// What stands before the names of modules in the file.
+    fn prefix(&self) -> &'static str {
+        match self {
+            Self::Ia3(_) => PREFIX,
+            Self::Virtual(_) => prompt::PREFIX,
+        }
+    }
+
+    /// The number of virtual tokens before each document.
+    pub fn virtual_tokens(&self) -> usize {
+        match self {
+            Self::Ia3(_) => 0,
+            Self::Virtual(config) => config.num_virtual_tokens,
         }
     }
 }
@@ -157,7 +187,7 @@ pub fn read_tuned(folder: &Path) -> Result<(Tuned, Vec<String>)> {
     let weights = open_weights(folder)?;
     let (mut tensors, mut saved) = (BTreeMap::new(), BTreeMap::new());
     for stored in weights.names() {
-        let name = stored.strip_prefix(PREFIX).unwrap_or(stored);
+        let name = stored.strip_prefix(config.prefix()).unwrap_or(stored);
         let tensor = SavedTensor {
             shape: weights.get(stored)?.shape.to_vec(),
             values: weights.to_f32(stored)?,
@@ -203,7 +233,10 @@ pub fn write_tuned(
 ) -> Result<()> {
     let tensors = tuned.tensors.iter().chain(&tuned.saved);
     let tensors = tensors.map(|(name, tensor)| {
-        let name = format!("{PREFIX}{name}");
+        let name = match name.as_str() {
+            PROMPT_EMBEDDINGS => name.clone(),
+            _ => format!("{}{name}", tuned.config.prefix()),
+        };
         Tensor::from_f32(name, dtype, &tensor.shape, &tensor.values)
     });
     let mut staging = Staging::new(folder)?;

@@ -50,6 +50,9 @@ pub fn merge(config: &MergeConfig) -> Result<MergeResult> {
         plan,
         warnings,
     } = plan(architecture, Some(&config.adapter), None, 1)?;
+    if let Some(beside) = &plan.trained.beside {
+        beside.mergeable(&config.adapter)?;
+    }
     let model = Transformer::load(&config.model, architecture, &plan)?;
     let merged_modules = model.write_merged(&config.output, dtype)?;
     let mut files: Vec<String> = std::fs::read_dir(&config.output)

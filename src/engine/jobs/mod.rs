@@ -113,10 +113,13 @@ fn plan(
         Some(folder) => saved_adapter(folder, &mut architecture)?,
         None => (Trained::nothing(), Vec::new()),
     };
+    let limit = architecture.max_position_embeddings;
     let plan = LoadPlan {
         quantize,
+        positions: limit
+            .min(positions + trained.virtual_tokens())
+            .max(positions),
         trained,
-        positions,
         seed: 0,
     };
     Ok(Ready {
@@ -131,7 +134,7 @@ fn saved_adapter(folder: &Path, model: &mut Architecture) -> Result<(Trained, Ve
     if !adapter::is_lora(folder)? {
         let (tuned, mut warnings) = adapter::read_tuned(folder)?;
         let whole = saved_head(folder, &tuned.saved, model)?;
-        let (beside, more) = methods::saved(tuned, Names::new(model).modules())?;
+        let (beside, more) = methods::saved(tuned, model, Names::new(model).modules())?;
         warnings.extend(more);
         let trained = Trained {
             whole,

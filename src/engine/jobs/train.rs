@@ -214,8 +214,8 @@ fn load(config: &TrainConfig, architecture: Architecture, trained: Trained) -> R
             blocksize: config.blocksize,
             double_quant: config.double_quant,
         }),
+        positions: config.sequence_length + trained.virtual_tokens(),
         trained,
-        positions: config.sequence_length,
         seed: config.seed,
     };
     Transformer::load(&config.model, architecture, &plan)

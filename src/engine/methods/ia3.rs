@@ -80,11 +80,10 @@ fn beside(selection: Ia3Selection) -> (Beside, Vec<String>) {
     };
     let modules = selection.modules.into_iter();
     let beside = Beside {
-        config: Box::new(TunedConfig::Ia3(selection.config)),
         scaled: modules
             .map(|(module, takes_input)| (module, scaled(takes_input)))
             .collect(),
-        saved: None,
+        ..Beside::new(TunedConfig::Ia3(selection.config))
     };
     (beside, selection.warnings)
 }

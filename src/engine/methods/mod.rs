@@ -1,6 +1,7 @@
 //! The methods beside LoRA: what a run's settings, or a saved adapter, train of a model.
 
 mod ia3;
+mod virtual_tokens;
 
 use serde_json::{Map, json};
 
@@ -20,6 +21,7 @@ pub fn fresh(
 ) -> Result<Option<(Trained, Vec<String>)>> {
     let (beside, warnings) = match config.method {
         Method::Ia3 => ia3::fresh(config, model, modules)?,
+        Method::Prompt | Method::Prefix => (virtual_tokens::fresh(config, model)?, Vec::new()),
         Method::Lora | Method::Qlora | Method::Freeze | Method::Full => return Ok(None),
     };
     let mut whole = Vec::new();
@@ -38,14 +40,22 @@ pub fn fresh(
 ///
 /// # Errors
 /// `Argument` where it does not fit the model.
-pub fn saved(tuned: Tuned, modules: Modules) -> Result<(Beside, Vec<String>)> {
+pub fn saved(
+    tuned: Tuned,
+    model: &Architecture,
+    modules: Modules,
+) -> Result<(Beside, Vec<String>)> {
     let Tuned {
         config,
-        tensors,
+        mut tensors,
         saved,
     } = tuned;
     let (mut beside, warnings) = match config {
         TunedConfig::Ia3(config) => ia3::saved(&config, &tensors, modules)?,
+        TunedConfig::Virtual(config) => {
+            let beside = virtual_tokens::saved(config, &mut tensors, model)?;
+            (beside, Vec::new())
+        }
     };
     beside.saved = Some(tensors.into_iter().chain(saved).collect());
     Ok((beside, warnings))

@@ -14,5 +14,5 @@ pub use labels::Labels;
 pub use names::{Family, Names};
 pub use transformer::{
     Beside, Decoder, Init, LoadPlan, Lora, Quantize, Trained, Transformer, linear_modules,
-    other_modules,
+    other_modules, split_prefix,
 };

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::block::{Inner, Tokens};
 use super::norm::Norm;
+use super::virtual_tokens::{put_prefix, take_prefix};
 use crate::engine::ops::attention::{attention, attention_backward};
 use crate::engine::ops::rope::{
     Heads, Rotations, merge_heads, rope_to_heads, rope_to_heads_backward, split_heads,
@@ -24,6 +25,8 @@ pub struct Attention {
     pub d: usize,
     /// None where positions are learned.
     pub rotations: Option<Arc<Rotations>>,
+    /// Virtual tokens with learned keys and values, `[prefix, 2, hkv, d]` behind o's tensors.
+    pub prefix: usize,
 }
 
 /// What backward needs of forward, all head-major.
@@ -46,6 +49,16 @@ impl Attention {
         }
     }
 
+    /// The prefix in the block's flat variable.
+    pub fn prefix<'a>(&self, theta: &'a [f32]) -> &'a [f32] {
+        let from = self.qkv.theta_len() + self.o.theta_len();
+        &theta[from.min(theta.len())..][..self.prefix_len()]
+    }
+
+    pub fn prefix_len(&self) -> usize {
+        self.prefix * 2 * self.hkv * self.d
+    }
+
     /// o's masks come after the group's own.
     fn o_dropout(&self, dropout: Option<Dropout>) -> Option<Dropout> {
         dropout.map(|dropout| dropout.stream(dropout.stream + self.qkv.members.len() as u64))
@@ -61,7 +74,7 @@ impl Inner for Attention {
     }
 
     fn theta_len(&self) -> usize {
-        self.qkv.theta_len() + self.o.theta_len()
+        self.qkv.theta_len() + self.o.theta_len() + self.prefix_len()
     }
 
     fn forward(
@@ -73,11 +86,15 @@ impl Inner for Attention {
     ) -> Result<(Scratch, AttentionSaved)> {
         let heads = self.heads(tokens);
         let (theta_qkv, theta_o) = theta.split_at(self.qkv.theta_len());
+        let (theta_o, prefix) = theta_o.split_at(self.o.theta_len());
         let (rows, h_qkv) = self.qkv.forward(x, theta_qkv, dropout)?;
         let mut qkv = Scratch::dirty(rows.len());
         let rotations = self.rotations.as_deref();
         rope_to_heads(&rows, heads, rotations, &tokens.positions, &mut qkv);
         drop(rows);
+        if self.prefix > 0 {
+            put_prefix(prefix, heads, &tokens.virtuals, &mut qkv);
+        }
         let mut out = Scratch::dirty(tokens.m() * self.h * self.d);
         let mut lse = Scratch::dirty(tokens.m() * self.h);
         attention(&qkv, heads, &tokens.spans, &mut out, &mut lse);
@@ -109,7 +126,9 @@ impl Inner for Attention {
     ) -> Result<()> {
         let heads = self.heads(tokens);
         let (theta_qkv, theta_o) = theta.split_at(self.qkv.theta_len());
+        let (theta_o, _) = theta_o.split_at(self.o.theta_len());
         let (dtheta_qkv, dtheta_o) = dtheta.split_at_mut(self.qkv.theta_len());
+        let (dtheta_o, d_prefix) = dtheta_o.split_at_mut(self.o.theta_len());
         let mut merged = Scratch::dirty(saved.out.len());
         merge_heads(&saved.out, heads, &mut merged);
         let mut d_merged = Scratch::dirty(saved.out.len());
@@ -134,6 +153,9 @@ impl Inner for Attention {
             &d_out,
             &mut d_heads,
         );
+        if self.prefix > 0 {
+            take_prefix(heads, &tokens.virtuals, &mut d_heads, d_prefix);
+        }
         let mut dqkv = saved.qkv;
         let positions = &tokens.positions;
         let rotations = self.rotations.as_deref();

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor};
 
 use super::norm::Norm;
+use super::virtual_tokens::Virtual;
 use crate::engine::ops::attention::Spans;
 use crate::error::Result;
 use crate::lora::Dropout;
@@ -19,6 +20,8 @@ pub struct Tokens {
     pub positions: Vec<u32>,
     /// What each token may attend to.
     pub spans: Spans,
+    /// Learned tokens among them.
+    pub virtuals: Vec<Virtual>,
 }
 
 impl Tokens {

@@ -9,7 +9,7 @@ use super::head::Table;
 use super::init::{normal, uniform};
 use super::load::{Init, LoadPlan};
 use super::norm::Norm;
-use crate::adapter::LoraPair;
+use crate::adapter::{LoraPair, TunedConfig};
 use crate::dtype::DType;
 use crate::engine::models::architecture::Architecture;
 use crate::engine::{Parameter, Segment};
@@ -273,6 +273,22 @@ impl<'a> Builder<'a> {
         })
     }
 
+    /// The configuration of a method beside LoRA.
+    pub fn beside(&self) -> Option<&'a TunedConfig> {
+        let beside = self.plan.trained.beside.as_ref();
+        beside.map(|beside| &*beside.config)
+    }
+
+    /// Whether that method's tensors begin here, rather than in a saved adapter.
+    pub fn is_new(&self) -> bool {
+        let beside = self.plan.trained.beside.as_ref();
+        beside.is_some_and(|beside| beside.saved.is_none())
+    }
+
+    pub fn seed(&self) -> u64 {
+        self.plan.seed
+    }
+
     fn scaled_of(&self, module: &str) -> Option<Scaled> {
         let beside = self.plan.trained.beside.as_ref()?;
         beside.scaled.get(module).copied()
@@ -305,6 +321,17 @@ impl<'a> Builder<'a> {
         groups: &[&Group],
         norm: Option<&Norm>,
     ) -> Result<Option<usize>> {
+        self.parameter_with(name, groups, None, norm)
+    }
+
+    /// Registers what a block trains: its groups' tensors, one more, then its norm's.
+    pub fn parameter_with(
+        &mut self,
+        name: &str,
+        groups: &[&Group],
+        more: Option<(String, Vec<usize>)>,
+        norm: Option<&Norm>,
+    ) -> Result<Option<usize>> {
         let mut values = Vec::new();
         let mut segments = Vec::new();
         for group in groups {
@@ -321,6 +348,17 @@ impl<'a> Builder<'a> {
                     shape: tensor.shape,
                 });
             }
+        }
+        if let Some((name, shape)) = more {
+            let offset = values.len();
+            values.resize(offset + shape.iter().product::<usize>(), 0.0);
+            self.fill(&name, &shape, &mut values[offset..])?;
+            segments.push(Segment {
+                decay: true,
+                name,
+                offset,
+                shape,
+            });
         }
         if let Some(norm) = norm.filter(|norm| norm.frozen.is_none()) {
             for name in norm.tensors() {
@@ -353,7 +391,7 @@ impl<'a> Builder<'a> {
     /// First values of a trained tensor.
     fn fill(&self, name: &str, shape: &[usize], out: &mut [f32]) -> Result<()> {
         if let Some(beside) = &self.plan.trained.beside
-            && beside.fill(name, shape, out)?
+            && beside.fill(self.plan.seed, name, shape, out)?
         {
             return Ok(());
         }

@@ -142,11 +142,11 @@ impl Classifier {
         Ok(dx)
     }
 
-    /// The token that speaks for each row.
-    pub fn tokens(&self, lengths: &[usize], columns: usize) -> Vec<usize> {
+    /// The token that speaks for each row, whose first is number `first`.
+    pub fn tokens(&self, lengths: &[usize], columns: usize, first: usize) -> Vec<usize> {
         let rows = lengths.iter().enumerate();
         rows.map(|(row, &length)| match self.pooled {
-            Pooled::First => row * columns,
+            Pooled::First => row * columns + first,
             Pooled::Last => row * columns + length - 1,
         })
         .collect()

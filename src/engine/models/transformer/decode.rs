@@ -1,6 +1,7 @@
 //! One token after another, with the keys and values of the tokens before kept.
 
 use super::head::logits;
+use super::virtual_tokens::Virtual;
 use super::{Ends, Transformer};
 use crate::engine::Mode;
 use crate::error::{Error, Result};
@@ -46,16 +47,47 @@ impl<'a> Decoder<'a> {
                 values: none(),
             })
             .collect();
-        Ok(Self {
+        let mut decoder = Self {
             model,
             output: model.output_weights()?,
             thetas,
             caches,
             length: 0,
-        })
+        };
+        decoder.begin()?;
+        Ok(decoder)
     }
 
-    /// Tokens read so far.
+    /// Reads the virtual tokens.
+    fn begin(&mut self) -> Result<()> {
+        let (model, count) = (self.model, self.model.virtual_tokens);
+        if model.prompt.is_some() {
+            let number = |number| Virtual {
+                token: number,
+                number,
+            };
+            let virtuals: Vec<Virtual> = (0..count).map(number).collect();
+            self.read(&vec![0; count], &virtuals)?;
+            return Ok(());
+        }
+        for (layer, cache) in model.layers.iter().zip(&mut self.caches) {
+            let attention = &layer.attention;
+            let theta = layer.attention_theta.map_or(&[][..], |i| &self.thetas[i]);
+            let d = attention.d;
+            for row in attention.prefix(theta).chunks_exact(2 * attention.hkv * d) {
+                let (keys, values) = row.split_at(attention.hkv * d);
+                let heads = keys.chunks_exact(d).zip(values.chunks_exact(d));
+                for (kv, (key, value)) in heads.enumerate() {
+                    cache.keys[kv].extend_from_slice(key);
+                    cache.values[kv].extend_from_slice(value);
+                }
+            }
+        }
+        self.length = count;
+        Ok(())
+    }
+
+    /// Tokens read so far, virtual ones among them.
     pub fn length(&self) -> usize {
         self.length
     }
@@ -89,21 +121,8 @@ impl<'a> Decoder<'a> {
                 config.vocab_size
             )));
         }
+        let x = self.read(ids, &[])?;
         let k = config.hidden_size;
-        let positions: Vec<u32> = (self.length..self.length + ids.len())
-            .map(|position| position as u32)
-            .collect();
-        let mut x = model
-            .embed(ids, &positions, Mode::Eval)?
-            .flatten_all()?
-            .to_vec1::<f32>()?;
-        for at in 0..model.layers.len() {
-            let y = self.attend(at, &x)?;
-            add(&mut x, &y);
-            let y = self.feed(at, &x)?;
-            add(&mut x, &y);
-        }
-        self.length += ids.len();
         let last = &x[x.len() - k..];
         let Ends::Language {
             norm, norm_theta, ..
@@ -113,6 +132,26 @@ impl<'a> Decoder<'a> {
         };
         let normed = norm.forward(last, self.theta(*norm_theta));
         Ok(logits(&normed, &self.output, k))
+    }
+
+    /// Hidden states `[·, k]` of tokens after those before.
+    fn read(&mut self, ids: &[u32], virtuals: &[Virtual]) -> Result<Vec<f32>> {
+        let model = self.model;
+        let positions: Vec<u32> = (self.length..self.length + ids.len())
+            .map(|position| position as u32)
+            .collect();
+        let mut x = model
+            .embed(ids, &positions, virtuals, Mode::Eval)?
+            .flatten_all()?
+            .to_vec1::<f32>()?;
+        for at in 0..model.layers.len() {
+            let y = self.attend(at, &x)?;
+            add(&mut x, &y);
+            let y = self.feed(at, &x)?;
+            add(&mut x, &y);
+        }
+        self.length += ids.len();
+        Ok(x)
     }
 
     fn feed(&self, at: usize, x: &[f32]) -> Result<Scratch> {
@@ -134,7 +173,8 @@ impl<'a> Decoder<'a> {
         let (h, hkv, d) = (attention.h, attention.hkv, attention.d);
         let theta = layer.attention_theta.map_or(&[][..], |i| &self.thetas[i]);
         let (theta_qkv, theta) = theta.split_at(attention.qkv.theta_len());
-        let (theta_o, theta_norm) = theta.split_at(attention.o.theta_len());
+        let (theta_o, theta) = theta.split_at(attention.o.theta_len());
+        let theta_norm = &theta[attention.prefix_len()..];
         let normed = attention.norm.forward(x, theta_norm);
         let (mut rows, _) = attention.qkv.forward(&normed, theta_qkv, None)?;
         let width = (h + 2 * hkv) * d;

@@ -7,6 +7,7 @@ use candle_core::{Device, Tensor};
 use super::Transformer;
 use super::head::{Lookup, Table, gather};
 use super::norm::{Norm, NormOp};
+use super::virtual_tokens::Virtual;
 use crate::engine::Mode;
 use crate::error::Result;
 
@@ -23,9 +24,16 @@ pub struct Embedding {
 
 impl Transformer {
     /// Hidden states `[m, k]` before the first layer.
-    pub(super) fn embed(&self, ids: &[u32], positions: &[u32], mode: Mode) -> Result<Tensor> {
+    pub(super) fn embed(
+        &self,
+        ids: &[u32],
+        positions: &[u32],
+        virtuals: &[Virtual],
+        mode: Mode,
+    ) -> Result<Tensor> {
         let embedding = &self.embedding;
         let mut x = self.rows(&embedding.tokens, ids, mode)?;
+        x = self.with_prompt(x, virtuals, mode)?;
         if let Some(table) = &embedding.positions {
             x = (x + self.rows(table, positions, mode)?)?;
         }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 
 use super::attention::Attention;
-use super::beside::Beside;
+use super::beside::{Beside, prefix_name};
 use super::builder::Builder;
 use super::classifier::{Classifier, Pooled};
 use super::embedding::Embedding;
@@ -65,6 +65,12 @@ impl Trained {
             whole: vec![String::new()],
             ..Self::default()
         }
+    }
+
+    /// The number of virtual tokens before each document.
+    pub fn virtual_tokens(&self) -> usize {
+        let beside = self.beside.as_ref();
+        beside.map_or(0, |beside| beside.config.virtual_tokens())
     }
 
     /// Whether anything is trained beside the base's weights.
@@ -146,12 +152,13 @@ impl Transformer {
             return Err(Error::argument(format!(
                 "sequence_length {} is longer than the {limit} positions the model was made for \
                  (max_position_embeddings)",
-                plan.positions
+                plan.positions - plan.trained.virtual_tokens()
             )));
         }
         let weights = Weights::open(folder)?;
         let mut builder = Builder::new(&weights, &architecture, plan);
         let embedding = builder.embedding()?;
+        let prompt = builder.prompt(&embedding)?;
         let rotations = architecture.rope.map(|(theta, scaling)| {
             let d = architecture.head_dim;
             Arc::new(Rotations::new(d, theta, scaling, plan.positions))
@@ -193,6 +200,8 @@ impl Transformer {
             parameters,
             adapter,
             beside,
+            virtual_tokens: plan.trained.virtual_tokens(),
+            prompt,
             lora_dropout,
             elements,
             positions: plan.positions,
@@ -258,10 +267,15 @@ impl Builder<'_> {
             hkv,
             d,
             rotations: rotations.map(Arc::clone),
+            prefix: self.prefix_len(),
         };
         let groups = [&attention.qkv, &attention.o];
         let own = Some(&attention.norm);
-        let attention_theta = self.parameter(&named(names.attention), &groups, own)?;
+        let more = (attention.prefix > 0).then(|| {
+            let shape = vec![attention.prefix, 2 * hkv * d];
+            (prefix_name(sizes, at), shape)
+        });
+        let attention_theta = self.parameter_with(&named(names.attention), &groups, more, own)?;
         let up: Vec<_> = names.up.iter().map(|name| (named(name), f)).collect();
         let bias = sizes.mlp_bias;
         let mlp = Mlp {

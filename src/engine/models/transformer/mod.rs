@@ -14,13 +14,14 @@ mod load;
 mod mlp;
 mod norm;
 mod save;
+mod virtual_tokens;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use candle_core::Tensor;
 
-pub use beside::Beside;
+pub use beside::{Beside, split_prefix};
 pub use block::Placement;
 pub use decode::Decoder;
 pub use load::{Init, LoadPlan, Lora, Quantize, Trained, linear_modules, other_modules};
@@ -42,6 +43,7 @@ use embedding::Embedding;
 use head::{LanguageHead, Table};
 use mlp::Mlp;
 use norm::Norm;
+use virtual_tokens::Extended;
 
 /// Dropout streams set aside for each layer.
 const STREAMS: u64 = 16;
@@ -84,6 +86,10 @@ pub struct Transformer {
     adapter: Option<AdapterConfig>,
     /// Likewise of a method beside LoRA.
     beside: Option<TunedConfig>,
+    /// Before each document.
+    virtual_tokens: usize,
+    /// Parameter of the virtual tokens' embeddings.
+    prompt: Option<usize>,
     lora_dropout: f32,
     /// Number of weights, adapters left out.
     elements: usize,
@@ -110,7 +116,8 @@ impl Transformer {
     }
 
     /// Hidden states `[m, k]` after the last layer, before the final norm.
-    fn hidden(&self, batch: &Batch, mode: Mode) -> Result<Tensor> {
+    fn hidden(&self, extended: &Extended, mode: Mode) -> Result<Tensor> {
+        let batch = &*extended.batch;
         let spans = if self.architecture.family.is_causal() {
             Spans::causal(&batch.positions, batch.columns)
         } else {
@@ -121,9 +128,10 @@ impl Transformer {
             t: batch.columns,
             positions: batch.positions.clone(),
             spans,
+            virtuals: extended.virtuals.clone(),
         });
         let placement = self.architecture.placement;
-        let mut x = self.embed(&batch.ids, &batch.positions, mode)?;
+        let mut x = self.embed(&batch.ids, &batch.positions, &extended.virtuals, mode)?;
         let train = matches!(mode, Mode::Train { .. });
         for (at, layer) in self.layers.iter().enumerate() {
             let dropout = self.dropout(at, mode);
@@ -146,6 +154,26 @@ impl Transformer {
             }),
             _ => None,
         }
+    }
+
+    /// A batch with the model's virtual tokens.
+    fn extended<'a>(&self, batch: &'a Batch) -> Result<Extended<'a>> {
+        self.check(batch)?;
+        let extended = Extended::new(batch, self.virtual_tokens);
+        if !extended.virtuals.is_empty() {
+            self.check(&extended.batch)?;
+        }
+        Ok(extended)
+    }
+
+    /// The token that speaks for each row: a prompt's own first, never one of a prefix.
+    fn pooled(&self, classifier: &Classifier, batch: &Batch) -> Vec<usize> {
+        let first = if self.prompt.is_some() {
+            0
+        } else {
+            self.virtual_tokens
+        };
+        classifier.tokens(&classifier::lengths(batch), batch.columns, first)
     }
 
     fn check(&self, batch: &Batch) -> Result<()> {
@@ -192,8 +220,8 @@ impl Transformer {
     /// Logits in f32: `[m, vocabulary]` of every token of a batch, or `[rows, labels]` of a
     /// classification model.
     pub fn logits(&self, batch: &Batch) -> Result<Vec<f32>> {
-        self.check(batch)?;
-        let x = self.hidden(batch, Mode::Eval)?;
+        let extended = self.extended(batch)?;
+        let x = self.hidden(&extended, Mode::Eval)?;
         let k = self.architecture.hidden_size;
         let out = match &self.ends {
             Ends::Language {
@@ -203,12 +231,14 @@ impl Transformer {
                 let theta = self.theta(*norm_theta, Mode::Eval);
                 block::with_slice(&x, |x| {
                     block::with_slice(&theta, |theta| {
-                        Ok(head::logits(&norm.forward(x, theta), &weight, k))
+                        let normed = norm.forward(x, theta).to_vec();
+                        let normed = extended.real(normed, k, batch.columns);
+                        Ok(head::logits(&normed, &weight, k))
                     })
                 })?
             }
             Ends::Classification { classifier, theta } => {
-                let tokens = classifier.tokens(&classifier::lengths(batch), batch.columns);
+                let tokens = self.pooled(classifier, &extended.batch);
                 let theta = self.theta(*theta, Mode::Eval);
                 block::with_slice(&x, |x| {
                     block::with_slice(&theta, |theta| {
@@ -268,8 +298,9 @@ impl Model for Transformer {
     }
 
     fn loss(&self, batch: &Batch, mode: Mode) -> Result<(Tensor, usize)> {
-        self.check(batch)?;
-        let x = self.hidden(batch, mode)?;
+        let extended = self.extended(batch)?;
+        let x = self.hidden(&extended, mode)?;
+        let batch = &*extended.batch;
         let train = matches!(mode, Mode::Train { .. });
         let loss = match &self.ends {
             Ends::Language {
@@ -294,7 +325,7 @@ impl Model for Transformer {
                 }
             }
             Ends::Classification { classifier, theta } => {
-                let tokens = classifier.tokens(&classifier::lengths(batch), batch.columns);
+                let tokens = self.pooled(classifier, batch);
                 let op = ClassifierOp {
                     classifier: Arc::clone(classifier),
                     tokens,
@@ -324,8 +355,9 @@ impl Model for Transformer {
         else {
             return self.logits(batch).map(Judged::Classes);
         };
-        self.check(batch)?;
-        let x = self.hidden(batch, Mode::Eval)?;
+        let extended = self.extended(batch)?;
+        let x = self.hidden(&extended, Mode::Eval)?;
+        let batch = &*extended.batch;
         let weight = self.output_weights()?;
         let theta = self.theta(*norm_theta, Mode::Eval);
         let k = self.architecture.hidden_size;
