@@ -20,7 +20,7 @@ _SHOWN = (
     "sequence_length", "packing", "batch_size", "gradient_accumulation", "epochs", "max_steps",
     "max_seconds", "learning_rate", "warmup_steps", "schedule", "min_learning_rate_ratio",
     "weight_decay", "beta1", "beta2", "eps", "max_grad_norm", "seed", "heldout", "test", "group",
-    "eval_every", "eval_tokens", "patience",
+    "eval_every", "eval_tokens", "patience", "bias_column", "bias_terms",
 )  # fmt: skip
 _ADAPTERS_ALONE = set(_SHOWN[3:10])
 _QUANTISED_ALONE = {"quant_type", "blocksize", "double_quant"}
@@ -42,6 +42,7 @@ def render(
         _front_matter(base, settings["method"], result),
         f"# {_title(base, settings['method'])}\n\n{_summary(result, settings, base)}",
         f"## Results\n\n{_results(result).markdown()}{_classes(result)}{_words(result)}{curves}",
+        *_bias(result, in_weights),
         f"## Limits\n\n{_limits(result, settings)}",
         f"## Use\n\n{_use(result, settings, in_weights)}",
         f"## Data\n\n{_data(result, files)}",
@@ -66,6 +67,13 @@ def _words(result: TrainResult) -> str:
     forgetting = result.forgetting and result.forgetting.sentence()
     said = (result.verdict and result.verdict.text, forgetting)
     return "".join(f"\n\n{text}" for text in said if text)
+
+
+def _bias(result: TrainResult, in_weights: bool) -> tuple[str, ...]:
+    if result.bias is None:
+        return ()
+    plot = "" if in_weights else "\n\n![How groups are treated](bias.png)"
+    return (f"## Bias\n\n{result.bias.markdown()}{plot}",)
 
 
 def _classes(result: TrainResult) -> str:
@@ -159,7 +167,8 @@ def _limits(result: TrainResult, settings: Mapping[str, Any]) -> str:
     if result.classification is not None:
         known = "how the held-out texts are classified:"
     lost = "" if result.forgetting else ", nor what the model lost of what it knew before"
-    limits.append(f"This card knows {known} no safety, no bias{lost}.")
+    bias = ", no bias but what is said above" if result.bias else ", no bias"
+    limits.append(f"This card knows {known} no safety{bias}{lost}.")
     skipped, cut = result.data.get("skipped_total") or 0, result.data.get("truncated") or 0
     if skipped or cut:
         limits.append(
@@ -275,7 +284,7 @@ def _settings(settings: Mapping[str, Any]) -> Table:
     rows = [
         (name, _shown(settings[name]))
         for name in _SHOWN
-        if name not in hidden and settings[name] is not None and settings[name] != {}
+        if name not in hidden and settings[name] not in (None, {}, [])
     ]
     return Table("Settings", tuple(rows))
 

@@ -45,13 +45,18 @@ def write(
     history: History,
     data: Sequence[Fingerprint],
 ) -> None:
-    """Writes results.json, curves.png and the cards of the run and of its weights."""
+    """Writes results.json, curves.png (bias.png) and the cards of the run and of its weights."""
     from .plots import save_curves
 
     folder = result.output
     title = f"{result.method} fine-tuning of {Path(settings['model']).name}"
     write_atomic(folder / "results.json", results_json(result, settings, data))
     save_curves(history, folder / "curves.png", title)
+    if result.bias is not None:
+        from .bias_plot import bias_figure
+        from .plots import png
+
+        write_atomic(folder / "bias.png", png(bias_figure(result.bias)))
     files = [(one.path, one.size, one.sha256) for one in data]
     write_atomic(folder / "README.md", card.render(result, settings, files, in_weights=False))
     if result.weights.is_dir() and result.weights != folder:

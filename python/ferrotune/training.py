@@ -50,7 +50,7 @@ def run(
     if relay.interrupted:
         raise _interrupted(output)
     history = relay.history(output)
-    result = TrainResult.from_native(settings["method"], found)
+    result = TrainResult.from_native(settings["method"], found, settings["seed"])
     result = dataclasses.replace(result, verdict=judge(history))
     report.write(result, settings, history, relay.fingerprints)
     return result

@@ -108,6 +108,7 @@ pub fn text(content: &str) -> Record {
         content: Content::Text(content.to_owned()),
         label: None,
         group: None,
+        bias: None,
         file: 0,
         number: 1,
     }
