@@ -22,7 +22,8 @@ _SHOWN = (
     "sequence_length", "packing", "batch_size", "gradient_accumulation", "epochs", "max_steps",
     "max_seconds", "learning_rate", "warmup_steps", "schedule", "min_learning_rate_ratio",
     "weight_decay", "beta1", "beta2", "eps", "max_grad_norm", "seed", "heldout", "test", "group",
-    "eval_every", "eval_tokens", "patience", "split_seed", "shots", "repeats",
+    "eval_every", "eval_tokens", "patience", "bias_column", "bias_terms", "split_seed", "shots",
+    "repeats",
 )  # fmt: skip
 _LORA = ("lora", "qlora")
 _LORA_ALONE = set(_SHOWN[3:9])
@@ -47,6 +48,7 @@ def render(
         _front_matter(base, settings["method"], result),
         f"# {_title(base, settings['method'])}\n\n{_summary(result, settings, base)}",
         f"## Results\n\n{_results(result).markdown()}{_classes(result)}{_words(result)}{curves}",
+        *_bias(result, in_weights),
         f"## Limits\n\n{_bullets(limits(result, settings))}",
         f"## Use\n\n{_use(result, settings, in_weights)}",
         f"## Data\n\n{_data(result, files)}",
@@ -71,6 +73,13 @@ def _words(result: TrainResult) -> str:
     forgetting = result.forgetting and result.forgetting.sentence()
     said = (result.verdict and result.verdict.text, forgetting)
     return "".join(f"\n\n{text}" for text in said if text)
+
+
+def _bias(result: TrainResult, in_weights: bool) -> tuple[str, ...]:
+    if result.bias is None:
+        return ()
+    plot = "" if in_weights else "\n\n![How groups are treated](bias.png)"
+    return (f"## Bias\n\n{result.bias.markdown()}{plot}",)
 
 
 def _classes(result: TrainResult) -> str:
@@ -170,7 +179,8 @@ def limits(result: TrainResult, settings: Mapping[str, Any]) -> list[str]:
     if result.classification is not None:
         known = "how the held-out texts are classified:"
     lost = "" if result.forgetting else ", nor what the model lost of what it knew before"
-    limits.append(f"Known here is {known} no safety, no bias{lost}.")
+    bias = ", no bias but what is said above" if result.bias else ", no bias"
+    limits.append(f"Known here is {known} no safety{bias}{lost}.")
     skipped, cut = result.data.get("skipped_total") or 0, result.data.get("truncated") or 0
     if skipped or cut:
         limits.append(
@@ -298,7 +308,7 @@ def _settings(settings: Mapping[str, Any]) -> Table:
     rows = [
         (name, shown(settings[name]))
         for name in _SHOWN
-        if name not in hidden and settings.get(name) is not None and settings[name] != {}
+        if name not in hidden and settings.get(name) not in (None, {}, [])
     ]
     return Table("Settings", tuple(rows))
 

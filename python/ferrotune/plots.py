@@ -22,7 +22,7 @@ def curves_figure(
     history: History, title: str = "", width: int = WIDTH, height: int = HEIGHT
 ) -> "Figure":
     """Train and held-out loss over the steps, with the tokens read on a second axis above."""
-    figure = _figure_class()(figsize=(width / DPI, height / DPI), dpi=DPI, layout="constrained")
+    figure = figure_class()(figsize=(width / DPI, height / DPI), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     _train(axes, history)
     _heldout(axes, history)
@@ -48,7 +48,7 @@ def curves_png(
     history: History, title: str = "", width: int = WIDTH, height: int = HEIGHT
 ) -> bytes:
     """The figure as the bytes of a PNG file of `width` by `height` pixels."""
-    return _png(curves_figure(history, title, width, height))
+    return png(curves_figure(history, title, width, height))
 
 
 def save_curves(history: History, path: Path, title: str = "") -> None:
@@ -59,19 +59,19 @@ def save_curves(history: History, path: Path, title: str = "") -> None:
 
 
 @functools.cache
-def _figure_class() -> "type[Figure]":
+def figure_class() -> "type[Figure]":
     from matplotlib.figure import Figure
 
     class Curves(Figure):
         """A figure that Jupyter shows where pyplot, which would see to that, is not imported."""
 
         def _repr_png_(self) -> bytes:
-            return _png(self)
+            return png(self)
 
     return Curves
 
 
-def _png(figure: "Figure") -> bytes:
+def png(figure: "Figure") -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     buffer = io.BytesIO()

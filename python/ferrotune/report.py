@@ -45,7 +45,7 @@ def write(
     history: History,
     data: Sequence[Fingerprint],
 ) -> None:
-    """Writes results.json, report.html, curves.png and the cards of the run and of its weights."""
+    """Writes results.json, report.html, curves.png (bias.png) and the cards of run and weights."""
     from . import run_page
     from .plots import save_curves
 
@@ -54,6 +54,11 @@ def write(
     found = environment.describe()
     write_atomic(folder / "results.json", results_json(result, settings, data, found))
     save_curves(history, folder / "curves.png", title)
+    if result.bias is not None:
+        from .bias_plot import bias_figure
+        from .plots import png
+
+        write_atomic(folder / "bias.png", png(bias_figure(result.bias)))
     files = [(one.path, one.size, one.sha256) for one in data]
     page = run_page.render(result, settings, history, files, found)
     write_atomic(folder / "report.html", page)

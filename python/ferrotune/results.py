@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import tables
+from .bias import Bias
 from .judgement import Forgetting, TestMetrics
 from .metrics import ClassificationMetrics, GenerationMetrics
 from .repeats import MEASURES, Repeat, spreads
@@ -83,9 +84,9 @@ class TrainResult(Result):
     `data` are what the engine reported of them. A classifier's losses are in nats per label;
     `classification_before` and `classification` are its other measures before the first step and
     with the best weights, `generation` those of a language model with its best weights. `verdict`
-    says in words whether the run overfitted. `test` and `forgetting` are None where no test split
-    and no text of the model's own domain was given. `repeats` are this run and those
-    under other seeds, where some were asked for.
+    says in words whether the run overfitted. `test`, `forgetting` and `bias` are None where no test
+    split, no text of the model's own domain and no groups were given. `repeats` are this run and
+    those under other seeds, where some were asked for.
     """
 
     method: str
@@ -109,6 +110,7 @@ class TrainResult(Result):
     verdict: Verdict | None = None
     test: TestMetrics | None = None
     forgetting: Forgetting | None = None
+    bias: Bias | None = None
     repeats: tuple[Repeat, ...] = ()
 
     @property
@@ -128,8 +130,8 @@ class TrainResult(Result):
         return tables.perplexity(self.heldout_loss_best)
 
     @classmethod
-    def from_native(cls, method: str, found: Mapping[str, Any]) -> "TrainResult":
-        """From the JSON object that the engine returns."""
+    def from_native(cls, method: str, found: Mapping[str, Any], seed: int = 0) -> "TrainResult":
+        """From the JSON object that the engine returns; `seed` is that of bias's bootstrap."""
         output = Path(found["output"])
         kept = found.get("adapter") or output / ("model" if method in WHOLE_MODEL else "adapter")
         same = {"steps", "best_step", "train_loss_last", "tokens", "seconds", "stop_reason"}
@@ -141,7 +143,8 @@ class TrainResult(Result):
             for name in ("generation_best", "classification_before", "classification_best")
         )
         measured = ClassificationMetrics.from_native
-        test, forgetting = found.get("test"), found.get("forgetting")
+        test, forgetting, bias = (found.get(name) for name in ("test", "forgetting", "bias"))
+        new_head = found["model"].get("new_head", False)
         return cls(
             method=method,
             output=output,
@@ -151,6 +154,7 @@ class TrainResult(Result):
             classification=best and measured(best),
             test=test and TestMetrics.from_native(test),
             forgetting=forgetting and Forgetting.from_native(forgetting),
+            bias=bias and Bias.from_native(bias, new_head, seed),
             **fields,
         )
 
@@ -175,6 +179,7 @@ class TrainResult(Result):
             *self._measures(),
             *(self.test.rows() if self.test else ()),
             *(self.forgetting.rows() if self.forgetting else ()),
+            *(self.bias.rows() if self.bias else ()),
             *self._verdict(),
             *self._spread(),
             ("trained parameters", self.parameters_text()),

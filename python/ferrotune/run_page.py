@@ -9,11 +9,12 @@ from typing import Any
 from . import card, tables
 from .audit_page import cards
 from .auditing import Finding
+from .bias_plot import bias_figure
 from .history import History
 from .judgement import TestMetrics
 from .metrics import ClassificationMetrics
 from .pages import STYLE, document, figures
-from .plots import curves_png
+from .plots import curves_png, png
 from .repeats import MEASURES, spreads
 from .results import TrainResult
 
@@ -56,6 +57,7 @@ def render(
         _section("Test split, read once at the end", _measures(result.test)),
         _section("Held-out data, which chose the weights", _measures(result)),
         _section("Forgetting", _forgetting(result)),
+        _section("Bias", _bias(result)),
         _section("Under other seeds", _seeds(result)),
         _section("What this does not show", _list(card.limits(result, settings))),
         _section("Data", _data(result, files)),
@@ -109,11 +111,13 @@ def _verdict(result: TrainResult) -> str:
 def _curves(history: History) -> str:
     if not history.steps:
         return ""
-    content = base64.b64encode(curves_png(history, "", *CURVES)).decode()
-    return (
-        '<img alt="Train and held-out loss over the steps" '
-        f'src="data:image/png;base64,{content}" width="{CURVES[0]}" height="{CURVES[1]}">'
-    )
+    return _image(curves_png(history, "", *CURVES), "Train and held-out loss over the steps")
+
+
+def _image(content: bytes, what: str) -> str:
+    """A PNG file as a part of the page."""
+    encoded = base64.b64encode(content).decode()
+    return f'<img alt="{what}" src="data:image/png;base64,{encoded}">'
 
 
 def _measures(side: TrainResult | TestMetrics | None) -> str:
@@ -135,6 +139,17 @@ def _forgetting(result: TrainResult) -> str:
     if found is None:
         return ""
     return f"<p>{html.escape(found.sentence())}</p>{_pairs(found.rows())}"
+
+
+def _bias(result: TrainResult) -> str:
+    if result.bias is None:
+        return ""
+    parts = (
+        f"<p>{html.escape(one)}</p>" if isinstance(one, str) else _grid(*one)
+        for one in result.bias.parts()
+    )
+    drawn = _image(png(bias_figure(result.bias)), "How groups are treated")
+    return f"{drawn}{''.join(parts)}"
 
 
 def _classes(found: ClassificationMetrics) -> str:

@@ -96,7 +96,7 @@ def _once(
     if relay.interrupted:
         raise _interrupted(output)
     history = relay.history(output)
-    result = TrainResult.from_native(settings["method"], found)
+    result = TrainResult.from_native(settings["method"], found, settings["seed"])
     result = dataclasses.replace(result, verdict=judge(history))
 
     def write(known: TrainResult) -> None:

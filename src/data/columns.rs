@@ -30,6 +30,9 @@ pub struct Columns {
     /// Kept on each record for splits by group.
     #[serde(rename = "group")]
     pub group_column: Option<String>,
+    /// Kept on each record, to compare how groups are treated.
+    #[serde(default)]
+    pub bias_column: Option<String>,
 }
 
 /// A column by name, and its place among the names of a file.
@@ -70,6 +73,7 @@ pub(super) struct Selection {
     /// Whether the label was asked for, so that a record without one is left out.
     pub label_named: bool,
     pub group: Option<Column>,
+    pub bias: Option<Column>,
 }
 
 #[derive(Debug, Clone)]
@@ -137,6 +141,7 @@ impl Columns {
             || self.messages_column.is_some()
             || self.label_column.is_some()
             || self.group_column.is_some()
+            || self.bias_column.is_some()
     }
 
     /// The content columns to look for, best first.
@@ -179,13 +184,14 @@ impl Columns {
                 Choice::Completion(..) => {}
             }
         }
-        for name in self.label_column.iter().chain(&self.group_column) {
+        let groups = self.group_column.iter().chain(&self.bias_column);
+        for name in self.label_column.iter().chain(groups) {
             add(name, false);
         }
         names
     }
 
-    /// The first choice whose columns `find` all finds; the columns named for group and label must be there too.
+    /// The first choice whose columns `find` all finds; the columns named for groups and label must be there too.
     pub(super) fn select_with(&self, find: impl Fn(&str) -> Option<usize>) -> Option<Selection> {
         let column = |name: &str| {
             find(name).map(|index| Column {
@@ -193,10 +199,11 @@ impl Columns {
                 index,
             })
         };
-        let group = match &self.group_column {
-            Some(name) => Some(column(name)?),
-            None => None,
+        let named = |name: &Option<String>| match name {
+            Some(name) => column(name).map(Some),
+            None => Some(None),
         };
+        let (group, bias) = (named(&self.group_column)?, named(&self.bias_column)?);
         let content = self.choices().into_iter().find_map(|choice| match choice {
             Choice::Text(text) => column(text).map(ContentColumns::Text),
             Choice::Messages(messages) => Some(ContentColumns::Messages {
@@ -218,6 +225,7 @@ impl Columns {
             label,
             label_named: self.label_column.is_some(),
             group,
+            bias,
         })
     }
 
@@ -263,6 +271,7 @@ impl Columns {
         }
         wanted.extend(self.label_column.as_deref().filter(absent));
         wanted.extend(self.group_column.as_deref().filter(absent));
+        wanted.extend(self.bias_column.as_deref().filter(absent));
         let wanted: Vec<String> = wanted.into_iter().map(quoted).collect();
         let mut there: Vec<String> = names
             .iter()
@@ -311,6 +320,7 @@ impl Selection {
             .chain(second)
             .chain(self.label.as_ref().map(|column| (label, column)))
             .chain(self.group.as_ref().map(|column| (Role::Group, column)))
+            .chain(self.bias.as_ref().map(|column| (Role::Group, column)))
     }
 
     /// Replaces each column's index, as after a projection.
@@ -329,6 +339,7 @@ impl Selection {
         }
         self.label.iter_mut().for_each(change);
         self.group.iter_mut().for_each(change);
+        self.bias.iter_mut().for_each(change);
     }
 
     /// Makes the record `number` (of file 0) from its cells, or the reason to skip it.
@@ -385,6 +396,8 @@ impl Selection {
             content,
             label,
             group,
+            // A record that names no group is trained on all the same.
+            bias: self.bias.as_ref().and_then(|bias| value(bias, false).ok()),
             file: 0,
             number,
         })

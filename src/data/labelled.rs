@@ -20,6 +20,10 @@ pub struct Texts {
     pub labels: Vec<String>,
     /// Texts that lost tokens because they are longer than a row.
     pub truncated: usize,
+    /// Of each text: the group that the bias column, or else the terms, name.
+    pub groups: Vec<Option<String>>,
+    /// Of each text with a term: its place and its tokens with the terms swapped.
+    pub swapped: Vec<(usize, Vec<u32>)>,
 }
 
 /// The sides of a run's labelled data.
@@ -119,6 +123,7 @@ fn texts(
         let place = &source.paths[record.file];
         match (encoded, &record.label) {
             (Ok(Some((ids, cut))), Some(label)) => {
+                found.group(record, config, tokenizer);
                 found.ids.push(ids);
                 found.labels.push(label.clone());
                 found.truncated += usize::from(cut);
@@ -148,6 +153,38 @@ fn texts(
 }
 
 impl Texts {
+    /// The texts with swapped terms under the labels of the originals, whose places come first.
+    pub fn swapped_texts(&self) -> (Vec<usize>, Self) {
+        let places: Vec<usize> = self.swapped.iter().map(|(place, _)| *place).collect();
+        let texts = Self {
+            ids: self.swapped.iter().map(|(_, ids)| ids.clone()).collect(),
+            labels: places.iter().map(|&at| self.labels[at].clone()).collect(),
+            ..Self::default()
+        };
+        (places, texts)
+    }
+
+    /// Takes in which group the next text names, and the text with its terms swapped.
+    fn group(&mut self, record: &Record, config: &DataConfig, tokenizer: &Tokenizer) {
+        let Some(terms) = &config.terms else {
+            self.groups.push(record.bias.clone());
+            return;
+        };
+        let text = record.content.text();
+        let by_terms = || terms.group(&text).map(|group| terms.names[group].clone());
+        self.groups.push(match config.columns.bias_column {
+            Some(_) => record.bias.clone(),
+            None => by_terms(),
+        });
+        let swapped = terms.swap(&text);
+        let encoded = swapped.and_then(|text| {
+            let found = tokenizer.classified(&text, config.sequence_length);
+            found.ok()
+        });
+        let place = self.ids.len();
+        self.swapped.extend(encoded.map(|(ids, _)| (place, ids)));
+    }
+
     pub fn tokens(&self) -> usize {
         self.ids.iter().map(Vec::len).sum()
     }

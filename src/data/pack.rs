@@ -192,6 +192,13 @@ impl Packed {
         }
     }
 
+    /// The example that each row begins with, its only one without packing.
+    pub fn examples_of_rows(&self) -> Vec<usize> {
+        let rows = self.rows[..self.rows()].iter();
+        rows.map(|&first| self.pieces[first].example as usize)
+            .collect()
+    }
+
     /// Number of rows.
     pub fn rows(&self) -> usize {
         self.rows.len() - 1

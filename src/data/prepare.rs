@@ -17,6 +17,8 @@ use super::pack::{Layout, Packed, Packing};
 use super::reader::Files;
 use super::record::{Digest, Item, Reason, Record};
 use super::split::{Split, SplitPlan};
+use super::swaps::{Swap, swaps};
+use super::terms::Terms;
 use super::tokenizer::Tokenizer;
 use super::whole::spelled;
 use crate::error::{Error, Result};
@@ -63,6 +65,9 @@ pub struct DataConfig {
     /// What becomes of a run whose data [`super::audit`] finds fault with.
     #[serde(skip)]
     pub audit: AuditMode,
+    /// Terms that name groups, which a text is given anew with.
+    #[serde(skip)]
+    pub terms: Option<Terms>,
 }
 
 fn inputs() -> Layout {
@@ -142,6 +147,9 @@ pub struct Prepared {
     pub heldout: Packed,
     /// Where a test side was asked for.
     pub test: Option<Packed>,
+    /// The test side's records (or else the held-out side's) with terms swapped, where there are
+    /// terms; and how many could not be used.
+    pub swaps: (Vec<Swap>, usize),
     pub report: DataReport,
 }
 
@@ -169,6 +177,11 @@ pub fn prepare(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
     };
     let (train, train_records, _) = side(&divided.train, "training")?;
     let (heldout, heldout_records, heldout_bytes) = side(&divided.heldout, "held-out")?;
+    let judged = divided.test.as_ref().unwrap_or(&divided.heldout);
+    let swaps = config.terms.as_ref().map(|terms| {
+        let length = config.sequence_length;
+        swaps(judged, terms, tokenizer, length)
+    });
     let test = divided.test.as_ref();
     let test = test.map(|source| side(source, "test")).transpose()?;
     let (test, test_records, test_bytes) = match test {
@@ -197,6 +210,7 @@ pub fn prepare(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Prepared> {
         train,
         heldout,
         test,
+        swaps: swaps.unwrap_or_default(),
         report,
     })
 }

@@ -40,6 +40,8 @@ pub struct Record {
     pub label: Option<String>,
     /// Value of the group column: a split keeps all records of one group on one side.
     pub group: Option<String>,
+    /// Value of the bias column: the group whose treatment is compared.
+    pub bias: Option<String>,
     /// Index of its file among those being read.
     pub file: usize,
     /// Its number in that file, from 1: paragraph (.txt), line (.jsonl), row below the header (.csv, .tsv), row
@@ -51,7 +53,7 @@ pub struct Record {
 pub type Digest = [u8; 16];
 
 impl Record {
-    /// Identifies the content, surrounding white space aside; the label, group, file and number play no part.
+    /// Identifies the content, surrounding white space aside; the label, groups, file and number play no part.
     pub fn digest(&self) -> Digest {
         let mut hash = Sha256::new();
         let mut part = |tag: u8, text: &str| {

@@ -97,6 +97,16 @@ pub fn split_files(config: &SplitConfig) -> Result<SplitResult> {
     })
 }
 
+/// Every record of `config.data` as JSON, in order, with the columns that were read under their
+/// standard names.
+///
+/// # Errors
+/// Files that cannot be read, or that hold no record.
+pub fn records(config: &DataConfig) -> Result<Vec<Value>> {
+    let source = Source::read(&config.data, config, &mut Skips::default())?;
+    Ok(source.records.iter().map(json).collect())
+}
+
 fn json(record: &Record) -> Value {
     let mut object = Map::new();
     let mut put = |name: &str, value: Value| object.insert(name.to_owned(), value);

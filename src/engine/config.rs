@@ -165,6 +165,11 @@ pub struct TrainConfig {
     pub test_data: Vec<PathBuf>,
     /// Text of the base model's own domain, whose loss tells what a language model forgot.
     pub forgetting: Vec<PathBuf>,
+    /// Column of the groups whose treatment is compared.
+    #[serde(deserialize_with = "present")]
+    pub bias_column: Option<String>,
+    /// Pairs of terms that name two groups, such as `he/she`.
+    pub bias_terms: Vec<String>,
     /// Whether the held-out part has its share of every label.
     pub stratify: bool,
     /// Jaccard similarity of character 5-grams from which texts stay on one side; 0 for exact duplicates alone.
@@ -206,12 +211,14 @@ pub struct TrainConfig {
 /// Settings that a checkpoint may be continued under another value of: they change where a run
 /// writes, looks and ends, never what it computes. Data is compared by its fingerprint, the model
 /// by a loss, the length by the schedule's steps.
-const FREE: [&str; 14] = [
+const FREE: [&str; 16] = [
     "model",
     "data",
     "heldout_data",
     "test_data",
     "forgetting",
+    "bias_column",
+    "bias_terms",
     "output",
     "resume",
     "threads",

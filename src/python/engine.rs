@@ -73,6 +73,15 @@ pub fn split(py: Python<'_>, config: &str, frames: Option<Tables<'_>>) -> PyResu
 
 #[pyfunction]
 #[pyo3(signature = (config, frames=None))]
+pub fn records(py: Python<'_>, config: &str, frames: Option<Tables<'_>>) -> PyResult<String> {
+    let mut config: crate::data::DataConfig = from_json(config)?;
+    config.frames = frames::import(frames)?;
+    let records = py.detach(move || crate::data::records(&config))?;
+    Ok(to_json(&records)?)
+}
+
+#[pyfunction]
+#[pyo3(signature = (config, frames=None))]
 pub fn audit(py: Python<'_>, config: &str, frames: Option<Tables<'_>>) -> PyResult<String> {
     let mut job: jobs::AuditJob = from_json(config)?;
     job.audit.data.frames = frames::import(frames)?;

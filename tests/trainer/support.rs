@@ -187,7 +187,7 @@ pub fn settings(output: &Path, changes: Value) -> Value {
         "learning_rate": 0.05, "warmup_steps": 3, "schedule": "cosine",
         "min_learning_rate_ratio": 0.1, "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.99,
         "eps": 1e-8, "max_grad_norm": 1.0, "seed": 11, "heldout": 0.1, "heldout_data": [],
-        "test": 0.0, "test_data": [], "forgetting": [],
+        "test": 0.0, "test_data": [], "forgetting": [], "bias_column": null, "bias_terms": [],
         "group": null, "text_column": null, "prompt_column": null, "completion_column": null,
         "audit": "off", "sort_by_length": false, "split_seed": null, "shots": null, "stratify": false, "near_duplicates": 0.0, "messages_column": null, "label_column": null,
         "eval_every": 4, "eval_tokens": 100, "patience": null, "checkpoint_every": 5,

@@ -281,6 +281,24 @@ def train(
             unset="never",
         ),
     ] = None,
+    bias_column: Annotated[
+        str | None,
+        Option(
+            "column of the groups whose labels are compared, in every data file; for "
+            "classification",
+            group=HELDOUT,
+            unset="none, or by bias_terms",
+        ),
+    ] = None,
+    bias_terms: Annotated[
+        Sequence[str],
+        Option(
+            "pairs of terms that name two groups, such as he/she: texts are compared with their "
+            "terms swapped, and by the group they name",
+            unit="FIRST/SECOND",
+            group=HELDOUT,
+        ),
+    ] = (),
     checkpoint_every: Annotated[
         int, Option("steps between checkpoints", unit="steps", group=RUN)
     ] = 200,
@@ -307,8 +325,10 @@ def train(
     part before the first step, every `eval_every` steps and at the end, and the weights with the
     lowest held-out loss are kept. Where `test` or `test_data` asks for a test split, these weights
     are measured on all of it, once; it shares no text, near duplicate or group with the other
-    sides. `forgetting` is read before the first step and at the end, up to `eval_tokens`. Before
-    any of it the data is audited (`ferrotune.audit`): what is
+    sides. `forgetting` is read before the first step and at the end, up to `eval_tokens`, and so
+    are the records of the test split (without one: of the held-out part) whose groups
+    `bias_column` and `bias_terms` compare. First of all the
+    data is audited (`ferrotune.audit`): what is
     found is shown as warnings and kept in the result's `data["audit"]`, and `audit` says whether
     the run ends where training would be meaningless.
 

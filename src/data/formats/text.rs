@@ -96,6 +96,7 @@ impl Blocks for Text {
                         content: Content::Text(text),
                         label: None,
                         group: None,
+                        bias: None,
                         file: 0,
                         number,
                     }),

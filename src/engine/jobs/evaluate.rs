@@ -14,7 +14,7 @@ use crate::data::{
 use crate::engine::metrics::{ClassificationMetrics, GenerationMetrics};
 use crate::engine::models::{Architecture, Labels, Task, Transformer};
 use crate::engine::{
-    Control, EvalEvent, Event, Hooks, Measures, Model, evaluate as evaluate_source,
+    Control, EvalEvent, Evaluation, Event, Hooks, Measures, Model, evaluate as evaluate_source,
 };
 use crate::error::{Error, Result};
 
@@ -44,6 +44,9 @@ pub struct EvaluateConfig {
     pub eval_tokens: Option<usize>,
     /// Of the bootstrap.
     pub seed: u64,
+    /// Whether the result has what was said of every record; of a language model, without `packing`.
+    #[serde(default)]
+    pub records: bool,
     pub threads: Option<usize>,
 }
 
@@ -66,6 +69,44 @@ pub struct EvaluateResult {
     /// A classification model's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub classification: Option<ClassificationMetrics>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub records: Option<Scores>,
+}
+
+/// What was said of each record, in order.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Scores {
+    /// Negative log-likelihood of what was predicted, nats, summed over it.
+    pub loss: Vec<f64>,
+    /// Tokens (or labels) predicted.
+    pub tokens: Vec<f64>,
+    /// A classifier's true and predicted classes, and the names of all.
+    pub truth: Vec<u32>,
+    pub predicted: Vec<u32>,
+    pub labels: Vec<String>,
+}
+
+impl Scores {
+    /// `order` says which record each row holds, where the rows are not in the records' order.
+    fn of(found: Evaluation, labels: &[String], order: &[usize]) -> Self {
+        let (truth, predicted, losses) = match found.predictions {
+            Some(said) => (said.truth, said.predicted, said.loss),
+            None => Default::default(),
+        };
+        let mut rows: Vec<_> = (0..).zip(found.rows).collect();
+        rows.sort_by_key(|(row, _)| order.get(*row).copied().unwrap_or(*row));
+        let rows = rows.into_iter().map(|(_, row)| row);
+        let (mut loss, mut tokens): (Vec<f64>, Vec<f64>) = rows.unzip();
+        loss.extend(&losses);
+        tokens.extend(losses.iter().map(|_| 1.0));
+        Self {
+            loss,
+            tokens,
+            truth,
+            predicted,
+            labels: labels.to_vec(),
+        }
+    }
 }
 
 /// # Errors
@@ -79,6 +120,11 @@ pub fn evaluate(config: &EvaluateConfig, hooks: &mut (dyn Hooks + Send)) -> Resu
         if value == 0 {
             return Err(Error::argument(format!("{name} must be at least 1, not 0")));
         }
+    }
+    if config.records && config.packing {
+        return Err(Error::argument(
+            "records is what is said of each record, which packing mixes: give packing false",
+        ));
     }
     with_threads(config.threads, || run(config, hooks))
 }
@@ -124,6 +170,7 @@ fn data(config: &EvaluateConfig) -> DataConfig {
             messages_column: config.messages_column.clone(),
             label_column: config.label_column.clone(),
             group_column: None,
+            bias_column: None,
         },
         frames: config.frames.clone(),
         sequence_length: config.sequence_length,
@@ -132,6 +179,7 @@ fn data(config: &EvaluateConfig) -> DataConfig {
         seed: 0,
         layout: Layout::Inputs,
         audit: AuditMode::Off,
+        terms: None,
     }
 }
 
@@ -157,7 +205,7 @@ fn labels(
     };
     let set = Labelled::new(texts, class)?;
     let source = LabelledBatches::new(&set, config.batch_size)?;
-    measured(config, model, &source, skipped, hooks)
+    measured(config, model, &source, &[], skipped, hooks)
 }
 
 fn generation(
@@ -171,13 +219,15 @@ fn generation(
         hooks.on_event(&Event::Warning { message })?;
     }
     let source = Sequential::new(&whole.packed, config.batch_size)?.spelling(whole.bytes);
-    measured(config, model, &source, whole.skipped, hooks)
+    let order = whole.packed.examples_of_rows();
+    measured(config, model, &source, &order, whole.skipped, hooks)
 }
 
 fn measured(
     config: &EvaluateConfig,
     model: &Transformer,
     source: &dyn BatchSource,
+    order: &[usize],
     skipped: usize,
     hooks: &mut (dyn Hooks + Send),
 ) -> Result<EvaluateResult> {
@@ -211,5 +261,8 @@ fn measured(
         tokens_per_second: found.tokens as f64 / seconds,
         generation,
         classification,
+        records: config
+            .records
+            .then(|| Scores::of(found, model.labels(), order)),
     })
 }

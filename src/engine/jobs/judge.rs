@@ -1,8 +1,9 @@
-//! What a finished run is judged by beside its held-out part: a test split that is read once, and
-//! what the model forgot of its own domain.
+//! What a finished run is judged by beside its held-out part: a test split, what the model forgot of
+//! its own domain, and how it treats groups.
 
 use serde::Serialize;
 
+use super::bias::{Bias, BiasPlan, Said};
 use super::train::data_config;
 use crate::data::{BatchSource, Columns, DataConfig, Sequential, Tokenizer, Whole, prepare_whole};
 use crate::engine::metrics::{ClassificationMetrics, GenerationMetrics, Interval, ratio_interval};
@@ -17,6 +18,8 @@ pub struct Judgement {
     pub test: Option<Tested>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub forgetting: Option<Forgetting>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bias: Option<Bias>,
 }
 
 /// The best weights on the test side, all of which is read.
@@ -49,6 +52,8 @@ pub(super) struct Judge<'a> {
     test: Option<&'a dyn BatchSource>,
     own: Option<&'a dyn BatchSource>,
     own_before: Option<Evaluation>,
+    bias: Option<BiasPlan<'a>>,
+    bias_before: Option<(Said, Vec<u32>)>,
 }
 
 impl<'a> Judge<'a> {
@@ -63,7 +68,13 @@ impl<'a> Judge<'a> {
             test,
             own,
             own_before: None,
+            bias: None,
+            bias_before: None,
         }
+    }
+
+    pub fn with_bias(self, bias: Option<BiasPlan<'a>>) -> Self {
+        Self { bias, ..self }
     }
 
     /// Takes what is to be compared from the model as it was loaded.
@@ -74,6 +85,8 @@ impl<'a> Judge<'a> {
         if let Some(own) = self.own {
             self.own_before = Some(read(model, own, self.config.eval_tokens, hooks)?);
         }
+        let bias = self.bias.as_ref();
+        self.bias_before = bias.map(|bias| bias.ask(model, hooks)).transpose()?;
         Ok(())
     }
 
@@ -116,10 +129,23 @@ impl<'a> Judge<'a> {
                     tokens: differences.iter().map(|row| row.1 as usize).sum(),
                     before,
                     after,
-                    change: ratio_interval(&differences, seed),
+                    // The mean over all tokens; a row's loss is a number of f32.
+                    change: Interval {
+                        value: after.loss_interval.value - before.loss_interval.value,
+                        ..ratio_interval(&differences, seed)
+                    },
                 });
         }
-        Ok(Judgement { test, forgetting })
+        let mut bias = None;
+        if let (Some(plan), Some((before, truth))) = (self.bias, self.bias_before) {
+            let (after, _) = plan.ask(model, hooks)?;
+            bias = Some(plan.found(model.labels(), truth, before, after));
+        }
+        Ok(Judgement {
+            test,
+            forgetting,
+            bias,
+        })
     }
 }
 

@@ -1,6 +1,7 @@
 //! The commands a user gives: train, evaluate, generate, merge, audit, each from its settings alone.
 
 mod audit;
+mod bias;
 mod compute;
 mod evaluate;
 mod generate;
@@ -12,8 +13,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 pub use audit::{AuditJob, audit};
+pub use bias::{Bias, Said};
 pub use compute::compute;
-pub use evaluate::{EvaluateConfig, EvaluateResult, evaluate};
+pub use evaluate::{EvaluateConfig, EvaluateResult, Scores, evaluate};
 pub use generate::{GenerateConfig, GenerateResult, generate};
 pub use judge::{Forgetting, Judgement, Tested};
 pub use merge::{MergeConfig, MergeResult, merge};

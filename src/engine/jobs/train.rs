@@ -3,13 +3,14 @@
 use serde::Serialize;
 use serde_json::{Map, json};
 
+use super::bias::BiasPlan;
 use super::judge::{Judge, Judgement, own_batches, own_text, refuse_forgetting};
 use super::{Names, select, tokenizer, with_threads};
 use crate::adapter::{AdapterConfig, Selector};
 use crate::data::audit::Severity;
 use crate::data::{
     BatchSource, DataConfig, DataReport, Few, Labelled, LabelledBatches, PreparedTexts, Sequential,
-    Shuffled, prepare, prepare_texts,
+    Shuffled, Terms, prepare, prepare_texts,
 };
 use crate::engine::models::{
     Architecture, Head, Init, Labels, LoadPlan, Lora, Quantize, Task, Trained, Transformer,
@@ -78,7 +79,19 @@ fn generation(
     let tokenizer = tokenizer(&config.model, &architecture)?;
     tokenizer.fits()?;
     let model = load(config, architecture, trained)?;
-    let mut prepared = prepare(&data_config(config), &tokenizer)?;
+    let terms = terms(config)?;
+    let names = terms.as_ref().map(|terms| terms.names.clone());
+    if config.bias_column.is_some() {
+        return Err(Error::argument(
+            "bias_column compares the labels that groups are given, which generation has none of: \
+             give bias_terms, or task classification",
+        ));
+    }
+    let data = DataConfig {
+        terms,
+        ..data_config(config)
+    };
+    let mut prepared = prepare(&data, &tokenizer)?;
     let own = own_text(config, &tokenizer, &mut warnings)?;
     prepared.report.files.extend(config.forgetting.clone());
     drop(tokenizer);
@@ -92,11 +105,24 @@ fn generation(
         Ok::<_, Error>(source.spelling(prepared.report.test_bytes))
     });
     let (test, own) = (test.transpose()?, own_batches(config, own.as_ref())?);
+    let side = judged_side(test.is_some());
+    let (swaps, left_out) = &prepared.swaps;
+    if names.is_some() && swaps.is_empty() {
+        return Err(no_group(side, "holds a term of bias_terms"));
+    }
+    let bias = names.map(|names| BiasPlan {
+        side,
+        swaps,
+        left_out: *left_out,
+        sequence_length: config.sequence_length,
+        terms: Some(names),
+        ..BiasPlan::default()
+    });
     fit(
         config,
         &model,
         (&train, &heldout),
-        Judge::new(config, test.as_ref().map(source), own.as_ref().map(source)),
+        Judge::new(config, test.as_ref().map(source), own.as_ref().map(source)).with_bias(bias),
         prepared.report,
         warnings,
         hooks,
@@ -112,12 +138,18 @@ fn classification(
     let (trained, mut warnings) = trained(config, &architecture)?;
     let tokenizer = tokenizer(&config.model, &architecture)?;
     tokenizer.fits()?;
+    let terms = terms(config)?;
+    let names = terms.as_ref().map(|terms| terms.names.clone());
+    let data = DataConfig {
+        terms,
+        ..data_config(config)
+    };
     let PreparedTexts {
         train,
         heldout,
         test,
         report,
-    } = prepare_texts(&data_config(config), &tokenizer)?;
+    } = prepare_texts(&data, &tokenizer)?;
     drop(tokenizer);
     let (labels, warning) = labels(
         &architecture,
@@ -132,8 +164,13 @@ fn classification(
         let found = labels.index(label);
         found.ok_or_else(|| Error::run(format!("label '{label}' has no number")))
     };
+    let judged = test.as_ref().unwrap_or(&heldout);
+    let (groups, swapped) = (judged.groups.clone(), judged.swapped_texts());
     let (train, heldout) = (Labelled::new(train, class)?, Labelled::new(heldout, class)?);
     let test = test.map(|test| Labelled::new(test, class)).transpose()?;
+    let (places, swapped) = swapped;
+    let swapped = (!places.is_empty()).then(|| Labelled::new(swapped, class));
+    let swapped = swapped.transpose()?;
     architecture.head = Head::Classification(labels);
     let model = load(config, architecture, trained)?;
     let train = LabelledBatches::new(&train, config.batch_size)?
@@ -142,7 +179,24 @@ fn classification(
     let test = test.as_ref();
     let test = test.map(|test| LabelledBatches::new(test, config.batch_size));
     let test = test.transpose()?;
-    let judge = Judge::new(config, test.as_ref().map(source), None);
+    let swapped = swapped.as_ref();
+    let swapped = swapped.map(|swapped| LabelledBatches::new(swapped, config.batch_size));
+    let swapped = swapped.transpose()?;
+    let asked = config.bias_column.is_some() || names.is_some();
+    let side = judged_side(test.is_some());
+    if asked && groups.iter().all(Option::is_none) {
+        return Err(no_group(side, "names a group"));
+    }
+    let bias = asked.then(|| BiasPlan {
+        side,
+        groups,
+        records: Some(test.as_ref().map_or(&heldout, |test| test)),
+        swapped: swapped.as_ref().map(source),
+        places,
+        terms: names,
+        ..BiasPlan::default()
+    });
+    let judge = Judge::new(config, test.as_ref().map(source), None).with_bias(bias);
     fit(
         config,
         &model,
@@ -152,6 +206,23 @@ fn classification(
         warnings,
         hooks,
     )
+}
+
+fn terms(config: &TrainConfig) -> Result<Option<Terms>> {
+    let pairs = &config.bias_terms;
+    (!pairs.is_empty()).then(|| Terms::parse(pairs)).transpose()
+}
+
+/// Where groups are compared.
+fn judged_side(has_test: bool) -> &'static str {
+    if has_test { "test" } else { "held-out" }
+}
+
+fn no_group(side: &str, what: &str) -> Error {
+    Error::argument(format!(
+        "no record of the {side} data {what}, so that bias cannot be measured; give other records \
+         or terms, or leave bias_column and bias_terms out"
+    ))
 }
 
 fn source<S: BatchSource>(source: &S) -> &dyn BatchSource {
@@ -354,6 +425,7 @@ pub(super) fn data_config(config: &TrainConfig) -> DataConfig {
             messages_column: config.messages_column.clone(),
             label_column: config.label_column.clone(),
             group_column: config.group.clone(),
+            bias_column: config.bias_column.clone(),
         },
         frames: config.frames.clone(),
         sequence_length: config.sequence_length,
@@ -365,6 +437,7 @@ pub(super) fn data_config(config: &TrainConfig) -> DataConfig {
         }),
         layout: crate::data::Layout::Inputs,
         audit: config.audit,
+        terms: None,
     }
 }
 
@@ -402,6 +475,7 @@ fn model_event(config: &TrainConfig, model: &Transformer) -> ModelEvent {
     }
     if let Some(labels) = architecture.labels() {
         details.insert("labels".to_owned(), json!(labels.names));
+        details.insert("new_head".to_owned(), json!(labels.fresh));
     }
     ModelEvent {
         architecture: architecture.trained_class().to_owned(),
