@@ -93,6 +93,10 @@ def test_a_planted_bias_is_found_in_its_size(tmp_path: Path) -> None:
     for part in ("## Bias", "](bias.png)", "no fair baseline", "Not measured: ", "| yes, north |"):
         assert part in card, part
     assert "bias.png" not in (result.weights / "README.md").read_text()
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/png") == 2
+    for part in ("<th>yes, north</th>", "no fair baseline", "Not measured: "):
+        assert part in page, part
 
 
 def test_without_a_planted_bias_none_is_found(tmp_path: Path) -> None:
