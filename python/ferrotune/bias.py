@@ -18,7 +18,7 @@ from .tables import count
 
 Rows = tuple[tuple[str, str], ...]
 # A table's header and its rows.
-Grid = tuple[tuple[str, ...], list[tuple[str, ...]]]
+Grid = tuple[Sequence[str], Sequence[Sequence[str]]]
 # Gaps that a table in a terminal shows; results.json and the card have all.
 SHOWN = 4
 
@@ -162,22 +162,21 @@ class Bias:
         )
         parts: list[str | Grid] = [note]
         if self.rates:
-            header = ("rate of a label", "in the data", "base model", "tuned model")
-            rows = [
+            of_models = ("in the data", "base model", "tuned model")
+            rates = [
                 (f"{one.label}, {one.group} ({count(one.records)})", *_texts(one))
                 for one in self.rates
             ]
-            parts.append((header, rows))
+            parts.append((("rate of a label", *of_models), rates))
             parts.append(
                 "A gap is a group's rate minus that of the other groups; amplification is how much "
                 "wider the tuned model's gap is than the data's."
             )
-            header = ("gap", "in the data", "base model", "tuned model", "amplification")
             gaps = [
                 (f"{gap.label}, {gap.group}", *_texts(gap), _signed(gap.amplification))
                 for gap in self.gaps
             ]
-            parts.append((header, gaps))
+            parts.append((("gap", *of_models, "amplification"), gaps))
         if self.swaps:
             header = (
                 f"swapped terms ({self.unit})",
