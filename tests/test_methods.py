@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import bottlenecks
 import ferrotune
-from families import cancelling
-from llamas import Batch, batch, check_gradients, engine, largest
+from families import build, cancelling
+from llamas import Batch, batch, check_gradients, engine, largest, save
 from methods import (
     FAMILIES,
     Family,
@@ -35,7 +36,15 @@ pytest.importorskip("peft")
 NAMES = [f"{family}-{kind}" for family, kind in FAMILIES]
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=NAMES)
+# Each family and each task once; the rest where time is no matter.
+ALWAYS = (FAMILIES[0], FAMILIES[3], FAMILIES[4])
+TRAINED = [
+    pytest.param(family, marks=() if family in ALWAYS else pytest.mark.slow, id=name)
+    for family, name in zip(FAMILIES, NAMES, strict=True)
+]
+
+
+@pytest.fixture(scope="module", params=TRAINED)
 def trained_base(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Family, Path]:
@@ -285,6 +294,70 @@ def test_settings_that_do_not_fit_virtual_tokens(
     base = with_data(("llama", "ForCausalLM"), tmp_path)
     with pytest.raises(ValueError, match=message):
         train(base, tmp_path / "run", method, **changes)
+    assert not (tmp_path / "run").exists()
+
+
+VARIANTS = ["houlsby", "pfeiffer"]
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bottleneck_adapters_are_the_papers(variant: str, family: Family, tmp_path: Path) -> None:
+    """Logits, loss and gradients of a folder that the test wrote, beside torch in float64."""
+    base = save(build(*family), tmp_path / "base")
+    adapter = bottlenecks.write(family, variant, 7, tmp_path / "adapter")
+    data = inputs(family)
+    found = engine(base, data, adapter=adapter)
+    truth, torchs = (
+        computed(bottlenecks.attached(base, family, adapter, dtype), data, family)
+        for dtype in ("float64", "float32")
+    )
+    assert largest(found.logits.reshape(truth.logits.shape), truth.logits) <= 1e-4
+    assert found.loss == pytest.approx(truth.loss, rel=1e-6)
+    expected, own = (bottlenecks.by_name(x.gradients) for x in (truth, torchs))
+    assert found.gradients.keys() == expected.keys()
+    check_gradients(found.gradients, expected, own)
+    assert largest(found.logits, engine(base, data).logits) > 1e-2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bottleneck_adapters_that_were_trained(
+    variant: str, trained_base: tuple[Family, Path], tmp_path: Path
+) -> None:
+    family, base = trained_base
+    rate = 1e-3 if family in ALWAYS[1:] else 1e-2
+    changes = {"adapter_variant": variant, "reduction_factor": 6, "learning_rate": rate}
+    result, first = check_run(family, base, tmp_path, "adapter", **changes)
+    found = tensors(result.weights)
+    check_moved(found, first)
+    assert len([name for name in found if name.endswith(".adapter.down.weight")]) == len(
+        bottlenecks.blocks(family[0], variant)
+    )
+    assert all(x.shape == (8, 48) for name, x in found.items() if name.endswith("down.weight"))
+    data = inputs(family, 90)
+    truth = computed(bottlenecks.attached(base, family, result.weights), data, family)
+    ours = engine(base, data, adapter=result.weights)
+    assert largest(ours.logits.reshape(truth.logits.shape), truth.logits) <= 1e-4
+    with pytest.raises(ValueError, match="cannot be merged"):
+        ferrotune.merge(base, result.weights, tmp_path / "merged")
+    if task_of(family) == "CAUSAL_LM":
+        check_generated(base, result.weights, bottlenecks.attached(base, family, result.weights))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reduction_factor": 0}, "reduction_factor must be at least 1, not 0"),
+        ({"reduction_factor": 49}, "leaves nothing of the model's hidden size 48"),
+        ({"adapter_variant": "parallel"}, "adapter_variant"),
+    ],
+)
+def test_settings_that_do_not_fit_adapters(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    base = with_data(("llama", "ForCausalLM"), tmp_path)
+    with pytest.raises(ValueError, match=message):
+        train(base, tmp_path / "run", "adapter", **changes)
     assert not (tmp_path / "run").exists()
 
 

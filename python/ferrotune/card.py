@@ -17,7 +17,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SHOWN = (
     "task", "method", "trained_layers", "r", "lora_alpha", "lora_dropout", "use_rslora",
     "rank_pattern", "alpha_pattern", "target_modules", "feedforward_modules",
-    "num_virtual_tokens", "prompt_tuning_init",
+    "num_virtual_tokens", "prompt_tuning_init", "adapter_variant", "reduction_factor",
     "quant_type", "blocksize", "double_quant",
     "sequence_length", "packing", "batch_size", "gradient_accumulation", "epochs", "max_steps",
     "max_seconds", "learning_rate", "warmup_steps", "schedule", "min_learning_rate_ratio",
@@ -103,10 +103,13 @@ def _front_matter(base: str, method: str, result: TrainResult) -> str:
     family = family.removesuffix("lmheadmodel") or "llama"
     task = "text-generation" if result.classification is None else "text-classification"
     tags = [method, "ferrotune", family, f"base_model:{relation}:{base}"]
+    library = "transformers"
+    if adapter:
+        library = "ferrotune" if method == "adapter" else "peft"
     lines = [
         f"base_model: {json.dumps(base)}",
         f"base_model_relation: {relation}",
-        f"library_name: {'peft' if adapter else 'transformers'}",
+        f"library_name: {library}",
         f"pipeline_tag: {task}",
         "tags:",
         *(f"- {json.dumps(tag)}" for tag in tags),
@@ -126,6 +129,7 @@ def _summary(result: TrainResult, settings: Mapping[str, Any], base: str) -> str
         "ia3": "(IA)³ vectors",
         "prompt": f"{settings.get('num_virtual_tokens')} virtual tokens before each text",
         "prefix": f"{settings.get('num_virtual_tokens')} virtual keys and values in every layer",
+        "adapter": f"{str(settings.get('adapter_variant')).capitalize()} bottleneck adapters",
         "full": "every weight trained",
         "freeze": f"the head{f' and the last {layers} blocks' if layers else ''} trained",
     }[settings["method"]]
@@ -219,6 +223,13 @@ def _use(result: TrainResult, settings: Mapping[str, Any], in_weights: bool) -> 
             return _code("With transformers", transformers) + "\n\n" + _evaluated(f"{weights!r}")
         ours = f'ferrotune.generate({weights!r}, "…")'
         return _code("With transformers", transformers) + "\n\n" + _ours(ours)
+    if settings["method"] == "adapter":
+        call = f"{model!r}, adapter={weights!r}"
+        return (
+            _evaluated(call)
+            if classifies
+            else _ours(f'ferrotune.generate({model!r}, "…", {weights!r})')
+        )
     quantised = settings["method"] == "qlora"
     extra = ", BitsAndBytesConfig" if quantised else ""
     config = (
@@ -300,8 +311,11 @@ def _data(result: TrainResult, files: Sequence[tuple[str, int, str]]) -> str:
 
 def _settings(settings: Mapping[str, Any]) -> Table:
     hidden = set() if settings["method"] in _LORA else set(_LORA_ALONE)
-    hidden |= _MODULES_ALONE if settings["method"] in (*WHOLE_MODEL, *_PROMPTS) else set()
+    hidden |= (
+        _MODULES_ALONE if settings["method"] in (*WHOLE_MODEL, *_PROMPTS, "adapter") else set()
+    )
     hidden |= {"num_virtual_tokens"} if settings["method"] not in _PROMPTS else set()
+    hidden |= {"adapter_variant", "reduction_factor"} if settings["method"] != "adapter" else set()
     hidden |= {"prompt_tuning_init"} if settings["method"] != "prompt" else set()
     hidden |= {"trained_layers"} if settings["method"] != "freeze" else set()
     hidden |= _QUANTISED_ALONE if settings["method"] != "qlora" else set()

@@ -15,6 +15,6 @@ pub use rules::Rules;
 pub use selector::Selector;
 pub use target::{Modules, Selection, Target, select};
 pub use tuned::{
-    Common, Ia3Config, Ia3Selection, PROMPT_EMBEDDINGS, Tuned, TunedConfig, VirtualConfig,
-    VirtualKind, is_lora, read_tuned, write_tuned,
+    BottleneckConfig, Common, INFIX, Ia3Config, Ia3Selection, PROMPT_EMBEDDINGS, Tuned,
+    TunedConfig, Variant, VirtualConfig, VirtualKind, is_lora, read_tuned, write_tuned,
 };

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::adapter::Variant;
 use crate::data::Frames;
 use crate::data::audit::AuditMode;
 use crate::dtype::QuantType;
@@ -24,6 +25,8 @@ pub enum Method {
     Prompt,
     /// Virtual tokens before each text: learned keys and values of every layer.
     Prefix,
+    /// Bottleneck layers behind attention and MLP, or behind the MLP alone.
+    Adapter,
     /// The head, and the last blocks where `trained_layers` says so; the rest stays frozen.
     Freeze,
     /// Every weight.
@@ -113,6 +116,10 @@ pub struct TrainConfig {
     /// Of methods prompt and prefix, before each text.
     pub num_virtual_tokens: usize,
     pub prompt_tuning_init: PromptInit,
+    /// Where method adapter puts its layers.
+    pub adapter_variant: Variant,
+    /// The hidden size as a multiple of an adapter's inner size.
+    pub reduction_factor: usize,
 
     #[serde(with = "quant_type")]
     pub quant_type: QuantType,

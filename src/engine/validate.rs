@@ -78,6 +78,9 @@ impl TrainConfig {
         if matches!(self.method, Method::Prompt | Method::Prefix) {
             at_least_one("num_virtual_tokens", self.num_virtual_tokens)?;
         }
+        if self.method == Method::Adapter {
+            at_least_one("reduction_factor", self.reduction_factor)?;
+        }
         if self.method != Method::Ia3 && self.feedforward_modules.is_some() {
             return Err(Error::argument(
                 "feedforward_modules is a setting of method ia3 alone; give method ia3, or leave it out",

@@ -193,7 +193,9 @@ impl Group {
             Scaled::Output => {
                 let k = weight.len() / l.len();
                 for (row, l) in weight.chunks_exact_mut(k).zip(l) {
-                    row.iter_mut().for_each(|value| *value *= l);
+                    for value in row.iter_mut() {
+                        *value *= l;
+                    }
                 }
             }
         }

@@ -180,7 +180,7 @@ pub fn settings(output: &Path, changes: Value) -> Value {
         "model": "model", "data": ["text.txt"], "output": output, "method": "lora",
         "task": "auto", "trained_layers": 0,
         "r": 16, "lora_alpha": 32.0, "lora_dropout": 0.0, "use_rslora": false,
-        "target_modules": "all-linear", "feedforward_modules": null, "num_virtual_tokens": 20, "prompt_tuning_init": "sample_vocab", "rank_pattern": {}, "alpha_pattern": {},
+        "target_modules": "all-linear", "feedforward_modules": null, "num_virtual_tokens": 20, "prompt_tuning_init": "sample_vocab", "adapter_variant": "pfeiffer", "reduction_factor": 16, "rank_pattern": {}, "alpha_pattern": {},
         "quant_type": "nf4", "blocksize": 64, "double_quant": true,
         "epochs": 3.0, "max_steps": null, "max_seconds": null, "batch_size": 4,
         "gradient_accumulation": 2, "sequence_length": COLUMNS, "packing": true,

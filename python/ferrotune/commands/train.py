@@ -36,10 +36,11 @@ DEFAULT_OUTPUT = "ferrotune-run"
 
 # QLoRA's 2e-4 (Dettmers et al. 2023, table 9) moves the few adapter weights; all weights at once
 # want about a tenth of it. (IA)³'s is of its paper (Liu et al. 2022, section 3.3); prompts and
-# prefixes have PEFT's examples' for AdamW.
+# prefixes have PEFT's examples' for AdamW, bottleneck adapters the middle one of the three that
+# Houlsby et al. (2019) tried.
 _LEARNING_RATES = {
-    "lora": 2e-4, "qlora": 2e-4, "ia3": 3e-3, "prompt": 3e-2, "prefix": 1e-2, "full": 2e-5,
-    "freeze": 2e-5,
+    "lora": 2e-4, "qlora": 2e-4, "ia3": 3e-3, "prompt": 3e-2, "prefix": 1e-2, "adapter": 3e-4,
+    "full": 2e-5, "freeze": 2e-5,
 }  # fmt: skip
 
 
@@ -87,10 +88,11 @@ def train(
         ),
     ] = "auto",
     method: Annotated[
-        Literal["lora", "qlora", "ia3", "prompt", "prefix", "freeze", "full"],
+        Literal["lora", "qlora", "ia3", "prompt", "prefix", "adapter", "freeze", "full"],
         Option(
             "LoRA adapters; LoRA adapters over a 4-bit model; vectors that scale activations, "
             "(IA)³; virtual tokens as input embeddings, or as keys and values of every layer; "
+            "bottleneck layers; "
             "the head and the last blocks alone; or every weight",
             group=MODEL,
         ),
@@ -142,6 +144,13 @@ def train(
             group=MODEL,
         ),
     ] = "sample_vocab",
+    adapter_variant: Annotated[
+        Literal["houlsby", "pfeiffer"],
+        Option("of adapter: layers behind attention and MLP, or behind the MLP alone", group=MODEL),
+    ] = "pfeiffer",
+    reduction_factor: Annotated[
+        int, Option("hidden size by inner size of adapter's layers", group=MODEL)
+    ] = 16,
     quant_type: Annotated[
         Literal["nf4", "fp4"], Option("4-bit type of the frozen weights in qlora", group=MODEL)
     ] = "nf4",
@@ -186,7 +195,7 @@ def train(
         Option(
             "highest learning rate",
             group=TRAINING,
-            unset="2e-4; ia3 3e-3; prompt 3e-2; prefix 1e-2; full and freeze 2e-5",
+            unset="2e-4; ia3 3e-3; prompt 3e-2; prefix 1e-2; adapter 3e-4; full, freeze 2e-5",
         ),
     ] = None,
     warmup_steps: Annotated[
@@ -333,9 +342,9 @@ def train(
     the run ends where training would be meaningless.
 
     The run's folder holds `config.toml` (every setting, ready to run again), `metrics.jsonl`,
-    `adapter/` in PEFT's format (`model/`, a Hugging Face folder, for methods "full" and "freeze"),
-    `checkpoint/`, `curves.png`, `results.json`, `report.html` (all of it on one page) and a model
-    card, `README.md`; with `tensorboard` also `tensorboard/`, event files by tensorboardX
+    `adapter/` in PEFT's format (of method "adapter" in ferrotune's own, see the README; `model/`,
+    a Hugging Face folder, for methods "full" and "freeze"), `checkpoint/`, `curves.png`,
+    `results.json`, `report.html` (all of it on one page) and a model card, `README.md`; with `tensorboard` also `tensorboard/`, event files by tensorboardX
     (`pip install 'ferrotune[tensorboard]'`). A classifier's adapter has its head as PEFT's
     `modules_to_save`, and a config.json that names the labels.
 
@@ -348,8 +357,8 @@ def train(
             frame, an Arrow table. A table is read without a copy; `config.toml` has a name in its
             place, and only Python can run it again.
         learning_rate: None is 2e-4 for lora and qlora (QLoRA's value), 3e-3 for ia3 (its paper's),
-            3e-2 for prompt, 1e-2 for prefix and 2e-5 for full and freeze; small models take
-            more, 1e-3 and above.
+            3e-2 for prompt, 1e-2 for prefix, 3e-4 for adapter and 2e-5 for full and
+            freeze; small models take more, 1e-3 and above.
         on_event: called with each event of the trainer (a dict told apart by its key "event":
             data, model, step, eval, checkpoint, warning, stop); returning False ends the run
             after this step, with a checkpoint.

@@ -1,5 +1,6 @@
 //! Adapters of the methods beside LoRA: their configurations, and one folder format for all.
 
+mod bottleneck;
 mod ia3;
 mod prompt;
 
@@ -8,6 +9,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+pub use bottleneck::{BottleneckConfig, INFIX, Variant};
 pub use ia3::{Ia3Config, Ia3Selection};
 pub use prompt::{PROMPT_EMBEDDINGS, VirtualConfig, VirtualKind};
 
@@ -78,6 +80,7 @@ impl Common {
 pub enum TunedConfig {
     Ia3(Ia3Config),
     Virtual(VirtualConfig),
+    Bottleneck(BottleneckConfig),
 }
 
 impl TunedConfig {
@@ -87,6 +90,7 @@ impl TunedConfig {
             Self::Ia3(_) => "ia3",
             Self::Virtual(config) if config.is_prefix() => "prefix",
             Self::Virtual(_) => "prompt",
+            Self::Bottleneck(_) => "adapter",
         }
     }
 
@@ -94,6 +98,7 @@ impl TunedConfig {
         match self {
             Self::Ia3(config) => &config.common,
             Self::Virtual(config) => &config.common,
+            Self::Bottleneck(config) => &config.common,
         }
     }
 
@@ -101,10 +106,15 @@ impl TunedConfig {
         match self {
             Self::Ia3(config) => &mut config.common,
             Self::Virtual(config) => &mut config.common,
+            Self::Bottleneck(config) => &mut config.common,
         }
     }
 
     fn parse(map: &Map<String, Value>) -> Parsed<(Self, Vec<String>)> {
+        if map.get("adapter_type").and_then(Value::as_str) == Some(bottleneck::ADAPTER_TYPE) {
+            let (config, warnings) = BottleneckConfig::parse(map)?;
+            return Ok((Self::Bottleneck(config), warnings));
+        }
         let kind = map.get("peft_type").and_then(Value::as_str);
         match kind {
             Some(ia3::PEFT_TYPE) => {
@@ -127,6 +137,7 @@ impl TunedConfig {
         let fields = match self {
             Self::Ia3(config) => config.fields(),
             Self::Virtual(config) => config.fields(),
+            Self::Bottleneck(config) => config.fields(),
         };
         let owned = |(name, value): (&str, Value)| (name.to_owned(), value);
         fields.into_iter().map(owned).collect()
@@ -137,6 +148,7 @@ impl TunedConfig {
         match self {
             Self::Ia3(_) => tensor.ends_with(ia3::VECTOR),
             Self::Virtual(_) => tensor == PROMPT_EMBEDDINGS,
+            Self::Bottleneck(_) => tensor.contains(INFIX),
         }
     }
 
@@ -145,14 +157,15 @@ impl TunedConfig {
         match self {
             Self::Ia3(_) => PREFIX,
             Self::Virtual(_) => prompt::PREFIX,
+            Self::Bottleneck(_) => "",
         }
     }
 
     /// The number of virtual tokens before each document.
     pub fn virtual_tokens(&self) -> usize {
         match self {
-            Self::Ia3(_) => 0,
             Self::Virtual(config) => config.num_virtual_tokens,
+            Self::Ia3(_) | Self::Bottleneck(_) => 0,
         }
     }
 }
@@ -174,7 +187,8 @@ pub struct Tuned {
 pub fn is_lora(folder: &Path) -> Result<bool> {
     let (_, map) = read_fields(folder)?;
     let kind = map.get("peft_type").and_then(Value::as_str);
-    Ok(kind.is_none_or(|kind| kind == "LORA"))
+    let own = map.contains_key("adapter_type");
+    Ok(!own && kind.is_none_or(|kind| kind == "LORA"))
 }
 
 /// Reads an adapter folder of a method beside LoRA, and warnings for the caller to show.

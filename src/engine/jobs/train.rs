@@ -470,8 +470,10 @@ fn model_event(config: &TrainConfig, model: &Transformer) -> ModelEvent {
     if config.method.is_adapter() {
         let names = Names::new(architecture);
         let adapted = model.adapter_modules().len();
-        details.insert("adapted_modules".to_owned(), json!(adapted));
-        details.insert("linear_modules".to_owned(), json!(names.linear.len() - 1));
+        if adapted > 0 {
+            details.insert("adapted_modules".to_owned(), json!(adapted));
+            details.insert("linear_modules".to_owned(), json!(names.linear.len() - 1));
+        }
     }
     if let Some(labels) = architecture.labels() {
         details.insert("labels".to_owned(), json!(labels.names));

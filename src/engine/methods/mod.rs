@@ -1,5 +1,6 @@
 //! The methods beside LoRA: what a run's settings, or a saved adapter, train of a model.
 
+mod bottleneck;
 mod ia3;
 mod virtual_tokens;
 
@@ -22,6 +23,7 @@ pub fn fresh(
     let (beside, warnings) = match config.method {
         Method::Ia3 => ia3::fresh(config, model, modules)?,
         Method::Prompt | Method::Prefix => (virtual_tokens::fresh(config, model)?, Vec::new()),
+        Method::Adapter => (bottleneck::fresh(config, model)?, Vec::new()),
         Method::Lora | Method::Qlora | Method::Freeze | Method::Full => return Ok(None),
     };
     let mut whole = Vec::new();
@@ -52,6 +54,10 @@ pub fn saved(
     } = tuned;
     let (mut beside, warnings) = match config {
         TunedConfig::Ia3(config) => ia3::saved(&config, &tensors, modules)?,
+        TunedConfig::Bottleneck(config) => {
+            let beside = bottleneck::saved(config, &tensors, model)?;
+            (beside, Vec::new())
+        }
         TunedConfig::Virtual(config) => {
             let beside = virtual_tokens::saved(config, &mut tensors, model)?;
             (beside, Vec::new())

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::block::{Inner, Tokens};
+use super::bottleneck::Bottleneck;
 use super::norm::Norm;
 use super::virtual_tokens::{put_prefix, take_prefix};
 use crate::engine::ops::attention::{attention, attention_backward};
@@ -27,6 +28,7 @@ pub struct Attention {
     pub rotations: Option<Arc<Rotations>>,
     /// Virtual tokens with learned keys and values, `[prefix, 2, hkv, d]` behind o's tensors.
     pub prefix: usize,
+    pub bottleneck: Option<Bottleneck>,
 }
 
 /// What backward needs of forward, all head-major.
@@ -71,6 +73,10 @@ impl Inner for Attention {
 
     fn norm(&self) -> &Norm {
         &self.norm
+    }
+
+    fn bottleneck(&self) -> Option<&Bottleneck> {
+        self.bottleneck.as_ref()
     }
 
     fn theta_len(&self) -> usize {

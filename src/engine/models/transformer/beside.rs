@@ -7,7 +7,7 @@ use std::path::Path;
 use super::Transformer;
 use super::builder::copy_saved;
 use super::init::normal;
-use crate::adapter::{PROMPT_EMBEDDINGS, SavedTensor, Tuned, TunedConfig, write_tuned};
+use crate::adapter::{INFIX, PROMPT_EMBEDDINGS, SavedTensor, Tuned, TunedConfig, write_tuned};
 use crate::dtype::DType;
 use crate::engine::models::architecture::Architecture;
 use crate::error::{Error, Result};
@@ -21,6 +21,8 @@ const VECTOR: &str = ".ia3_l";
 pub const PREFIX: &str = ".prefix";
 /// transformers' `initializer_range`. PEFT draws prefixes with deviation 1, which drowns a text.
 const PREFIX_DEVIATION: f32 = 0.02;
+/// Houlsby et al., section 3.6: near the identity.
+const BOTTLENECK_DEVIATION: f32 = 0.01;
 
 /// An adapter of a method beside LoRA.
 #[derive(Debug, Clone)]
@@ -46,6 +48,11 @@ impl Beside {
     pub fn mergeable(&self, folder: &Path) -> Result<()> {
         match &*self.config {
             TunedConfig::Ia3(_) => Ok(()),
+            TunedConfig::Bottleneck(_) => Err(Error::argument(format!(
+                "{}: bottleneck adapters cannot be merged, the base model has no layers like \
+                 theirs; give the adapter to generate and eval",
+                folder.display()
+            ))),
             TunedConfig::Virtual(_) => Err(Error::argument(format!(
                 "{}: an adapter of method {} cannot be merged, its virtual tokens are input and no \
                  weights; give it as the adapter to generate and eval",
@@ -73,6 +80,10 @@ impl Beside {
             normal(seed, name, 1.0, out);
         } else if name.ends_with(PREFIX) {
             normal(seed, name, PREFIX_DEVIATION, out);
+        } else if name.contains(INFIX) && name.ends_with(".weight") {
+            normal(seed, name, BOTTLENECK_DEVIATION, out);
+        } else if name.contains(INFIX) {
+            out.fill(0.0);
         } else {
             return Ok(false);
         }
@@ -87,7 +98,7 @@ pub fn is_factor(name: &str) -> bool {
 
 /// Whether a trained tensor is a method's own, and no weight of a module of the base.
 fn is_own(name: &str) -> bool {
-    is_factor(name) || name == PROMPT_EMBEDDINGS || name.ends_with(PREFIX)
+    is_factor(name) || name == PROMPT_EMBEDDINGS || name.ends_with(PREFIX) || name.contains(INFIX)
 }
 
 /// The name of a layer's prefix.
@@ -179,18 +190,18 @@ impl Transformer {
             saved,
         }))
     }
+}
 
-    pub(super) fn write_tuned(
-        &self,
-        folder: &Path,
-        tuned: &Tuned,
-        config: Option<&str>,
-    ) -> Result<()> {
-        let method = tuned.config.method();
-        let card = format!(
-            "---\nlibrary_name: peft\ntags:\n- {method}\n- ferrotune\n---\n\n\
-             An adapter of method {method}, trained with ferrotune.\n"
-        );
-        write_tuned(folder, tuned, DType::F32, &card, config)
-    }
+/// Writes an adapter folder; `config` names a classifier's labels.
+pub fn write_adapter(folder: &Path, tuned: &Tuned, config: Option<&str>) -> Result<()> {
+    let method = tuned.config.method();
+    let library = match tuned.config {
+        TunedConfig::Bottleneck(_) => "ferrotune",
+        _ => "peft",
+    };
+    let card = format!(
+        "---\nlibrary_name: {library}\ntags:\n- {method}\n- ferrotune\n---\n\n\
+         An adapter of method {method}, trained with ferrotune.\n"
+    );
+    write_tuned(folder, tuned, DType::F32, &card, config)
 }

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Shape, Tensor};
 
+use super::bottleneck::{Bottleneck, BottleneckSaved, copy};
 use super::norm::Norm;
 use super::virtual_tokens::Virtual;
 use crate::engine::ops::attention::Spans;
@@ -47,7 +48,10 @@ pub trait Inner: Send + Sync {
 
     fn norm(&self) -> &Norm;
 
-    /// Length of the trained part without the norm's.
+    /// The adapter behind it.
+    fn bottleneck(&self) -> Option<&Bottleneck>;
+
+    /// Length of the trained part without the adapter's and the norm's.
     fn theta_len(&self) -> usize;
 
     fn forward(
@@ -73,7 +77,7 @@ pub trait Inner: Send + Sync {
 }
 
 /// A norm, a sum and what is inside, for x `[m, k]` and the block's flat variable: the inner part's
-/// tensors, then the norm's.
+/// tensors, the adapter's, then the norm's.
 pub struct Block<I: Inner> {
     inner: Arc<I>,
     tokens: Arc<Tokens>,
@@ -88,6 +92,14 @@ struct Saved<I: Inner> {
     inner: I::Saved,
     /// `x + inner(x)`, where the norm comes after.
     sum: Option<Vec<f32>>,
+    adapted: Option<Adapted>,
+}
+
+/// Of an adapter's forward.
+struct Adapted {
+    saved: BottleneckSaved,
+    /// The sum before the adapter's part, where the norm comes after and the adapter stands on it.
+    before: Option<Scratch>,
 }
 
 impl<I: Inner> Block<I> {
@@ -109,23 +121,80 @@ impl<I: Inner> Block<I> {
     }
 
     fn run(&self, x: &[f32], theta: &[f32]) -> Result<Vec<f32>> {
-        let (theta, norm_theta) = theta.split_at(self.inner.theta_len());
+        let [theta, own, norm_theta] = self.parts(theta);
         let norm = self.inner.norm();
         let inner = |x: &[f32]| self.inner.forward(x, theta, &self.tokens, self.dropout);
-        let (y, saved) = match self.placement {
+        let (mut y, saved) = match self.placement {
             Placement::Before => inner(&norm.forward(x, norm_theta))?,
             Placement::After => inner(x)?,
         };
-        let sum: Vec<f32> = x.iter().zip(y.iter()).map(|(&x, &y)| x + y).collect();
+        let bottleneck = self.inner.bottleneck();
+        let mut adapted = None;
+        if let Some(one) = bottleneck.filter(|one| !one.is_on_sum()) {
+            let saved = one.add(copy(&y), own, &mut y)?;
+            adapted = Some(Adapted {
+                saved,
+                before: None,
+            });
+        }
+        let mut sum: Vec<f32> = x.iter().zip(y.iter()).map(|(&x, &y)| x + y).collect();
+        if let Some(one) = bottleneck.filter(|one| one.is_on_sum()) {
+            let (z, before) = match self.placement {
+                Placement::Before => (copy(&sum), None),
+                Placement::After => (norm.forward(&sum, norm_theta), Some(copy(&sum))),
+            };
+            let saved = one.add(z, own, &mut sum)?;
+            adapted = Some(Adapted { saved, before });
+        }
         let (y, sum) = match self.placement {
             Placement::Before => (sum, None),
             Placement::After => (norm.forward(&sum, norm_theta).to_vec(), Some(sum)),
         };
         if self.train {
-            *self.saved.lock().unwrap_or_else(PoisonError::into_inner) =
-                Some(Saved { inner: saved, sum });
+            *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = Some(Saved {
+                inner: saved,
+                sum,
+                adapted,
+            });
         }
         Ok(y)
+    }
+
+    /// A flat variable's parts: of what is inside, of the adapter, of the norm.
+    fn parts<'a>(&self, theta: &'a [f32]) -> [&'a [f32]; 3] {
+        let (inner, rest) = theta.split_at(self.inner.theta_len());
+        let (own, norm) = rest.split_at(self.inner.bottleneck().map_or(0, Bottleneck::theta_len));
+        [inner, own, norm]
+    }
+
+    /// Through the adapter: `dsum` becomes the gradient of `x + inner(x)`; that of `inner(x)` where
+    /// it is another one. The norm is frozen wherever there is an adapter.
+    fn adapted_backward(
+        &self,
+        adapted: &Adapted,
+        own: &[f32],
+        norm_theta: &[f32],
+        dsum: &mut [f32],
+        down: &mut [f32],
+    ) -> Result<Option<Scratch>> {
+        let Some(one) = self.inner.bottleneck() else {
+            return Ok(None);
+        };
+        let mut dz = one.backward(&adapted.saved, own, dsum, down)?;
+        if !one.is_on_sum() {
+            for (dz, ds) in dz.iter_mut().zip(dsum.iter()) {
+                *dz += ds;
+            }
+            return Ok(Some(dz));
+        }
+        if let Some(before) = &adapted.before {
+            let norm = self.inner.norm();
+            norm.backward(before, norm_theta, &mut dz, None, &mut []);
+        }
+        for (ds, dz) in dsum.iter_mut().zip(dz.iter()) {
+            *ds += dz;
+        }
+        Ok(None)
     }
 
     fn run_backward(
@@ -144,14 +213,25 @@ impl<I: Inner> Block<I> {
                 crate::error::Error::run("backward of a block that kept no activations")
             })?;
         let mut dtheta = vec![0.0f32; theta.len()];
-        let (theta, norm_theta) = theta.split_at(self.inner.theta_len());
+        let [theta, own, norm_theta] = self.parts(theta);
         let norm = self.inner.norm();
-        let (dinner, dnorm) = dtheta.split_at_mut(self.inner.theta_len());
-        let Saved { inner: saved, sum } = saved;
+        let (dinner, dnorm) = dtheta.split_at_mut(theta.len());
+        let (down, dnorm) = dnorm.split_at_mut(own.len());
+        let Saved {
+            inner: saved,
+            sum,
+            adapted,
+        } = saved;
         if let Some(sum) = sum {
             let mut dsum = Scratch::dirty(dy.len());
             dsum.copy_from_slice(dy);
             norm.backward(&sum, norm_theta, &mut dsum, None, dnorm);
+            let dy = match &adapted {
+                Some(adapted) => {
+                    self.adapted_backward(adapted, own, norm_theta, &mut dsum, down)?
+                }
+                None => None,
+            };
             let mut dx = vec![0.0f32; if wants_dx { x.len() } else { 0 }];
             self.inner.backward(
                 x,
@@ -159,7 +239,7 @@ impl<I: Inner> Block<I> {
                 &self.tokens,
                 self.dropout,
                 saved,
-                &dsum,
+                dy.as_deref().unwrap_or(&dsum),
                 wants_dx.then_some(&mut dx[..]),
                 dinner,
             )?;
@@ -168,6 +248,14 @@ impl<I: Inner> Block<I> {
             }
             return Ok((wants_dx.then_some(dx), dtheta));
         }
+        let mut adapted_sum = None;
+        let mut adapted_y = None;
+        if let Some(adapted) = &adapted {
+            let mut dsum = copy(dy);
+            adapted_y = self.adapted_backward(adapted, own, norm_theta, &mut dsum, down)?;
+            adapted_sum = Some(dsum);
+        }
+        let dsum = adapted_sum.as_deref().unwrap_or(dy);
         let wants_inner = wants_dx || norm.theta_len() > 0;
         let normed = norm.forward(x, norm_theta);
         let mut dx = vec![0.0f32; if wants_inner { x.len() } else { 0 }];
@@ -177,12 +265,12 @@ impl<I: Inner> Block<I> {
             &self.tokens,
             self.dropout,
             saved,
-            dy,
+            adapted_y.as_deref().unwrap_or(dsum),
             wants_inner.then_some(&mut dx[..]),
             dinner,
         )?;
         if wants_inner {
-            norm.backward(x, norm_theta, &mut dx, Some(dy), dnorm);
+            norm.backward(x, norm_theta, &mut dx, Some(dsum), dnorm);
         }
         Ok((wants_dx.then_some(dx), dtheta))
     }

@@ -1,5 +1,6 @@
 //! One token after another, with the keys and values of the tokens before kept.
 
+use super::bottleneck::add_residual;
 use super::head::logits;
 use super::virtual_tokens::Virtual;
 use super::{Ends, Transformer};
@@ -145,10 +146,12 @@ impl<'a> Decoder<'a> {
             .flatten_all()?
             .to_vec1::<f32>()?;
         for at in 0..model.layers.len() {
+            let layer = &model.layers[at];
             let y = self.attend(at, &x)?;
-            add(&mut x, &y);
+            let theta = self.theta(layer.attention_theta);
+            add_residual(&*layer.attention, theta, &mut x, y)?;
             let y = self.feed(at, &x)?;
-            add(&mut x, &y);
+            add_residual(&*layer.mlp, self.theta(layer.mlp_theta), &mut x, y)?;
         }
         self.length += ids.len();
         Ok(x)
@@ -227,11 +230,5 @@ impl<'a> Decoder<'a> {
             }
         }
         Ok(attention.o.forward(&out, theta_o, None)?.0)
-    }
-}
-
-fn add(x: &mut [f32], y: &[f32]) {
-    for (x, y) in x.iter_mut().zip(y) {
-        *x += y;
     }
 }

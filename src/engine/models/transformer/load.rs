@@ -7,6 +7,7 @@ use candle_core::{Device, Tensor};
 
 use super::attention::Attention;
 use super::beside::{Beside, prefix_name};
+use super::bottleneck::Behind;
 use super::builder::Builder;
 use super::classifier::{Classifier, Pooled};
 use super::embedding::Embedding;
@@ -268,8 +269,15 @@ impl Builder<'_> {
             d,
             rotations: rotations.map(Arc::clone),
             prefix: self.prefix_len(),
+            bottleneck: self.bottleneck(&named(names.attention), Behind::Attention),
         };
-        let groups = [&attention.qkv, &attention.o];
+        let mut groups = vec![&attention.qkv, &attention.o];
+        groups.extend(
+            attention
+                .bottleneck
+                .iter()
+                .flat_map(|one| [&one.down, &one.up]),
+        );
         let own = Some(&attention.norm);
         let more = (attention.prefix > 0).then(|| {
             let shape = vec![attention.prefix, 2 * hkv * d];
@@ -283,8 +291,10 @@ impl Builder<'_> {
             up: self.group(&up, k, bias)?,
             down: self.group(&[(named(names.down), k)], f, bias)?,
             activation: sizes.activation,
+            bottleneck: self.bottleneck(&named(names.mlp), Behind::Mlp),
         };
-        let groups = [&mlp.up, &mlp.down];
+        let mut groups = vec![&mlp.up, &mlp.down];
+        groups.extend(mlp.bottleneck.iter().flat_map(|one| [&one.down, &one.up]));
         let mlp_theta = self.parameter(&named(names.mlp), &groups, Some(&mlp.norm))?;
         Ok(Layer {
             attention: Arc::new(attention),

@@ -1,6 +1,7 @@
 //! The MLP of a layer: up (or gate and up as one group), an activation, down.
 
 use super::block::{Inner, Tokens};
+use super::bottleneck::Bottleneck;
 use super::norm::Norm;
 use crate::engine::ops::gelu::{Gelu, gelu, gelu_backward};
 use crate::engine::ops::swiglu::{swiglu, swiglu_backward};
@@ -53,6 +54,7 @@ pub struct Mlp {
     pub up: Group,
     pub down: Group,
     pub activation: Activation,
+    pub bottleneck: Option<Bottleneck>,
 }
 
 /// What backward needs of forward.
@@ -79,6 +81,10 @@ impl Inner for Mlp {
 
     fn norm(&self) -> &Norm {
         &self.norm
+    }
+
+    fn bottleneck(&self) -> Option<&Bottleneck> {
+        self.bottleneck.as_ref()
     }
 
     fn theta_len(&self) -> usize {

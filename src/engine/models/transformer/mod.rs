@@ -4,6 +4,7 @@
 mod attention;
 mod beside;
 mod block;
+mod bottleneck;
 mod builder;
 mod classifier;
 mod decode;

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
-use super::beside::{is_factor, scale_of, scaled_bias};
+use super::beside::{is_factor, scale_of, scaled_bias, write_adapter};
 use super::builder::transpose;
 use super::head::widened;
 use super::{Ends, Transformer, linear_modules};
@@ -107,7 +107,7 @@ impl Transformer {
             Task::Classification => Some(self.config()?.text()),
         };
         if let Some(tuned) = self.tuned()? {
-            return self.write_tuned(folder, &tuned, config.as_deref());
+            return write_adapter(folder, &tuned, config.as_deref());
         }
         if let Some(adapter) = self.adapter()? {
             return adapter::write(
