@@ -51,7 +51,8 @@ def classified(tmp_path: Path, groups: Any, **changes: Any) -> Any:
     write_groups(tmp_path / "test.jsonl", 120, 3, groups)
     changes = {
         "task": "classification", "audit": "off", "test_data": tmp_path / "test.jsonl",
-        "bias_column": "region", "max_steps": 40, "method": "full", "learning_rate": 3e-3, **changes,
+        "bias_column": "region", "max_steps": 40, "method": "full", "learning_rate": 3e-3,
+        **changes,
     }  # fmt: skip
     return ferrotune.train(**labels.settings(model, output=tmp_path / "run", **changes))
 

@@ -155,6 +155,8 @@ class Bias:
             "resamples of the records."
         )
         parts = [note]
+        header: tuple[str, ...]
+        rows: list[tuple[str, ...]]
         if self.rates:
             header = ("rate of a label", "in the data", "base model", "tuned model")
             rows = [
