@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from ._native import CudaError, FormatError
     from .auditing import AuditResult
     from .commands.audit import audit
+    from .commands.compare import compare
     from .commands.demo import demo
     from .commands.doctor import DoctorResult, doctor
     from .commands.evaluate import eval as eval  # a star import would hide the builtin
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .commands.plan import PlanResult, plan
     from .commands.split import split
     from .commands.train import train
+    from .comparing.result import CompareResult
     from .dataset import DataCollator as DataCollator
     from .dataset import PackedDataset as PackedDataset
     from .dataset import load_data as load_data
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AuditResult",
+    "CompareResult",
     "CudaError",
     "DemoResult",
     "DoctorResult",
@@ -58,6 +61,7 @@ __all__ = [
     "TrainInterrupted",
     "TrainResult",
     "audit",
+    "compare",
     "demo",
     "dequantize_4bit",
     "doctor",
@@ -75,6 +79,7 @@ __all__ = [
 _EXPORTS = {
     "AuditResult": ("auditing", "AuditResult"),
     "Certificate": ("patching", "Certificate"),
+    "CompareResult": ("comparing.result", "CompareResult"),
     "CudaError": ("_native", "CudaError"),
     "DataCollator": ("dataset", "DataCollator"),
     "DemoResult": ("results", "DemoResult"),
@@ -95,6 +100,7 @@ _EXPORTS = {
     "TrainerCallback": ("patching.callback", "TrainerCallback"),
     "__version__": ("version", "version"),
     "audit": ("commands.audit", "audit"),
+    "compare": ("commands.compare", "compare"),
     "demo": ("commands.demo", "demo"),
     "dequantize_4bit": ("quant", "dequantize_4bit"),
     "doctor": ("commands.doctor", "doctor"),

@@ -114,7 +114,9 @@ impl Source {
         let sides = divide_by(&self.records, &self.digests, plan, near)?;
         let marked = |chosen: &[usize]| {
             let mut marks = vec![false; self.records.len()];
-            chosen.iter().for_each(|&index| marks[index] = true);
+            for &index in chosen {
+                marks[index] = true;
+            }
             marks
         };
         let (held, mut tested) = (marked(&sides.heldout), marked(&sides.test));

@@ -344,9 +344,10 @@ def train(
     The run's folder holds `config.toml` (every setting, ready to run again), `metrics.jsonl`,
     `adapter/` in PEFT's format (of method "adapter" in ferrotune's own, see the README; `model/`,
     a Hugging Face folder, for methods "full" and "freeze"), `checkpoint/`, `curves.png`,
-    `results.json`, `report.html` (all of it on one page) and a model card, `README.md`; with `tensorboard` also `tensorboard/`, event files by tensorboardX
-    (`pip install 'ferrotune[tensorboard]'`). A classifier's adapter has its head as PEFT's
-    `modules_to_save`, and a config.json that names the labels.
+    `results.json`, `report.html` (all of it on one page) and a model card, `README.md`; with
+    `tensorboard` also `tensorboard/`, event files by tensorboardX (`pip install
+    'ferrotune[tensorboard]'`). A classifier's adapter has its head as PEFT's `modules_to_save`, and
+    a config.json that names the labels.
 
     With `repeats` the run is made again under the next seeds (other shots, order, adapters and
     dropout; the same held-out part), each in a folder of its own under `repeats/`; the result is

@@ -1,0 +1,1 @@
+"""What `ferrotune compare` measures: a fine-tuned model beside what costs no training."""
