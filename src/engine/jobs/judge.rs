@@ -4,7 +4,7 @@
 use serde::Serialize;
 
 use super::bias::{Bias, BiasPlan, Said};
-use super::train::data_config;
+use super::run_data::data_config;
 use crate::data::{BatchSource, Columns, DataConfig, Sequential, Tokenizer, Whole, prepare_whole};
 use crate::engine::metrics::{ClassificationMetrics, GenerationMetrics, Interval, ratio_interval};
 use crate::engine::models::Transformer;

@@ -7,6 +7,8 @@ mod evaluate;
 mod generate;
 mod judge;
 mod merge;
+mod run_data;
+mod run_model;
 mod train;
 
 use std::collections::BTreeMap;

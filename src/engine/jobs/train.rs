@@ -1,23 +1,20 @@
 //! Training, from settings to a run's folder.
 
 use serde::Serialize;
-use serde_json::{Map, json};
 
 use super::bias::BiasPlan;
 use super::judge::{Judge, Judgement, own_batches, own_text, refuse_forgetting};
-use super::{Names, select, tokenizer, with_threads};
-use crate::adapter::{AdapterConfig, Selector};
+use super::run_data::{data_config, data_event, labels};
+use super::run_model::{load, model_event, trained};
+use super::{tokenizer, with_threads};
 use crate::data::audit::Severity;
 use crate::data::{
-    BatchSource, DataConfig, DataReport, Few, Labelled, LabelledBatches, PreparedTexts, Sequential,
+    BatchSource, DataConfig, DataReport, Labelled, LabelledBatches, PreparedTexts, Sequential,
     Shuffled, Terms, prepare, prepare_texts,
 };
-use crate::engine::models::{
-    Architecture, Head, Init, Labels, LoadPlan, Lora, Quantize, Task, Trained, Transformer,
-};
+use crate::engine::models::{Architecture, Head, Labels, Task, Transformer};
 use crate::engine::{
-    DataEvent, Event, Hooks, Method, ModelEvent, RunFolder, Skip, StopReason, TaskChoice,
-    TrainConfig, TrainResult, methods, train_in,
+    Event, Hooks, ModelEvent, RunFolder, StopReason, TaskChoice, TrainConfig, TrainResult, train_in,
 };
 use crate::error::{Error, Result};
 
@@ -229,69 +226,6 @@ fn source<S: BatchSource>(source: &S) -> &dyn BatchSource {
     source
 }
 
-/// The head's classes: the stored head's where they name every label of the data, else the data's;
-/// and a warning where a stored head is given up.
-fn labels(
-    architecture: &Architecture,
-    train: &[String],
-    others: &[(&str, &[String])],
-) -> Result<(Labels, Option<String>)> {
-    let seen = Labels::fresh(train.iter().cloned());
-    let quoted = |names: &[String]| {
-        const SHOWN: usize = 10;
-        let more = if names.len() > SHOWN { ", …" } else { "" };
-        let names: Vec<String> = names.iter().take(SHOWN).map(|n| format!("'{n}'")).collect();
-        format!("{}{more}", names.join(", "))
-    };
-    for (side, given) in others {
-        let mut unseen: Vec<String> = given.to_vec();
-        unseen.retain(|label| seen.index(label).is_none());
-        unseen.sort();
-        unseen.dedup();
-        if !unseen.is_empty() {
-            return Err(Error::argument(format!(
-                "the {side} data have labels that the training data never show: {}; hold out other \
-                 records, or add some of these labels to the training data",
-                quoted(&unseen)
-            )));
-        }
-    }
-    if seen.len() < 2 {
-        return Err(Error::argument(format!(
-            "the training data have one label alone ({}), which leaves nothing to tell apart",
-            quoted(&seen.names)
-        )));
-    }
-    match architecture.labels().filter(|stored| !stored.fresh) {
-        Some(stored) if seen.names.iter().all(|name| stored.index(name).is_some()) => {
-            Ok((stored.clone(), None))
-        }
-        Some(stored) => {
-            let warning = format!(
-                "the model's head knows the labels {}, the data have {}: a new head is trained",
-                quoted(&stored.names),
-                quoted(&seen.names)
-            );
-            Ok((seen, Some(warning)))
-        }
-        None => Ok((seen, None)),
-    }
-}
-
-fn load(config: &TrainConfig, architecture: Architecture, trained: Trained) -> Result<Transformer> {
-    let plan = LoadPlan {
-        quantize: (config.method == Method::Qlora).then_some(Quantize {
-            quant_type: config.quant_type,
-            blocksize: config.blocksize,
-            double_quant: config.double_quant,
-        }),
-        positions: config.sequence_length + trained.virtual_tokens(),
-        trained,
-        seed: config.seed,
-    };
-    Transformer::load(&config.model, architecture, &plan)
-}
-
 /// Takes the run's folder, tells what is worked on, and trains.
 fn fit(
     config: &TrainConfig,
@@ -331,159 +265,4 @@ fn fit(
         data: report,
         judgement,
     })
-}
-
-/// What the settings train of the model. A classification head is trained beside adapters.
-fn trained(config: &TrainConfig, model: &Architecture) -> Result<(Trained, Vec<String>)> {
-    match config.method {
-        Method::Full => return Ok((Trained::everything(), Vec::new())),
-        Method::Freeze => return Ok((last_layers(config, model)?, Vec::new())),
-        _ => {}
-    }
-    if let Some(found) = methods::fresh(config, model, Names::new(model).modules())? {
-        return Ok(found);
-    }
-    let all = || Selector::Pattern("all-linear".to_owned());
-    let target = (config.target_modules.as_ref()).map_or_else(all, methods::selector);
-    let mut adapter = AdapterConfig::new(target);
-    adapter.r = config.r;
-    adapter.lora_alpha = config.lora_alpha;
-    adapter.lora_dropout = config.lora_dropout;
-    adapter.use_rslora = config.use_rslora;
-    adapter.rank_pattern = config.rank_pattern.clone().into_iter().collect();
-    adapter.alpha_pattern = config.alpha_pattern.clone().into_iter().collect();
-    adapter.kept.insert(
-        "base_model_name_or_path".to_owned(),
-        json!(config.model.display().to_string()),
-    );
-    let mut whole = Vec::new();
-    if model.task() == Task::Classification {
-        adapter
-            .kept
-            .insert("task_type".to_owned(), json!("SEQ_CLS"));
-        whole.push(model.names().classifier.to_owned());
-    }
-    let (resolved, selection) = select(&adapter, model)?;
-    let lora = Some(Lora {
-        config: Box::new(resolved),
-        targets: selection.targets,
-        init: Init::Random,
-    });
-    let trained = Trained {
-        whole,
-        lora,
-        beside: None,
-    };
-    Ok((trained, selection.warnings))
-}
-
-/// The head and the last blocks, with the norm behind them.
-fn last_layers(config: &TrainConfig, model: &Architecture) -> Result<Trained> {
-    let (names, count) = (model.names(), config.trained_layers);
-    let all = model.num_hidden_layers;
-    if count > all {
-        return Err(Error::argument(format!(
-            "trained_layers is {count}, but the model has {all} blocks"
-        )));
-    }
-    let tied = model.task() == Task::Generation && model.tie_word_embeddings;
-    if tied && count == 0 {
-        return Err(Error::argument(
-            "the model's output layer is its embedding, which method freeze leaves frozen: give \
-             trained_layers, the number of blocks to train at the end",
-        ));
-    }
-    let mut whole: Vec<String> = (all - count..all).map(|at| names.layer(at)).collect();
-    if !tied {
-        whole.push(model.output().to_owned());
-    }
-    if model.task() == Task::Classification {
-        whole.extend(names.pooler.map(|pooler| names.outer(pooler)));
-    }
-    if count > 0 {
-        whole.extend(names.norm.map(|norm| names.outer(norm)));
-    }
-    Ok(Trained {
-        whole,
-        ..Trained::nothing()
-    })
-}
-
-pub(super) fn data_config(config: &TrainConfig) -> DataConfig {
-    DataConfig {
-        data: config.data.clone(),
-        heldout: config.heldout,
-        heldout_data: config.heldout_data.clone(),
-        test: config.test,
-        test_data: config.test_data.clone(),
-        stratify: config.stratify,
-        near_duplicates: config.near_duplicates,
-        columns: crate::data::Columns {
-            text_column: config.text_column.clone(),
-            prompt_column: config.prompt_column.clone(),
-            completion_column: config.completion_column.clone(),
-            messages_column: config.messages_column.clone(),
-            label_column: config.label_column.clone(),
-            group_column: config.group.clone(),
-            bias_column: config.bias_column.clone(),
-        },
-        frames: config.frames.clone(),
-        sequence_length: config.sequence_length,
-        packing: config.packing,
-        seed: config.split_seed.unwrap_or(config.seed),
-        few: config.shots.map(|shots| Few {
-            shots,
-            seed: config.seed,
-        }),
-        layout: crate::data::Layout::Inputs,
-        audit: config.audit,
-        terms: None,
-    }
-}
-
-fn data_event(report: &DataReport) -> DataEvent {
-    DataEvent {
-        records: report.records,
-        train_records: report.train_records,
-        heldout_records: report.heldout_records,
-        test_records: report.test_records,
-        train_tokens: report.train_tokens,
-        heldout_tokens: report.heldout_tokens,
-        truncated: report.truncated,
-        skipped: report
-            .skipped
-            .iter()
-            .map(|skip| Skip {
-                file: skip.file.display().to_string(),
-                record: skip.record,
-                reason: skip.reason.clone(),
-            })
-            .collect(),
-        skipped_total: report.skipped_total,
-        files: report.files.clone(),
-    }
-}
-
-fn model_event(config: &TrainConfig, model: &Transformer) -> ModelEvent {
-    let architecture = &model.architecture;
-    let mut details = Map::new();
-    if config.method.is_adapter() {
-        let names = Names::new(architecture);
-        let adapted = model.adapter_modules().len();
-        if adapted > 0 {
-            details.insert("adapted_modules".to_owned(), json!(adapted));
-            details.insert("linear_modules".to_owned(), json!(names.linear.len() - 1));
-        }
-    }
-    if let Some(labels) = architecture.labels() {
-        details.insert("labels".to_owned(), json!(labels.names));
-        details.insert("new_head".to_owned(), json!(labels.fresh));
-    }
-    ModelEvent {
-        architecture: architecture.trained_class().to_owned(),
-        parameters: model.base_parameters(),
-        trainable: model.trainable(),
-        quantized_bytes: model.quantized_bytes(),
-        details,
-    }
 }
