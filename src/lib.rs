@@ -61,9 +61,7 @@ mod native {
     };
     #[cfg(feature = "engine")]
     #[pymodule_export]
-    use crate::python::engine::{
-        audit, compute, evaluate, generate, merge, records, split, train,
-    };
+    use crate::python::engine::{audit, compute, evaluate, generate, merge, records, split, train};
     #[pymodule_export]
     use crate::python::memory::{dequantize_4bit_at, dropout_at};
     #[pymodule_export]
