@@ -72,6 +72,7 @@ pub fn columns(text: Option<&str>, pair: Option<(&str, &str)>, group: Option<&st
         messages_column: None,
         label_column: None,
         group_column: group.map(str::to_owned),
+        bias_column: None,
     }
 }
 
