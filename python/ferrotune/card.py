@@ -169,10 +169,10 @@ def limits(result: TrainResult, settings: Mapping[str, Any]) -> list[str]:
             "also chose the best weights: it says little about text from elsewhere."
         )
     if result.test is not None:
-        limits.append(
-            "The test split chose nothing and was read once, at the end: its numbers are the "
-            "ones to go by."
-        )
+        read = "and was read once, at the end"
+        if result.bias is not None:
+            read = "though it was read before training, too, to compare how groups are treated"
+        limits.append(f"The test split chose nothing {read}: its numbers are the ones to go by.")
     seeds = f"One run with one seed ({settings['seed']})"
     if result.repeats:
         seeds = f"{len(result.repeats)} runs, seeds {settings['seed']} to {result.repeats[-1].seed}"

@@ -54,7 +54,7 @@ def render(
         figures(_figures(result)),
         _verdict(result),
         _section("Curves", _curves(history)),
-        _section("Test split, read once at the end", _measures(result.test)),
+        _section("Test split, which chose nothing", _measures(result.test)),
         _section("Held-out data, which chose the weights", _measures(result)),
         _section("Forgetting", _forgetting(result)),
         _section("Bias", _bias(result)),
