@@ -419,11 +419,11 @@ fn few_shots_are_drawn_by_label_and_seed() {
     let mut records: Vec<String> = (0..60).map(line).collect();
     records.push(line(0)); // a copy counts once
     let files = [
-        write(path, "a.jsonl", &records.concat()),
+        write(path, "a.jsonl", records.concat()),
         write(
             path,
             "b.jsonl",
-            &records.iter().rev().cloned().collect::<String>(),
+            records.iter().rev().cloned().collect::<String>(),
         ),
     ];
     let drawn = |file: usize, shots: usize, seed: u64| {
@@ -457,7 +457,7 @@ fn few_shots_are_drawn_by_label_and_seed() {
 #[test]
 fn few_shots_of_texts_without_labels() {
     let folder = tempdir().unwrap();
-    let file = write(folder.path(), "a.txt", &lines(50));
+    let file = write(folder.path(), "a.txt", lines(50));
     let mut config = config(&serde_json::json!({"data": [file]}));
     config.few = Some(Few { shots: 7, seed: 3 });
     let found = prepare(&config, &bytes(folder.path(), None, None)).unwrap();
