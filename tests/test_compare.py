@@ -217,7 +217,7 @@ def test_a_missing_library_is_one_line(
 def test_macro_f1_is_scikit_learns() -> None:
     from sklearn.metrics import f1_score
 
-    from ferrotune.comparing.result import _macro_f1
+    from ferrotune.comparing.judging import _macro_f1
 
     random_ = np.random.default_rng(0)
     truth, guess = random_.integers(4, size=(2, 50))

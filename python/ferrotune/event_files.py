@@ -54,5 +54,7 @@ class EventFiles:
         if self._writer is None:
             from tensorboardX import SummaryWriter
 
-            self._writer = SummaryWriter(str(self._folder), purge_step=step)
+            # A file is named by the second it was opened in: one run must not overwrite another's.
+            suffix = f".from-{step}"
+            self._writer = SummaryWriter(str(self._folder), purge_step=step, filename_suffix=suffix)
         return self._writer

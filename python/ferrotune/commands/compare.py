@@ -104,8 +104,8 @@ def compare(
     from .. import files
     from ..comparing.contenders import ask_all
     from ..comparing.guide import guide
+    from ..comparing.judging import judge
     from ..comparing.plot import compare_figure
-    from ..comparing.result import judge
     from ..comparing.retrieval import libraries
     from ..frames import named
     from ..plots import png
