@@ -108,7 +108,9 @@ def test_wheel_contents(wheel: Path) -> None:
     } <= set(data)
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "MIT"
-    assert set(metadata.get_all("Provides-Extra", [])) == {"torch", "notebook", "test", "dev"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {
+        "torch", "compare", "tensorboard", "notebook", "test", "dev"
+    }  # fmt: skip
     needed = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert not [line for line in needed if re.match("torch|nvidia|triton", line)]
 
