@@ -54,7 +54,7 @@ def test_every_run_has_its_seed_and_folder_on_one_split(train: Any, engine: Any)
     assert [one["measures"]["loss"] for one in saved] == losses
 
 
-def test_a_spread_is_that_of_statistics() -> None:
+def test_a_spread_as_text() -> None:
     assert Spread(0.5, 0.1, 0.4, 0.62).text(2) == "0.50 ± 0.10 (0.40 to 0.62)"
 
 
@@ -88,6 +88,20 @@ def test_interrupted_repeats_go_on_where_they_were(train: Any, engine: Any) -> N
         ("run", True), ("2", True), ("3", False),
     ]  # fmt: skip
     assert [one.seed for one in result.repeats] == [0, 1, 2]
+
+
+def test_a_repeat_that_ended_before_its_checkpoint_begins_again(train: Any, engine: Any) -> None:
+    train(repeats=2, checkpoint_every=50)
+    second = Path("run/repeats/2")
+    (second / "results.json").unlink()
+    for file in (second / "checkpoint").iterdir():
+        file.unlink()
+    (second / "checkpoint").rmdir()
+    (second / "left").touch()
+    engine.clear()
+    assert len(train(repeats=2, checkpoint_every=50, resume=True).repeats) == 2
+    assert [one["resume"] for _, one in engine] == [True, False]
+    assert not (second / "left").exists()
 
 
 def test_a_function_that_ends_a_run_ends_the_others(train: Any, engine: Any) -> None:

@@ -137,7 +137,7 @@ def result_of(**found: Any) -> TrainResult:
 
 def page(result: TrainResult, **changed: Any) -> str:
     settings = collect(ferrotune.train, {"model": "m", "data": "d.jsonl", "method": "lora"})
-    return run_page.render(result, {**settings, **changed}, History(), [], {"cores": "2"})
+    return run_page.render("lora", result, {**settings, **changed}, History(), [], {"cores": "2"})
 
 
 def test_the_page_of_a_classifier_with_an_audit() -> None:

@@ -63,15 +63,14 @@ def spreads(runs: Sequence[Repeat]) -> dict[str, Spread]:
     return found
 
 
-def settings_of(settings: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """Of run `number`, from 0: another seed for what is drawn, the same split.
-
-    The first is the run itself. Raises SettingError for a number of repeats that makes no sense.
-    """
+def check(settings: Mapping[str, Any]) -> None:
+    """Raises SettingError for a number of repeats that makes no sense."""
     if settings["repeats"] < 1:
         raise SettingError(f"repeats is {settings['repeats']}; it must be at least 1")
-    if number == 0:
-        return dict(settings)
+
+
+def settings_of(settings: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Of run `number`, from 1 (0 is the run itself): another seed, the same split."""
     split = settings["seed"] if settings["split_seed"] is None else settings["split_seed"]
     folder = Path(settings["output"]) / FOLDER / str(number + 1)
     return {

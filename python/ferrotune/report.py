@@ -39,6 +39,11 @@ def write_config(folder: Path, settings: Mapping[str, Any]) -> None:
     write_atomic(folder / "config.toml", to_toml(stored, header))
 
 
+def title(settings: Mapping[str, Any]) -> str:
+    """What a run is called on its displays, plots and pages."""
+    return f"{settings['method']} fine-tuning of {Path(settings['model']).name}"
+
+
 def write(
     result: TrainResult,
     settings: Mapping[str, Any],
@@ -50,17 +55,17 @@ def write(
     from .plots import save_curves
 
     folder = result.output
-    title = f"{result.method} fine-tuning of {Path(settings['model']).name}"
+    name = title(settings)
     found = environment.describe()
     write_atomic(folder / "results.json", results_json(result, settings, data, found))
-    save_curves(history, folder / "curves.png", title)
+    save_curves(history, folder / "curves.png", name)
     if result.bias is not None:
         from .bias_plot import bias_figure
         from .plots import png
 
         write_atomic(folder / "bias.png", png(bias_figure(result.bias)))
     files = [(one.path, one.size, one.sha256) for one in data]
-    page = run_page.render(result, settings, history, files, found)
+    page = run_page.render(name, result, settings, history, files, found)
     write_atomic(folder / "report.html", page)
     write_atomic(folder / "README.md", card.render(result, settings, files, in_weights=False))
     if result.weights.is_dir() and result.weights != folder:

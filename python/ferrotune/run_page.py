@@ -3,7 +3,6 @@
 import base64
 import html
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from . import card, tables
@@ -41,6 +40,7 @@ File = tuple[str, int, str]
 
 
 def render(
+    title: str,
     result: TrainResult,
     settings: Mapping[str, Any],
     history: History,
@@ -48,7 +48,6 @@ def render(
     environment: Mapping[str, str],
 ) -> str:
     """The page of a run that is over; nothing on it is fetched from elsewhere."""
-    title = f"{result.method} fine-tuning of {Path(settings['model']).name}"
     sections = (
         f"<h1>{html.escape(title)}</h1><p class='soft'>{_subtitle(result, settings)}</p>",
         figures(_figures(result)),

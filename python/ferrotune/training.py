@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,7 +41,7 @@ def run(
     """
     show = bool(settings["progress"])
     settings = {name: v for name, v in settings.items() if name not in _NOT_OF_THE_RUN}
-    settings = repeats.settings_of(settings, 0)
+    repeats.check(settings)
     settings["output"] = str(_output(settings, default_output))
     result, write = _once(settings, show, on_event, tables)
     if settings["repeats"] > 1 and result.stop_reason != "interrupted":
@@ -62,6 +63,8 @@ def _again(
         own = repeats.settings_of(settings, number)
         folder = Path(own["output"])
         if repeats.finished(folder) is None:
+            if not own["resume"] and folder.is_dir():  # ended before its first checkpoint
+                shutil.rmtree(folder)
             try:
                 _once(own, show, on_event, tables, f", run {number + 1} of {settings['repeats']}")
             except TrainInterrupted:
@@ -85,7 +88,9 @@ def _once(
 
     output = Path(settings["output"])
     events = EventFiles(output / "tensorboard") if settings["tensorboard"] else None
-    relay = _Relay(settings, open_display(show, _title(settings) + which), events, on_event, tables)
+    relay = _Relay(
+        settings, open_display(show, report.title(settings) + which), events, on_event, tables
+    )
     engine = {name: v for name, v in settings.items() if name not in _NOT_OF_THE_ENGINE}
     try:
         found = json.loads(_native.train(json.dumps(engine), relay, dict(tables)))
@@ -104,10 +109,6 @@ def _once(
 
     write(result)
     return result, write
-
-
-def _title(settings: Mapping[str, Any]) -> str:
-    return f"{settings['method']} fine-tuning of {Path(settings['model']).name}"
 
 
 def _output(settings: Mapping[str, Any], default: str) -> Path:

@@ -1,5 +1,7 @@
 //! A whole data set as one part, to evaluate on.
 
+use std::path::PathBuf;
+
 use super::pack::Packed;
 use super::prepare::{DataConfig, Skips, Source};
 use super::record::{Content, Record};
@@ -10,6 +12,8 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone)]
 pub struct Whole {
     pub packed: Packed,
+    /// Every file that was read, folders expanded.
+    pub files: Vec<PathBuf>,
     /// UTF-8 bytes of what is predicted, a text or a completion; none where a part of one was cut off, and for
     /// conversations, of which the template decides what is predicted.
     pub bytes: Option<usize>,
@@ -38,6 +42,7 @@ pub fn prepare_whole(config: &DataConfig, tokenizer: &Tokenizer) -> Result<Whole
     let told = truncated > 0 || skips.total > 0;
     Ok(Whole {
         packed: packing.packed,
+        files: source.paths.clone(),
         bytes,
         skipped: skips.total,
         warning: told.then(|| {

@@ -3,10 +3,11 @@
 
 use serde::Serialize;
 
+use super::judge::read;
 use crate::data::{BatchSource, Swap};
 use crate::engine::metrics::Predictions;
 use crate::engine::models::Transformer;
-use crate::engine::{Control, Hooks, Judged, Model, evaluate};
+use crate::engine::{Control, Hooks, Judged, Model};
 use crate::error::{Error, Result};
 
 /// Which records are looked at, and how they fall into groups.
@@ -71,7 +72,10 @@ impl BiasPlan<'_> {
         hooks: &mut (dyn Hooks + Send),
     ) -> Result<(Said, Vec<u32>)> {
         let mut classes = |source: Option<&dyn BatchSource>| match source {
-            Some(source) => predictions(model, source, hooks),
+            Some(source) => {
+                let found = read(model, source, usize::MAX, hooks)?;
+                Ok::<_, Error>(found.predictions.unwrap_or_default())
+            }
             None => Ok(Predictions::default()),
         };
         let (all, swapped) = (classes(self.records)?, classes(self.swapped)?);
@@ -104,16 +108,6 @@ impl BiasPlan<'_> {
             after,
         }
     }
-}
-
-fn predictions(
-    model: &dyn Model,
-    source: &dyn BatchSource,
-    hooks: &mut (dyn Hooks + Send),
-) -> Result<Predictions> {
-    let proceed = || Ok(hooks.poll()? == Control::Continue);
-    let found = evaluate(model, source, usize::MAX, proceed)?.ok_or(Error::Interrupted)?;
-    Ok(found.predictions.unwrap_or_default())
 }
 
 fn pair(model: &dyn Model, swap: &Swap, sequence_length: usize) -> Result<[f64; 2]> {

@@ -149,7 +149,11 @@ impl<'a> Judge<'a> {
     }
 }
 
-fn read(
+/// Evaluates a source from its beginning, up to `limit` tokens.
+///
+/// # Errors
+/// As [`Judge::before`]'s.
+pub(super) fn read(
     model: &dyn Model,
     source: &dyn BatchSource,
     limit: usize,

@@ -90,7 +90,8 @@ fn generation(
     };
     let mut prepared = prepare(&data, &tokenizer)?;
     let own = own_text(config, &tokenizer, &mut warnings)?;
-    prepared.report.files.extend(config.forgetting.clone());
+    let own_files = own.iter().flat_map(|own| &own.files);
+    prepared.report.files.extend(own_files.cloned());
     drop(tokenizer);
     let train = Shuffled::new(&prepared.train, config.batch_size, config.seed)?
         .by_length(config.sort_by_length);
