@@ -32,12 +32,13 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_language_models_test_and_forgetting(base: Path, tmp_path: Path) -> None:
     """Both are what `eval` gives for the same files, before and after."""
-    test, own = tmp_path / "test.jsonl", tmp_path / "own.txt"
+    test, own = tmp_path / "test.jsonl", tmp_path / "own" / "own.txt"
+    own.parent.mkdir()
     write_lines(test, 12, seed=2)
     write_lines(own, 15, seed=3)
     run = tmp_path / "run"
     result = ferrotune.train(
-        **settings(base, output=run, test_data=test, forgetting=own, near_duplicates=0.0)
+        **settings(base, output=run, test_data=test, forgetting=own.parent, near_duplicates=0.0)
     )
 
     def loss(data: Path, adapter: Path | None) -> Any:
@@ -59,6 +60,7 @@ def test_a_language_models_test_and_forgetting(base: Path, tmp_path: Path) -> No
     assert found.change.high - found.change.low < width
     assert result.data["test_records"] == 12
     stored = json.loads((run / "results.json").read_text())
+    assert str(own) in [one["path"] for one in stored["files"]]
     assert stored["result"]["test"]["loss"] == result.test.loss
     assert stored["result"]["forgetting"]["change"]["value"] == found.change.value
     assert {Path(file["path"]).name for file in stored["files"]} == {
