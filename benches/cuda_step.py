@@ -97,8 +97,9 @@ def compare(options: argparse.Namespace) -> int:
     import common
 
     packages = ["torch", "transformers", "peft", "bitsandbytes", "unsloth"]
-    record: dict[str, Any] = {"results": {}, "machine": cuda.machine(packages)}
+    record: dict[str, Any] = {"results": {}, "planned_gib": {}, "machine": cuda.machine(packages)}
     rows: list[list[object]] = []
+    plans: list[list[object]] = []
     bars: list[common.Bar] = []
     for case in (CASES[int(number)] for number in options.cases.split(",")):
         found = {name: run(name, case, options) for name in options.contenders.split(",")}
@@ -111,6 +112,13 @@ def compare(options: argparse.Namespace) -> int:
                     [str(case), name, f"{one['step_ms']:.1f}", f"{one['tokens_per_second']:.0f}",
                      f"{one['peak_gib']:.2f}", ratio, f"{one['losses'][-1]:.4f}"]
                 )  # fmt: skip
+        if ours:
+            record["planned_gib"][str(case)] = planned = planned_gib(case)
+            off = planned / ours["peak_gib"] - 1
+            plans.append([str(case), f"{planned:.2f}", f"{ours['peak_gib']:.2f}", f"{off:+.1%}"])
+            bars.append(
+                common.Bar(f"{case}: plan's error", 100 * abs(off), 5, at_least=False, unit="%")
+            )
         if ours and theirs and case.least:
             speed = theirs["step_ms"] / ours["step_ms"]
             bars.append(common.Bar(f"{case}: speed over Unsloth", speed, case.least))
@@ -118,6 +126,9 @@ def compare(options: argparse.Namespace) -> int:
             bars.append(common.Bar(f"{case}: memory of Unsloth's", more, 1.0, at_least=False))
     header = ["case", "by", "ms a step", "tokens/s", "peak GiB", "ours over it", "last loss"]
     body = common.table(header, rows)
+    if plans:
+        peaks = ["ferrotune", "GiB planned", "GiB measured", "error"]
+        body += "\n\n`ferrotune plan` beside it:\n\n" + common.table(peaks, plans)
     print(body, flush=True)
     if options.profile:
         return 0
@@ -209,7 +220,6 @@ def load(name: str, case: Case, folder: Path) -> Any:
         return FastLanguageModel.get_peft_model(
             model, **settings, use_gradient_checkpointing=checkpointing, random_state=0
         )
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
@@ -219,21 +229,42 @@ def load(name: str, case: Case, folder: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": 0}
     )
+    return adapted(name, model, settings, case.checkpointing)
+
+
+def adapted(name: str, model: Any, settings: dict[str, Any], checkpointing: bool) -> Any:
+    """A 4-bit model with PEFT's LoRA, run by PEFT + bitsandbytes or by ferrotune."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
     reentrant = {"use_reentrant": False}
     if name == "PEFT + bitsandbytes":  # as its documentation has it
         model = prepare_model_for_kbit_training(  # type: ignore[no-untyped-call]
-            model, use_gradient_checkpointing=case.checkpointing,
+            model, use_gradient_checkpointing=checkpointing,
             gradient_checkpointing_kwargs=reentrant,
         )  # fmt: skip
     model = get_peft_model(model, LoraConfig(**settings, task_type="CAUSAL_LM"))
     if name == "ferrotune":
         import ferrotune
 
-        if case.checkpointing:
+        if checkpointing:
             model.gradient_checkpointing_enable(reentrant)
             model.enable_input_require_grads()
         print(str(ferrotune.patch(model, fused_loss=True)).splitlines()[0], flush=True)
     return model
+
+
+def planned_gib(case: Case) -> float:
+    """The peak that `ferrotune plan` gives for ferrotune's run of a case."""
+    from ferrotune.planning.memory import Setup, memory
+    from ferrotune.planning.shapes import shape_of
+
+    kind = "qwen2" if case.shape.startswith("qwen") else "llama"
+    config = {"model_type": kind, "num_hidden_layers": case.layers, **SHAPES[case.shape]}
+    setup = Setup(
+        batch_size=case.batch, sequence_length=case.length, checkpointing=case.checkpointing,
+        lora_dropout=case.dropout,
+    )  # fmt: skip
+    return memory(shape_of(config, case.shape), setup).peak / 2**30
 
 
 def train(model: Any, case: Case, options: argparse.Namespace) -> dict[str, Any]:

@@ -126,6 +126,7 @@ def test_arguments_of_the_forward() -> None:
     output = model(**given, output_hidden_states=True, use_cache=True)
     assert len(output.hidden_states) == 3
     assert output.past_key_values is not None
+    assert model(**given).past_key_values is None  # not filled where nobody asks
     embedded = causal.get_input_embeddings()(ids)
     assert torch.equal(model(inputs_embeds=embedded, attention_mask=mask, labels=labels).loss, want)
 

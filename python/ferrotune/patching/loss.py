@@ -40,7 +40,8 @@ _COVERED = {
 
 
 class CausalLMForward(Replaced):
-    """In training with labels, the loss without logits: those are then None in the output.
+    """In training with labels, the loss without logits: those are then None in the output, and so
+    are ``past_key_values`` unless they or ``use_cache`` are given.
 
     Without labels, in evaluation and where no gradients are recorded, the stock forward runs.
     """
@@ -151,6 +152,8 @@ def _fused(model: Any, **given: Any) -> Any:
     """The stock forwards' own course, with the loss in place of the head and its logits."""
     labels = given.pop("labels")
     given.pop("logits_to_keep", None)
+    if given.get("use_cache") is None and given.get("past_key_values") is None:
+        given["use_cache"] = False  # no step reads it, and to fill it copies keys and values
     found = model.base_model(**given)
     hidden = found.last_hidden_state
     head = _head(model.get_output_embeddings(), hidden)

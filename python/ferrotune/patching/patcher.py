@@ -44,7 +44,8 @@ def patch(
         fused_loss: transformers' causal language models compute their loss by
             ``ops.linear_cross_entropy`` in training, where labels are given. It saves the memory
             of the logits, and the output's ``logits`` are then None: so it is to be asked for.
-            The Trainer reads the loss alone.
+            Nor are keys and values cached unless ``use_cache`` is given. The Trainer reads the
+            loss alone.
 
     Returns:
         A report of every LoRA and 4-bit layer, every block and the loss: what replaced it, or why
