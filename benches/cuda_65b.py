@@ -11,6 +11,7 @@ on 2048 tokens, then looks for the longest sequence that it can still take a ste
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -96,7 +97,8 @@ def compare(options: argparse.Namespace) -> int:
             common.Bar("memory of PEFT + bitsandbytes'", more, 1.0, at_least=False),
         ]
     title = f"A 65B model on a GPU held to {ROOM} GiB"
-    return 0 if common.write(options.name, title, record, body, bars) else 1
+    method = "Median of the steps after the warm-up; each contender in a process of its own."
+    return 0 if common.write(options.name, title, record, body, bars, method) else 1
 
 
 def planned_gib(layers: int) -> float:
@@ -128,17 +130,19 @@ def worker(name: str, options: argparse.Namespace) -> None:
 
 def random_model(layers: int) -> Any:
     """A Llama whose linear layers are bitsandbytes' Linear4bit, with weights of deviation 0.02."""
-    import bitsandbytes as bnb
     import torch
-    from accelerate import init_empty_weights
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    # Typed loosely: parts of their own annotations are missing.
+    bnb: Any = importlib.import_module("bitsandbytes")
+    accelerate: Any = importlib.import_module("accelerate")
 
     config = LlamaConfig(
         **SIZES, num_hidden_layers=layers, max_position_embeddings=32768, rms_norm_eps=1e-5,
         bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, dtype="bfloat16",
     )  # fmt: skip
-    with init_empty_weights():  # type: ignore[no-untyped-call]
-        model = LlamaForCausalLM(config)
+    with accelerate.init_empty_weights():
+        model: Any = LlamaForCausalLM(config)
     generator = torch.Generator("cuda").manual_seed(0)
 
     def drawn(shape: Any) -> torch.Tensor:

@@ -134,7 +134,9 @@ def compare(options: argparse.Namespace) -> int:
         return 0
     where = record["machine"]
     body = f"{where['device']}, driver for {where['driver']}.\n\n{body}"
-    return 0 if common.write(options.name, "A QLoRA training step", record, body, bars) else 1
+    method = "Median of the steps after the warm-up; each contender in a process of its own."
+    title = "A QLoRA training step"
+    return 0 if common.write(options.name, title, record, body, bars, method) else 1
 
 
 def run(name: str, case: Case, options: argparse.Namespace) -> dict[str, Any] | None:
