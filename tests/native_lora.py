@@ -145,7 +145,7 @@ class Native:
 
 def install(patch: pytest.MonkeyPatch, carries: bool) -> Native:
     """The CUDA backend for CPU tensors, on a `Native` of its own."""
-    from ferrotune.ops import autograd, cuda, cuda_lora, cuda_plan, reference
+    from ferrotune.ops import autograd, cuda, cuda_lora, cuda_plan, products, reference
 
     native = Native(carries)
     for name in dir(native):
@@ -157,6 +157,7 @@ def install(patch: pytest.MonkeyPatch, carries: bool) -> Native:
     patch.setattr(cuda, "_ready", lambda index: None)
     patch.setattr(cuda, "_raw_stream", lambda index: 0)
     patch.setattr(autograd, "choose", lambda x: cuda_lora)
+    patch.setattr(products, "_has_onednn", lambda dtype: True)  # a device's are in x's type
     dense = reference.dense
 
     def of_device(projection: Any, dtype: torch.dtype) -> Tensor | None:

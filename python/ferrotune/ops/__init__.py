@@ -143,23 +143,24 @@ def _autocast(x: Tensor, projections: list[Projection]) -> tuple[Tensor, list[Pr
 
 def _cast_together(projections: list[Projection], dtype: torch.dtype) -> list[Projection]:
     """All tensors of another float type in one go."""
-    wanted: dict[int, Tensor] = {}
-    for projection in projections:
-        for tensor in (
-            projection.weight,
-            *(getattr(projection, name) for name in autograd.TRAINED),
-        ):
-            if tensor is not None and tensor.dtype != dtype and tensor.is_floating_point():
-                wanted[id(tensor)] = tensor
-    if not wanted:
+    made: dict[int, Tensor] = {}
+    sources: list[Tensor] = []
+    for weight, _, bias, lora_A, lora_B, lora_bias, _, _, _ in projections:
+        for tensor in (lora_A, lora_B, weight, bias, lora_bias):
+            if (
+                tensor is not None
+                and tensor.dtype != dtype
+                and id(tensor) not in made
+                and tensor.is_floating_point()
+            ):
+                made[id(tensor)] = torch.empty_like(tensor, dtype=dtype)
+                sources.append(tensor)
+    if not sources:
         return projections
-    sources = list(wanted.values())
-    made = [torch.empty_like(tensor, dtype=dtype) for tensor in sources]
-    torch._foreach_copy_(made, sources)
-    found = dict(zip(wanted, made, strict=True))
+    torch._foreach_copy_(list(made.values()), sources)
 
     def cast(tensor: Tensor | None) -> Tensor | None:
-        return tensor if tensor is None else found.get(id(tensor), tensor)
+        return tensor if tensor is None else made.get(id(tensor), tensor)
 
     return [_each(projection, cast) for projection in projections]
 
@@ -230,25 +231,29 @@ def _cast(projection: Projection, dtype: torch.dtype) -> Projection:
 
 def _each(projection: Projection, cast: Callable[[Tensor | None], Tensor | None]) -> Projection:
     """The projection with ``cast`` of its dense weight and of all that may be trained."""
-    return projection._replace(
-        weight=cast(projection.weight),
-        bias=cast(projection.bias),
-        lora_A=cast(projection.lora_A),
-        lora_B=cast(projection.lora_B),
-        lora_bias=cast(projection.lora_bias),
+    weight, quant, bias, lora_A, lora_B, lora_bias, scaling, dropout_p, stream = projection
+    return Projection(
+        cast(weight),
+        quant,
+        cast(bias),
+        cast(lora_A),
+        cast(lora_B),
+        cast(lora_bias),
+        scaling,
+        dropout_p,
+        stream,
     )
 
 
 def _check(x: Tensor, projection: Projection) -> None:
     if x.dtype not in _FLOATS:
         raise TypeError(f"x must be float32, float16 or bfloat16, not {x.dtype}")
-    if not 0 <= projection.dropout_p <= 1:
-        raise ValueError(f"dropout_p must be in [0, 1], not {projection.dropout_p}")
+    weight, _, bias, lora_A, lora_B, lora_bias, _, dropout_p, _ = projection
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must be in [0, 1], not {dropout_p}")
     n, k = projection.shape
     if x.shape[-1:] != (k,):
         raise ValueError(f"x has shape {list(x.shape)}, but the weight is [{n}, {k}]: k differs")
-    weight, bias = projection.weight, projection.bias
-    lora_A, lora_B = projection.lora_A, projection.lora_B
     if weight is not None and weight.dtype != x.dtype:
         raise TypeError(f"weight is {weight.dtype}, but x is {x.dtype}: cast one of them")
     if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype):
@@ -263,7 +268,6 @@ def _check(x: Tensor, projection: Projection) -> None:
             f"lora_A must be [r, {k}] and lora_B [{n}, r], not {list(lora_A.shape)} and "
             f"{list(lora_B.shape)}"
         )
-    lora_bias = projection.lora_bias
     if lora_bias is not None and lora_bias.shape != (n,):
         raise ValueError(f"lora_bias must be [{n}], not {list(lora_bias.shape)}")
 

@@ -31,7 +31,7 @@ __all__ = [
     "trained_tensors",
 ]
 
-# What of a projection may get a gradient.
+# What of a projection may get a gradient, in the order of its fields.
 TRAINED = ("bias", "lora_A", "lora_B", "lora_bias")
 
 
@@ -84,7 +84,10 @@ def kept(ctx: Any, projections: Sequence[Projection]) -> list[Tensor | None]:
     autograd then sees writes to it, and its hooks (checkpointing, FSDP) may let go of it.
     """
     ctx.frozen = [(one.quant, one.scaling, one.dropout_p, one.stream) for one in projections]
-    return [getattr(one, name) for one in projections for name in ("weight", *TRAINED)]
+    found: list[Tensor | None] = []
+    for weight, _, bias, lora_A, lora_B, lora_bias, _, _, _ in projections:
+        found += (weight, bias, lora_A, lora_B, lora_bias)
+    return found
 
 
 def restored(ctx: Any, saved: Sequence[Tensor | None]) -> tuple[list[Projection], Need]:
@@ -126,7 +129,10 @@ def apply(
 
 def trained_tensors(projections: Sequence[Projection]) -> list[Tensor | None]:
     """All that may get a gradient, for one projection after the other."""
-    return [getattr(one, name) for one in projections for name in TRAINED]
+    found: list[Tensor | None] = []
+    for _, _, bias, lora_A, lora_B, lora_bias, _, _, _ in projections:
+        found += (bias, lora_A, lora_B, lora_bias)
+    return found
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[Any]:

@@ -130,10 +130,12 @@ class Projection(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """(n, k)"""
-        if self.weight is not None:
-            return self.weight.shape[0], self.weight.shape[1]
-        if self.quant is not None:
-            return self.quant.shape[0], self.quant.shape[1]
+        weight, quant = self.weight, self.quant
+        if weight is not None:
+            n, k = weight.shape
+            return n, k
+        if quant is not None:
+            return quant.shape[0], quant.shape[1]
         if self.lora_A is None or self.lora_B is None:
             raise ValueError("a projection needs a weight or an adapter")
         return self.lora_B.shape[0], self.lora_A.shape[1]

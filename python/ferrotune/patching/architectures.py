@@ -5,8 +5,11 @@ An architecture that is not here still gets its LoRA and 4-bit layers.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
+from .base import held
 from .classes import defined_in, stock_of
 
 if TYPE_CHECKING:
@@ -57,6 +60,19 @@ ACTIVATIONS = {
 def entry(table: dict[tuple[str, str], _T], module: nn.Module) -> _T | None:
     """What a table says of the class whose forward the module, or its stock class, has."""
     stock = stock_of(module)
+    if torch.compiler.is_compiling():
+        return _entry(table, stock)
+    key = (id(table), stock, stock.forward)  # tables are constants
+    if key not in _entries:
+        _entries[key] = _entry(table, stock)
+    found: _T | None = _entries[key]
+    return found
+
+
+_entries: dict[tuple[int, type[nn.Module], object], Any] = {}
+
+
+def _entry(table: dict[tuple[str, str], _T], stock: type[nn.Module]) -> _T | None:
     for cls in stock.__mro__:
         found = table.get((cls.__module__, cls.__qualname__))
         if found is not None:
@@ -70,4 +86,4 @@ def members_of(module: nn.Module) -> list[nn.Module | None]:
     if names is None:
         mlp = entry(MLPS, module)
         names = () if mlp is None else mlp[:3]
-    return [None if name is None else getattr(module, name, None) for name in names]
+    return [None if name is None else held(module, name) for name in names]

@@ -42,14 +42,25 @@ def is_sharded(tensor: Any) -> bool:
 
 def is_bypassed(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than its class's forward."""
+    own = module.__dict__
     if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
     ):
         return True
-    return "forward" in module.__dict__ and not _only_moves_inputs(module)
+    return "forward" in own and not _only_moves_inputs(module)
+
+
+def held(module: nn.Module, name: str) -> Any:
+    """``getattr`` of a parameter or of a module inside, where it lies: ``nn.Module`` looks there
+    last, which takes as long as a kernel's launch. None if it is not there."""
+    own = module.__dict__
+    for place in ("_parameters", "_modules"):
+        if name in own[place]:
+            return own[place][name]
+    return getattr(module, name, None)
 
 
 def _only_moves_inputs(module: nn.Module) -> bool:
@@ -76,7 +87,7 @@ def quant_of(base: Any, *, check: bool = True) -> Quant4bit | None:
 
     Raises ``ValueError`` if the quant state's tensors do not fit its shape, with ``check``.
     """
-    weight = base.weight
+    weight = held(base, "weight")
     state = getattr(weight, "quant_state", None)
     if state is None:
         if getattr(base, "quant_state", None) is None:
@@ -96,7 +107,7 @@ def dense_weight(base: Any, x: Tensor, autocast: bool) -> tuple[Tensor, Tensor |
     dense = is_dense(base)
     if not dense and not is_conv1d(base):
         return None
-    weight, bias = base.weight, base.bias
+    weight, bias = held(base, "weight"), held(base, "bias")
     if not is_plain(weight) or weight.requires_grad or weight.device != x.device:
         return None
     if autocast:

@@ -17,7 +17,7 @@ from .. import ops
 from ..ops.blocks import fused, rms_norm_and_x
 from . import groups, runs
 from .architectures import ACTIVATIONS, DECODER_LAYERS, MLPS, NORMS, entry, members_of
-from .base import is_bypassed, is_plain
+from .base import held, is_bypassed, is_plain
 from .classes import Replaced
 
 if TYPE_CHECKING:
@@ -36,11 +36,11 @@ class NormForward(Replaced):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs or not self.takes(x):
             return super().forward(x, *args, **kwargs)
-        weight: Any = self.weight
+        weight = held(self, "weight")
         return ops.rms_norm(x, weight, norm_eps(self), offset=entry(NORMS, self) or 0.0)
 
     def takes(self, x: Tensor) -> bool:
-        weight: Any = self.weight
+        weight = held(self, "weight")
         alike = is_plain(weight) and weight.device == x.device and weight.dtype == x.dtype
         return alike and takes(x)
 
@@ -76,15 +76,17 @@ class DecoderForward(Replaced):
             return super().forward(hidden_states, **kwargs)
         names = entry(DECODER_LAYERS, self)
         assert names is not None
-        first, attention, second, mlp = (getattr(self, name) for name in names)
+        first, attention, second, mlp = [held(self, name) for name in names]
         if not (_norms(first, hidden_states) and _norms(second, hidden_states)):
             return super().forward(hidden_states, **kwargs)
         offset = entry(NORMS, first) or 0.0
-        normed, residual = rms_norm_and_x(hidden_states, first.weight, norm_eps(first), offset)
+        normed, residual = rms_norm_and_x(
+            hidden_states, held(first, "weight"), norm_eps(first), offset
+        )
         found, _ = attention(hidden_states=normed, **kwargs)
         if found.dtype == residual.dtype:
             normed, residual = ops.rms_norm(
-                found, second.weight, norm_eps(second), offset=offset, residual=residual
+                found, held(second, "weight"), norm_eps(second), offset=offset, residual=residual
             )
         else:
             residual = residual + found

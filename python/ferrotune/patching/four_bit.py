@@ -9,7 +9,7 @@ import torch
 from .. import ops
 from ..ops.autograd import no_autocast
 from . import runs
-from .base import quant_of
+from .base import held, quant_of
 from .classes import Replaced
 from .given import Part, given_output
 
@@ -62,7 +62,7 @@ def compute_dtype(base: Any, x: Tensor) -> torch.dtype:
 
 
 def bias_as(base: Any, dtype: torch.dtype) -> Tensor | None:
-    bias: Tensor | None = base.bias
+    bias: Tensor | None = held(base, "bias")
     return None if bias is None else bias.to(dtype)
 
 

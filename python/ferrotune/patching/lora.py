@@ -9,7 +9,16 @@ from torch import nn
 
 from .. import ops
 from . import four_bit, runs
-from .base import FLOATS, dense_weight, is_4bit, is_bypassed, is_dense, is_plain, is_sharded
+from .base import (
+    FLOATS,
+    dense_weight,
+    held,
+    is_4bit,
+    is_bypassed,
+    is_dense,
+    is_plain,
+    is_sharded,
+)
 from .classes import Replaced
 from .given import Part, given_output
 from .masks import IndexDropout
@@ -53,9 +62,10 @@ class LoraForward(Replaced):
 def part(layer: Any, x: Tensor) -> Part | None:
     """The layer for a group's call on x; None if it runs alone."""
     adapters = adapters_now(layer, x, (), {})
-    if isinstance(adapters, str) or len(adapters) != 1 or is_bypassed(layer.base_layer):
+    base = held(layer, "base_layer")
+    if isinstance(adapters, str) or len(adapters) != 1 or is_bypassed(base):
         return None
-    found = _part(layer.base_layer, adapters[0], x)
+    found = _part(base, adapters[0], x)
     if found is not None:
         runs.note(layer, None)
     return found
@@ -96,7 +106,7 @@ def adapters_now(
 
 def active(layer: Any) -> list[str]:
     """The active adapters that this layer has."""
-    adapters = layer.lora_A
+    adapters = held(layer, "lora_A")._modules
     return [name for name in layer.active_adapters if name in adapters]
 
 
@@ -111,16 +121,18 @@ def _read(layer: Any, name: str, *, between: bool = False) -> Adapter | str:
     variant = layer.lora_variant.get(name)
     if variant is not None and type(variant).__name__ not in _PLAIN_VARIANTS:
         return f"adapter '{name}' is {_variant_name(variant)}, not plain LoRA"
-    lora_A, lora_B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
+    lora_A, lora_B, dropout = [
+        held(layer, part)._modules[name] for part in ("lora_A", "lora_B", "lora_dropout")
+    ]
     weights: list[Any] = []
     for part, module in (("lora_A", lora_A), ("lora_B", lora_B)):
-        weight = getattr(module, "weight", None)
+        weight = held(module, "weight")
         if not is_dense(module) or not (is_plain(weight) or (between and is_sharded(weight))):
             return f"{part}['{name}'] is no plain nn.Linear ({type(weight).__name__})"
         if is_bypassed(module):
             return f"{part}['{name}'] has hooks or a forward of its own"
         weights.append(weight)
-    if lora_A.bias is not None:
+    if held(lora_A, "bias") is not None:
         return f"lora_A['{name}'] has a bias"
     if type(dropout) not in _DROPOUTS:
         return f"lora_dropout['{name}'] is a {type(dropout).__name__}"
@@ -131,7 +143,7 @@ def _read(layer: Any, name: str, *, between: bool = False) -> Adapter | str:
         return f"the scaling of adapter '{name}' is a {type(scaling).__name__}"
     # nn.Identity has no p; outside training nothing is dropped.
     p = dropout.p if dropout.training and type(dropout) is not nn.Identity else 0.0
-    return Adapter(weights[0], weights[1], scaling, lora_B.bias, p)
+    return Adapter(weights[0], weights[1], scaling, held(lora_B, "bias"), p)
 
 
 def _why_not_input(
@@ -166,7 +178,7 @@ def _variant_name(variant: object) -> str:
 
 
 def _run(layer: Any, adapters: list[Adapter], x: Tensor) -> Tensor:
-    base = layer.base_layer
+    base = held(layer, "base_layer")
     first, *others = adapters
     y = None if is_bypassed(base) else _base_with(base, first, x)
     if y is None:
