@@ -26,7 +26,7 @@ bench: build
 	for script in benches/*_cpu.py; do $(python) $$script || exit 1; done
 
 wheel: ## manylinux_2_28, into dist/
-	NVCC=$$(.ci/nvcc $(python)) PATH="$(abspath $(dir $(python))):$$PATH" $(python) -m maturin build --release --zig --compatibility manylinux_2_28 --out dist
+	NVCC=$$(.ci/nvcc $(python)) PATH="$(abspath $(dir $(python))):$$PATH" $(python) -m maturin build --release --zig --compatibility manylinux_2_28 --compression-level 9 --out dist
 
 demo:
 	$(python) -m ferrotune demo
