@@ -14,8 +14,13 @@ from pathlib import Path
 from typing import Any
 
 __version__ = "0.0.0"
+has_cuda = True
 BASE_LOSS, FLOOR = 5.58, 3.6
 calls: list[tuple[str, dict[str, Any]]] = []
+
+
+def cuda_driver() -> tuple[int | None, int]:
+    return None, 13_000
 
 
 class FormatError(ValueError):
@@ -42,7 +47,12 @@ def _fail(config: dict[str, Any]) -> None:
 
 
 def train(
-    config: str, on_event: Callable[[str], bool], frames: dict[str, Any] | None = None
+    config: str,
+    on_event: Callable[[str], bool],
+    frames: dict[str, Any] | None = None,
+    *,
+    why: str | None = None,
+    learners: Any = None,
 ) -> str:
     settings = json.loads(config)
     calls.append(("train", settings))
@@ -60,7 +70,7 @@ def train(
     }  # fmt: skip
     model = {
         "architecture": "LlamaForCausalLM", "parameters": 1_070_000, "trainable": 70_656,
-        "quantized_bytes": 500_000,
+        "quantized_bytes": 500_000, "engine": {"name": settings["engine"], "why": why},
     }  # fmt: skip
     losses: list[tuple[float, int]] = []
     with (output / "metrics.jsonl").open("a" if resumed else "w") as metrics:

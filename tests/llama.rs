@@ -243,6 +243,7 @@ fn loss_and_every_gradient_agree_with_candle() {
             trained: Trained::everything(),
             positions: 256,
             seed: 0,
+            hollow: false,
         };
         let model = Transformer::load(path.path(), config, &plan).unwrap();
         let batch = batch();
@@ -301,6 +302,7 @@ fn a_second_backward_of_one_forward_is_refused() {
         trained: Trained::everything(),
         positions: 256,
         seed: 0,
+        hollow: false,
     };
     let model = Transformer::load(path.path(), config, &plan).unwrap();
     let (loss, _) = model.loss(&batch(), Mode::Train { seed: 0 }).unwrap();
@@ -318,6 +320,7 @@ fn batches_that_do_not_fit_are_refused() {
         trained: Trained::nothing(),
         positions: 16,
         seed: 0,
+        hollow: false,
     };
     let model = Transformer::load(path.path(), config, &plan).unwrap();
     let good = Batch {

@@ -125,6 +125,7 @@ def with_data(family: Family, folder: Path) -> Path:
 def settings(base: Path, output: Path, method: str, **changes: Any) -> dict[str, Any]:
     return {
         "model": base, "data": base.parent / "train.jsonl", "output": output, "method": method,
+        "engine": "embedded",
         "heldout_data": base.parent / "heldout.jsonl", "near_duplicates": 0.0, "audit": "off",
         "sequence_length": 40, "batch_size": 6, "max_steps": 6, "learning_rate": 1e-2,
         "warmup_steps": 0, "eval_every": 2, "threads": 2, "progress": False, **changes,

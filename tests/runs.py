@@ -34,6 +34,7 @@ def settings(base: Path, **changes: Any) -> dict[str, Any]:
         "data": base.parent / "train.jsonl",
         "heldout_data": base.parent / "heldout.jsonl",
         "method": "lora",
+        "engine": "embedded",
         "r": 4,
         "sequence_length": 64,
         "packing": False,

@@ -81,8 +81,14 @@ class CudaError(RuntimeError):
 # KeyboardInterrupt is raised after the checkpoint is written.
 
 # `frames` are tables with `__arrow_c_stream__`, by the names that stand for them in the settings.
+# `why` says why the engine was chosen; `learners` makes that of engine torch, by its `build`.
 def train(
-    config: str, on_event: Callable[[str], bool], frames: dict[str, Any] | None = None
+    config: str,
+    on_event: Callable[[str], bool],
+    frames: dict[str, Any] | None = None,
+    *,
+    why: str | None = None,
+    learners: Any = None,
 ) -> str: ...
 def evaluate(
     config: str, on_event: Callable[[str], bool], frames: dict[str, Any] | None = None

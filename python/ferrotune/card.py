@@ -15,7 +15,7 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 # The settings that say something about the weights, in the order of train's signature.
 _SHOWN = (
-    "task", "method", "trained_layers", "r", "lora_alpha", "lora_dropout", "use_rslora",
+    "engine", "task", "method", "trained_layers", "r", "lora_alpha", "lora_dropout", "use_rslora",
     "rank_pattern", "alpha_pattern", "target_modules", "feedforward_modules",
     "num_virtual_tokens", "prompt_tuning_init", "adapter_variant", "reduction_factor",
     "quant_type", "blocksize", "double_quant",
@@ -26,7 +26,7 @@ _SHOWN = (
     "repeats",
 )  # fmt: skip
 _LORA = ("lora", "qlora")
-_LORA_ALONE = set(_SHOWN[3:9])
+_LORA_ALONE = set(_SHOWN[4:10])
 _MODULES_ALONE = {"target_modules", "feedforward_modules"}
 _PROMPTS = ("prompt", "prefix")
 _QUANTISED_ALONE = {"quant_type", "blocksize", "double_quant"}

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from . import ranks
 from .options import SettingError, nearest
 from .registry import Command, Invocation, commands
 
@@ -65,6 +66,8 @@ def describe(error: BaseException) -> str:
 
 
 def _complain(line: str, words: Sequence[str]) -> None:
+    if not ranks.is_first() and line.endswith(ranks.SAID_ELSEWHERE):
+        return
     if "--debug" in words:
         import traceback
 
@@ -92,7 +95,7 @@ def _run(words: list[str]) -> int:
     values.pop("debug", None)
     as_json = values.pop("json", False)
     result = known[name].run(_gather(known[name], values, as_json))
-    if result is not None:
+    if result is not None and ranks.is_first():
         _show(result, as_json)
     return getattr(result, "exit_code", 0)
 

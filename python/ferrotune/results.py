@@ -183,6 +183,7 @@ class TrainResult(Result):
             *self._verdict(),
             *self._spread(),
             ("trained parameters", self.parameters_text()),
+            *self._engine(),
             ("steps", tables.count(self.steps) + (f" ({notes})" if notes else "")),
             ("training tokens", tables.count(self.tokens)),
             ("training time", f"{tables.duration(self.seconds)} ({speed})"),
@@ -193,6 +194,10 @@ class TrainResult(Result):
         if self.verdict is None or self.verdict.kind == "unknown":
             return ()
         return (("verdict", self.verdict.kind),)
+
+    def _engine(self) -> tuple[tuple[str, str], ...]:
+        text = tables.engine_text(self.model)
+        return (("engine", text),) if text else ()
 
     def _spread(self) -> tuple[tuple[str, str], ...]:
         """The measures over all seeds."""

@@ -62,12 +62,17 @@ def render(
         _section("Data", _data(result, files)),
         _section("Audit of the data", _audit(result, settings)),
         _section("Settings", f'<div class="wide">{_pairs(_settings(settings))}</div>'),
-        _section("Environment", _pairs(environment.items())),
+        _section("Environment", _pairs(_environment(result, environment))),
     )
     return document(
         title,
         f'<div class="ft-page ft-run"><style>{STYLE}{_STYLE}</style>{"".join(sections)}</div>',
     )
+
+
+def _environment(result: TrainResult, made_on: Mapping[str, str]) -> list[tuple[str, str]]:
+    engine = tables.engine_text(result.model)
+    return [*([("engine", engine)] if engine else []), *made_on.items()]
 
 
 def _section(title: str, content: str) -> str:

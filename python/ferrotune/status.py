@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .history import Smoothed, number
-from .tables import clock, compact, count, size
+from .tables import clock, compact, count, engine_text, size
 
 SMOOTHING = 20.0  # steps
 
@@ -131,4 +131,7 @@ def _model(event: Mapping[str, Any]) -> str:
         parts.append(f"{compact(event['trainable'])} trained")
     if event.get("quantized_bytes"):
         parts.append(f"frozen linear layers in {size(event['quantized_bytes'])} of 4-bit weights")
+    engine = engine_text(event)
+    if engine:
+        parts.append(f"engine {engine}")
     return "model: " + ", ".join(parts)

@@ -2,8 +2,9 @@
 
 import html
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -100,6 +101,20 @@ def clock(seconds: float | None) -> str:
     whole = max(0, round(seconds))
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def engine_text(model: Mapping[str, Any]) -> str:
+    """A run's engine, its device and why, by what is said of the model; "" where nothing is."""
+    engine = model.get("engine")
+    if not engine:
+        return ""
+    text = str(engine["name"])
+    if "device" in engine:
+        text += f" on {engine['device']} in {engine['dtype']}"
+        if engine.get("processes", 1) > 1:
+            text += f", {engine['processes']} processes"
+    text += f" ({engine['why']})" if engine.get("why") else ""
+    return "; ".join(part for part in (text, engine.get("layers")) if part)
 
 
 def perplexity(loss: float | None) -> float | None:

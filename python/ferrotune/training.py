@@ -5,11 +5,11 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import files, repeats, report
+from . import files, ranks, repeats, report
 from .event_files import EventFiles
 from .history import History
 from .options import SettingError
@@ -17,6 +17,10 @@ from .progress import Display, open_display
 from .repeats import Repeat
 from .results import TrainInterrupted, TrainResult
 from .verdict import judge
+
+if TYPE_CHECKING:
+    from .torch_engine.choice import Choice
+    from .torch_engine.session import Session
 
 OnEvent = Callable[[dict[str, Any]], bool | None]
 
@@ -42,12 +46,55 @@ def run(
     show = bool(settings["progress"])
     settings = {name: v for name, v in settings.items() if name not in _NOT_OF_THE_RUN}
     repeats.check(settings)
-    settings["output"] = str(_output(settings, default_output))
-    result, write = _once(settings, show, on_event, tables)
-    if settings["repeats"] > 1 and result.stop_reason != "interrupted":
-        result = dataclasses.replace(result, repeats=_again(settings, show, on_event, tables))
-        write(result)
+    choice = _choose(settings, default_output)
+    if not ranks.is_first():
+        from .torch_engine.session import follow
+
+        return follow()
+    settings["engine"] = choice.name
+    with _computing(choice) as engine:
+        settings["output"] = str(_output(settings, default_output))
+        result, write = _once(settings, show, on_event, tables, engine)
+        if settings["repeats"] > 1 and result.stop_reason != "interrupted":
+            again = _again(settings, show, on_event, tables, engine)
+            result = dataclasses.replace(result, repeats=again)
+            write(result)
+        if engine.session is not None:
+            engine.session.result = result
     return result
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Engine:
+    """What computes, why, and PyTorch's part in it."""
+
+    why: str
+    session: "Session | None"
+
+
+def _choose(settings: Mapping[str, Any], default_output: str) -> "Choice":
+    """A resumed run keeps the engine that it began with, unless another is asked for."""
+    from .config import read_toml
+    from .torch_engine.choice import Choice, choose
+
+    asked = settings["engine"]
+    if settings["resume"] and asked == "auto":
+        config = Path(settings["output"] or default_output) / "config.toml"
+        began = read_toml(config).get("engine") if config.is_file() else None
+        if began in ("embedded", "torch"):
+            return Choice(choose(began, settings["method"]).name, "the run began with it")
+    return choose(asked, settings["method"])
+
+
+@contextlib.contextmanager
+def _computing(choice: "Choice") -> Iterator[_Engine]:
+    if choice.name == "embedded":
+        yield _Engine(choice.why, None)
+        return
+    from .torch_engine.session import Session
+
+    with Session() as session:
+        yield _Engine(choice.why, session)
 
 
 def _again(
@@ -55,6 +102,7 @@ def _again(
     show: bool,
     on_event: OnEvent | None,
     tables: Mapping[str, Any],
+    engine: _Engine,
 ) -> tuple[Repeat, ...]:
     """The first run and those under the next seeds, which are made where they are not over."""
     output = Path(settings["output"])
@@ -66,7 +114,14 @@ def _again(
             if not own["resume"] and folder.is_dir():  # ended before its first checkpoint
                 shutil.rmtree(folder)
             try:
-                _once(own, show, on_event, tables, f", run {number + 1} of {settings['repeats']}")
+                _once(
+                    own,
+                    show,
+                    on_event,
+                    tables,
+                    engine,
+                    f", run {number + 1} of {settings['repeats']}",
+                )
             except TrainInterrupted:
                 raise _interrupted(output) from None
         run = repeats.finished(folder)
@@ -81,6 +136,7 @@ def _once(
     show: bool,
     on_event: OnEvent | None,
     tables: Mapping[str, Any],
+    computing: _Engine,
     which: str = "",
 ) -> tuple[TrainResult, Callable[[TrainResult], None]]:
     """One run and its report, and what writes the report of a result that knows more."""
@@ -93,7 +149,17 @@ def _once(
     )
     engine = {name: v for name, v in settings.items() if name not in _NOT_OF_THE_ENGINE}
     try:
-        found = json.loads(_native.train(json.dumps(engine), relay, dict(tables)))
+        if computing.session is not None:
+            computing.session.settle(settings)
+        found = json.loads(
+            _native.train(
+                json.dumps(engine),
+                relay,
+                dict(tables),
+                why=computing.why,
+                learners=computing.session,
+            )
+        )
     except KeyboardInterrupt:
         raise _interrupted(output) from None
     finally:

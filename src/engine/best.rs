@@ -3,13 +3,13 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use super::{Model, weights};
+use super::Learner;
 use crate::error::Result;
 
 /// Saving takes at most about this part of a run's time; the end of a run saves in any case.
 const SHARE: f64 = 0.05;
 
-/// A copy of the best weights, and the folder where the model saves them.
+/// A copy of the best weights, and the folder where they are saved.
 pub struct Best {
     folder: PathBuf,
     values: Vec<Vec<f32>>,
@@ -21,19 +21,19 @@ pub struct Best {
 }
 
 impl Best {
-    pub fn new(model: &dyn Model, folder: PathBuf) -> Result<Self> {
+    pub fn new(learner: &dyn Learner, folder: PathBuf) -> Result<Self> {
         Ok(Self {
             folder,
-            values: weights::snapshot(model.parameters())?,
+            values: learner.weights()?,
             step: None,
             saved: false,
             last: None,
         })
     }
 
-    /// The model's current weights are the best.
-    pub fn take(&mut self, model: &dyn Model, step: usize) -> Result<()> {
-        weights::snapshot_into(model.parameters(), &mut self.values)?;
+    /// The learner's current weights are the best.
+    pub fn take(&mut self, learner: &dyn Learner, step: usize) -> Result<()> {
+        learner.weights_into(&mut self.values)?;
         self.step = Some(step);
         self.saved = false;
         Ok(())
@@ -52,38 +52,31 @@ impl Best {
 
     /// Saves what is not saved yet, unless that was done a short while ago. The weights before
     /// step 1 wait for the end: they are the base model's.
-    pub fn save_when_due(&mut self, model: &dyn Model, now: usize) -> Result<()> {
+    pub fn save_when_due(&mut self, learner: &mut dyn Learner, now: usize) -> Result<()> {
         let rested = self
             .last
             .is_none_or(|(end, seconds)| end.elapsed().as_secs_f64() * SHARE >= seconds);
         if rested && self.step.is_some_and(|step| step > 0) {
-            self.save(model, now)?;
+            self.save(learner, now)?;
         }
         Ok(())
     }
 
-    /// Saves what is not saved yet. `now` is the step of the model's weights, which stay as they are.
-    pub fn save(&mut self, model: &dyn Model, now: usize) -> Result<()> {
+    /// Saves what is not saved yet. `now` is the step of the learner's weights, which stay as they are.
+    pub fn save(&mut self, learner: &mut dyn Learner, now: usize) -> Result<()> {
         let Some(step) = self.step.filter(|_| !self.saved) else {
             return Ok(());
         };
         let start = Instant::now();
-        let parameters = model.parameters();
-        if step == now {
-            model.save(&self.folder)?;
-        } else {
-            weights::swap(parameters, &mut self.values)?;
-            let saved = model.save(&self.folder);
-            weights::swap(parameters, &mut self.values)?;
-            saved?;
-        }
+        let others = (step != now).then_some(self.values.as_mut_slice());
+        learner.save(&self.folder, others)?;
         self.saved = true;
         self.last = Some((Instant::now(), start.elapsed().as_secs_f64()));
         Ok(())
     }
 
-    /// Gives the model the best weights.
-    pub fn restore(&self, model: &dyn Model) -> Result<()> {
-        weights::restore(model.parameters(), &self.values)
+    /// Gives the learner the best weights.
+    pub fn restore(&self, learner: &mut dyn Learner) -> Result<()> {
+        learner.set_weights(&self.values)
     }
 }

@@ -28,6 +28,7 @@ const BEST: &str = "best.safetensors";
 pub struct Contents<'a> {
     pub state: &'a State,
     pub parameters: &'a [Parameter],
+    pub weights: &'a [Vec<f32>],
     pub moments: &'a [Moments],
     /// None where the best weights are the current ones.
     pub best: Option<&'a [Vec<f32>]>,
@@ -67,8 +68,11 @@ fn fill(folder: &Path, contents: &Contents) -> Result<()> {
     fs::create_dir(folder).map_err(Error::io(folder))?;
     let step = contents.state.step;
     let parameters = contents.parameters;
-    let weights = super::weights::snapshot(parameters)?;
-    save(&folder.join(WEIGHTS), step, named(parameters, &weights))?;
+    save(
+        &folder.join(WEIGHTS),
+        step,
+        named(parameters, contents.weights),
+    )?;
     let mut averages = Vec::with_capacity(2 * parameters.len());
     for (parameter, moments) in parameters.iter().zip(contents.moments) {
         let name = &parameter.name;

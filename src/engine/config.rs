@@ -45,6 +45,16 @@ pub enum TaskChoice {
     Classification,
 }
 
+/// What computes a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineKind {
+    /// This engine, on the CPU.
+    Embedded,
+    /// `PyTorch`, through a [`super::Learner`] of its own.
+    Torch,
+}
+
 impl Method {
     /// Whether what is trained stands beside the base's weights, as an adapter.
     pub fn is_adapter(self) -> bool {
@@ -95,6 +105,7 @@ pub struct TrainConfig {
     pub data: Vec<PathBuf>,
     /// The run's folder.
     pub output: PathBuf,
+    pub engine: EngineKind,
     pub task: TaskChoice,
     pub method: Method,
     /// Blocks at the end that [`Method::Freeze`] trains beside the head.

@@ -3,7 +3,7 @@
 use super::metrics::{
     ClassificationMetrics, GenerationMetrics, Predictions, classification, generation,
 };
-use super::{Judged, Model};
+use super::{Judged, Judging};
 use crate::data::{Batch, BatchSource, IGNORE};
 use crate::error::{Error, Result};
 
@@ -48,7 +48,7 @@ impl Evaluation {
 /// # Errors
 /// `Run` if nothing is predicted or the loss is not finite.
 pub fn evaluate(
-    model: &dyn Model,
+    model: &dyn Judging,
     source: &dyn BatchSource,
     max_tokens: usize,
     mut proceed: impl FnMut() -> Result<bool>,

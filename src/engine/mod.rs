@@ -8,6 +8,7 @@ mod events;
 pub mod generate;
 mod gradients;
 pub mod jobs;
+mod learner;
 mod methods;
 pub mod metrics;
 mod model;
@@ -23,15 +24,19 @@ mod trainer;
 mod validate;
 mod weights;
 
-pub use config::{Method, PromptInit, ScheduleKind, TargetModules, TaskChoice, TrainConfig};
+pub use config::{
+    EngineKind, Method, PromptInit, ScheduleKind, TargetModules, TaskChoice, TrainConfig,
+};
 pub use evaluate::{Evaluation, Measures, evaluate};
 pub use events::{
     Control, DataEvent, EvalEvent, Event, Hooks, ModelEvent, Skip, StepEvent, StopReason,
     TrainResult,
 };
 pub use gradients::Gradients;
-pub use model::{Judged, Mode, Model, Parameter, Segment};
+pub use learner::{Learner, Local};
+pub use model::{Judged, Judging, Mode, Model, Parameter, Segment};
 pub use optimizer::{AdamW, AdamWSettings, Moments, clip_factor};
 pub use run_folder::RunFolder;
 pub use schedule::Schedule;
 pub use trainer::{train, train_in};
+pub use weights::{restore, snapshot};

@@ -56,29 +56,25 @@ pub enum Judged {
     Classes(Vec<f32>),
 }
 
-/// A model that can be trained and saved: a causal language model, or a classifier of texts.
-pub trait Model: Send + Sync {
+/// A causal language model, or a classifier of texts, that is asked about batches.
+pub trait Judging: Send + Sync {
+    /// What the model makes of a batch that it is not trained on.
+    fn judge(&self, batch: &Batch) -> Result<Judged>;
+
+    /// Names of a classifier's labels, in the order of its logits; none of a language model.
+    fn labels(&self) -> &[String] {
+        &[]
+    }
+}
+
+/// A model that can be trained and saved.
+pub trait Model: Judging {
     /// The trainable parameters, in a stable order with stable names.
     fn parameters(&self) -> &[Parameter];
 
     /// Sum of the negative log-likelihoods (nats) over the batch's targets, a scalar on the
     /// graph, and the number of targets.
     fn loss(&self, batch: &Batch, mode: Mode) -> Result<(Tensor, usize)>;
-
-    /// What the model makes of a batch that it is not trained on.
-    fn judge(&self, batch: &Batch) -> Result<Judged> {
-        let (loss, count) = self.loss(batch, Mode::Eval)?;
-        let loss = super::evaluate::scalar(&loss)?;
-        Ok(Judged::Language {
-            loss,
-            rows: vec![(loss, count)],
-        })
-    }
-
-    /// Names of a classifier's labels, in the order of its logits; none of a language model.
-    fn labels(&self) -> &[String] {
-        &[]
-    }
 
     /// Writes what a user takes away: an adapter in PEFT's format, or a Hugging Face folder when
     /// every weight was trained. Each file is written aside and renamed.

@@ -8,14 +8,13 @@ use std::time::Instant;
 use super::best::Best;
 use super::checkpoint;
 use super::config::TrainConfig;
-use super::evaluate::scalar;
 use super::events::{Event, Hooks, StopReason, TrainResult};
-use super::optimizer::{AdamW, clip_factor};
+use super::optimizer::clip_factor;
 use super::plan::{Plan, dropout_seed};
 use super::progress::{Progress, tokens_read};
 use super::run_folder::{Metrics, RunFolder};
 use super::state::State;
-use super::{Gradients, Mode, Model, Schedule, weights};
+use super::{Learner, Local, Model, Schedule};
 use crate::data::BatchSource;
 use crate::error::{Error, Result};
 
@@ -36,25 +35,26 @@ pub fn train(
 ) -> Result<TrainResult> {
     config.validate()?;
     let folder = RunFolder::open(&config.output, config.resume)?;
-    train_in(&folder, config, model, train, heldout, hooks)
+    let mut learner = Local::new(config, model)?;
+    train_in(&folder, config, &mut learner, train, heldout, hooks)
 }
 
 /// [`train`] in a folder that was taken before: early, while a mistake has cost nothing.
 pub fn train_in(
     folder: &RunFolder,
     config: &TrainConfig,
-    model: &dyn Model,
+    learner: &mut dyn Learner,
     train: &dyn BatchSource,
     heldout: &dyn BatchSource,
     hooks: &mut dyn Hooks,
 ) -> Result<TrainResult> {
     config.validate()?;
-    let mut run = Run::start(folder, config, model, train, heldout, hooks)?;
+    let mut run = Run::start(folder, config, learner, train, heldout, hooks)?;
     match run.finish() {
         Ok(reason) => run.result(reason),
         Err(error) => {
             // The first error is the one to tell.
-            let _ = run.best.save(model, run.state.step);
+            let _ = run.best.save(run.learner, run.state.step);
             Err(error)
         }
     }
@@ -63,14 +63,12 @@ pub fn train_in(
 struct Run<'a> {
     folder: &'a RunFolder,
     config: &'a TrainConfig,
-    model: &'a dyn Model,
+    learner: &'a mut dyn Learner,
     train: &'a dyn BatchSource,
     heldout: &'a dyn BatchSource,
     hooks: &'a mut dyn Hooks,
     plan: Plan,
     schedule: Schedule,
-    optimizer: AdamW,
-    gradients: Gradients,
     metrics: Metrics,
     progress: Progress,
     best: Best,
@@ -82,33 +80,31 @@ impl<'a> Run<'a> {
     fn start(
         folder: &'a RunFolder,
         config: &'a TrainConfig,
-        model: &'a dyn Model,
+        learner: &'a mut dyn Learner,
         train: &'a dyn BatchSource,
         heldout: &'a dyn BatchSource,
         hooks: &'a mut dyn Hooks,
     ) -> Result<Self> {
-        let parameters = model.parameters();
-        let mut optimizer = AdamW::new(config.into(), parameters)?;
         let plan = Plan::new(config, train)?;
         let schedule = Schedule::new(config, plan.total_steps);
-        let mut state = State::new(config, &schedule, parameters, train, heldout)?;
+        let mut state = State::new(config, &schedule, learner.parameters(), train, heldout)?;
         let takeaway = if config.method.is_adapter() {
             "adapter"
         } else {
             "model"
         };
-        let mut best = Best::new(model, folder.path().join(takeaway))?;
+        let mut best = Best::new(learner, folder.path().join(takeaway))?;
         if config.resume {
             let found = checkpoint::load_state(folder.path())?;
             found.admit(&state, config.schedule)?;
-            let loaded = checkpoint::load(folder.path(), found, parameters)?;
+            let loaded = checkpoint::load(folder.path(), found, learner.parameters())?;
             state = State {
                 total_steps: plan.total_steps,
                 ..loaded.state
             };
-            weights::restore(parameters, &loaded.weights)?;
-            state.admit_probe(records::probe(model, heldout)?)?;
-            optimizer.set_moments(loaded.moments);
+            learner.set_weights(&loaded.weights)?;
+            state.admit_probe(records::probe(&*learner, heldout)?)?;
+            learner.set_moments(loaded.moments)?;
             if let Some(measured) = state.best {
                 best.resume(loaded.best.unwrap_or(loaded.weights), measured.step);
             }
@@ -116,16 +112,14 @@ impl<'a> Run<'a> {
         Ok(Self {
             metrics: Metrics::open(folder, state.metrics_bytes)?,
             progress: Progress::new(state.elapsed_seconds),
-            gradients: Gradients::new(parameters),
             folder,
             config,
-            model,
+            learner,
             train,
             heldout,
             hooks,
             plan,
             schedule,
-            optimizer,
             best,
             state,
             interrupted: false,
@@ -141,8 +135,8 @@ impl<'a> Run<'a> {
         if !self.is_evaluated() {
             self.evaluate()?;
         }
-        self.best.save(self.model, self.state.step)?;
-        self.best.restore(self.model)?;
+        self.best.save(self.learner, self.state.step)?;
+        self.best.restore(self.learner)?;
         let step = self.state.step;
         let best_step = self.state.best.map_or(0, |best| best.step);
         self.emit(&Event::Stop {
@@ -176,7 +170,7 @@ impl<'a> Run<'a> {
             if step > 0 && step.is_multiple_of(self.config.checkpoint_every) {
                 self.checkpoint()?;
             }
-            self.best.save_when_due(self.model, step)?;
+            self.best.save_when_due(self.learner, step)?;
             self.step()?;
         }
     }
@@ -185,7 +179,6 @@ impl<'a> Run<'a> {
     fn step(&mut self) -> Result<()> {
         let start = Instant::now();
         let step = self.state.step + 1;
-        let parameters = self.model.parameters();
         let fail = |what: &dyn Display| Error::run(format!("step {step}: {what}"));
         let diverged = |what: &dyn Display| {
             fail(&format!(
@@ -194,19 +187,17 @@ impl<'a> Run<'a> {
             ))
         };
         let (mut sum, mut targets, mut read) = (0.0, 0, 0);
-        self.gradients.clear();
+        self.learner.clear()?;
         for (micro, (epoch, index)) in self.plan.micro_batches(step).enumerate() {
             let batch = self.train.batch(epoch, index)?;
             if batch.target_count() == 0 {
                 continue;
             }
             let seed = dropout_seed(self.config.seed, step, micro);
-            let (loss, count) = self.model.loss(&batch, Mode::Train { seed })?;
-            let value = scalar(&loss)?;
+            let (value, count) = self.learner.add(&batch, seed)?;
             if !value.is_finite() {
                 return Err(diverged(&format!("the loss is {value}")));
             }
-            self.gradients.add(parameters, &mut loss.backward()?)?;
             sum += value;
             targets += count;
             read += tokens_read(&batch);
@@ -216,16 +207,14 @@ impl<'a> Run<'a> {
             self.state.step = step;
             return Ok(());
         }
-        self.gradients
+        self.learner
             .check_complete()
             .map_err(|error| fail(&error))?;
         let per_token = 1.0 / targets as f64;
-        let norm = self.gradients.norm().map_err(|error| diverged(&error))? * per_token;
+        let norm = self.learner.norm().map_err(|error| diverged(&error))? * per_token;
         let scale = clip_factor(norm, self.config.max_grad_norm) * per_token;
         let learning_rate = self.config.learning_rate * self.schedule.factor(step - 1);
-        let gradients = self.gradients.sums();
-        self.optimizer
-            .step(parameters, gradients, scale, learning_rate, step)?;
+        self.learner.update(step, scale, learning_rate)?;
         let seconds = start.elapsed().as_secs_f64();
         self.progress.record_step(read, seconds);
         self.state.step = step;

@@ -9,12 +9,13 @@ use serde::Serialize;
 
 use super::caller;
 use super::frames::{self, Tables};
+use super::learner::Maker;
 use crate::data::Batch;
 use crate::engine::TrainConfig;
-use crate::engine::jobs;
+use crate::engine::jobs::{self, MakesLearners};
 use crate::error::{Error, Result};
 
-fn settings(error: serde_json::Error) -> Error {
+pub(super) fn settings(error: serde_json::Error) -> Error {
     Error::argument(format!("settings: {error}"))
 }
 
@@ -26,18 +27,24 @@ fn from_json<'a, T: serde::Deserialize<'a>>(text: &'a str) -> Result<T> {
     serde_json::from_str(text).map_err(settings)
 }
 
+/// `why` says why the engine of the settings was chosen; `learners` makes those of engine torch.
 #[pyfunction]
-#[pyo3(signature = (config, on_event, frames=None))]
+#[pyo3(signature = (config, on_event, frames=None, *, why=None, learners=None))]
 pub fn train(
     py: Python<'_>,
     config: &str,
     on_event: Py<PyAny>,
     frames: Option<Tables<'_>>,
+    why: Option<&str>,
+    learners: Option<Py<PyAny>>,
 ) -> PyResult<String> {
     let mut config = TrainConfig::from_json(config)?;
     config.frames = frames::import(frames)?;
+    let maker = learners.map(Maker);
+    let maker = maker.as_ref().map(|maker| maker as &dyn MakesLearners);
+    let engine = jobs::Engine { why, maker };
     let outcome = caller::run(py, Some(&on_event), |mut hooks| {
-        jobs::train(&config, &mut hooks)
+        jobs::train(&config, engine, &mut hooks)
     })?;
     py.check_signals()?;
     if outcome.result.stop_reason == crate::engine::StopReason::Interrupted {

@@ -22,6 +22,8 @@ pub mod cuda_lora;
 pub mod engine;
 #[cfg(feature = "engine")]
 mod frames;
+#[cfg(feature = "engine")]
+mod learner;
 pub mod memory;
 pub mod quant;
 #[cfg(feature = "engine")]

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use candle_core::{D, Device, Tensor, Var};
 use ferrotune::data::{Batch, IGNORE};
-use ferrotune::engine::{Mode, Model, Parameter, Segment};
+use ferrotune::engine::{Judged, Judging, Mode, Model, Parameter, Segment};
 use ferrotune::error::{Error, Result};
 
 use crate::support::{Random, VOCABULARY};
@@ -124,6 +124,17 @@ impl Tiny {
             .matmul(&matrix.t()?)?
             .broadcast_add(&bias)?
             .broadcast_add(&Tensor::new(frozen, &Device::Cpu)?)
+    }
+}
+
+impl Judging for Tiny {
+    fn judge(&self, batch: &Batch) -> Result<Judged> {
+        let (loss, count) = self.loss(batch, Mode::Eval)?;
+        let loss = f64::from(loss.to_scalar::<f32>()?);
+        Ok(Judged::Language {
+            loss,
+            rows: vec![(loss, count)],
+        })
     }
 }
 

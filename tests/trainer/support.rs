@@ -178,7 +178,7 @@ impl Hooks for Listener {
 pub fn settings(output: &Path, changes: Value) -> Value {
     let mut settings = json!({
         "model": "model", "data": ["text.txt"], "output": output, "method": "lora",
-        "task": "auto", "trained_layers": 0,
+        "engine": "embedded", "task": "auto", "trained_layers": 0,
         "r": 16, "lora_alpha": 32.0, "lora_dropout": 0.0, "use_rslora": false,
         "target_modules": "all-linear", "feedforward_modules": null, "num_virtual_tokens": 20, "prompt_tuning_init": "sample_vocab", "adapter_variant": "pfeiffer", "reduction_factor": 16, "rank_pattern": {}, "alpha_pattern": {},
         "quant_type": "nf4", "blocksize": 64, "double_quant": true,

@@ -111,6 +111,7 @@ def demo(
         text,
         folder,
         **_TRAINING,
+        engine="embedded",
         max_steps=settings["steps"],
         max_seconds=settings["seconds"],
         seed=settings["seed"],

@@ -48,13 +48,13 @@ def _call(invocation: Invocation) -> TrainResult:
     """A config file from an earlier run names that run's folder: run again, beside it."""
     import sys
 
-    from .. import files
+    from .. import files, ranks
 
     values = dict(invocation.values)
     if "output" in invocation.from_file and not values.get("resume"):
         named = Path(values["output"])
         values["output"] = files.free_sibling(named)
-        if values["output"] != named:
+        if values["output"] != named and ranks.is_first():
             print(f"{named} holds a run already: writing {values['output']}", file=sys.stderr)
     return train(**values)
 
@@ -80,6 +80,14 @@ def train(
         ),
     ] = None,
     *,
+    engine: Annotated[
+        Literal["auto", "embedded", "torch"],
+        Option(
+            "what computes: ferrotune's own engine on the CPU, or PyTorch with transformers and "
+            "PEFT, on GPU or CPU; auto is torch where there are a GPU and these, else embedded",
+            group=RUN,
+        ),
+    ] = "auto",
     task: Annotated[
         Literal["auto", "generation", "classification"],
         Option(
@@ -321,12 +329,18 @@ def train(
     progress: Progress = True,
     on_event: Callable[[dict[str, Any]], bool | None] | None = None,
 ) -> TrainResult:
-    """Fine-tune a Llama, GPT-2 or BERT model on texts, conversations or labels, on the CPU.
+    """Fine-tune a Llama, GPT-2 or BERT model on texts, conversations or labels.
 
     Models are Hugging Face folders: Llama and GPT-2 for generation, all three for classification
     of texts by their `label`. A folder without a classification head gets a new one (its weights
     drawn from `seed`), whose labels are the data's; they are written as `id2label`. The
     dropout that a model's own config.json names is not applied; `lora_dropout` is.
+
+    With `engine` "torch" the same run (data, order, initial values, evaluations, files) is computed
+    by transformers, PEFT and ferrotune's layers: in bfloat16 on a GPU, in float32 on the CPU. Of
+    several processes (`torchrun --nproc-per-node 2 -m ferrotune train …`) each takes its share of
+    every batch, and the first one shows and writes. The run says which engine it has and why, and
+    its `config.toml` names it.
 
     Every setting is also an option of `ferrotune train` (`ferrotune train --help` lists them with
     their units) and a key of its TOML config. The data is split by record, or by `group`, with near

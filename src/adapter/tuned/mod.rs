@@ -133,7 +133,8 @@ impl TunedConfig {
         }
     }
 
-    fn to_json(&self) -> Map<String, Value> {
+    /// All fields of the file.
+    pub fn to_json(&self) -> Map<String, Value> {
         let fields = match self {
             Self::Ia3(config) => config.fields(),
             Self::Virtual(config) => config.fields(),

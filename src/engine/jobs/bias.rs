@@ -6,8 +6,7 @@ use serde::Serialize;
 use super::judge::read;
 use crate::data::{BatchSource, Swap};
 use crate::engine::metrics::Predictions;
-use crate::engine::models::Transformer;
-use crate::engine::{Control, Hooks, Judged, Model};
+use crate::engine::{Control, Hooks, Judged, Judging};
 use crate::error::{Error, Result};
 
 /// Which records are looked at, and how they fall into groups.
@@ -68,7 +67,7 @@ impl BiasPlan<'_> {
     /// `Run` where a loss is not finite; `Interrupted` when a hook says stop.
     pub fn ask(
         &self,
-        model: &Transformer,
+        model: &dyn Judging,
         hooks: &mut (dyn Hooks + Send),
     ) -> Result<(Said, Vec<u32>)> {
         let mut classes = |source: Option<&dyn BatchSource>| match source {
@@ -110,7 +109,7 @@ impl BiasPlan<'_> {
     }
 }
 
-fn pair(model: &dyn Model, swap: &Swap, sequence_length: usize) -> Result<[f64; 2]> {
+fn pair(model: &dyn Judging, swap: &Swap, sequence_length: usize) -> Result<[f64; 2]> {
     let batch = swap.batch(sequence_length);
     match model.judge(&batch)? {
         Judged::Language { rows, .. } if rows.len() == 2 => {

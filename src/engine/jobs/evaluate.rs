@@ -14,7 +14,7 @@ use crate::data::{
 use crate::engine::metrics::{ClassificationMetrics, GenerationMetrics};
 use crate::engine::models::{Architecture, Labels, Task, Transformer};
 use crate::engine::{
-    Control, EvalEvent, Evaluation, Event, Hooks, Measures, Model, evaluate as evaluate_source,
+    Control, EvalEvent, Evaluation, Event, Hooks, Judging, Measures, evaluate as evaluate_source,
 };
 use crate::error::{Error, Result};
 

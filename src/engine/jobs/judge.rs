@@ -7,8 +7,7 @@ use super::bias::{Bias, BiasPlan, Said};
 use super::run_data::data_config;
 use crate::data::{BatchSource, Columns, DataConfig, Sequential, Tokenizer, Whole, prepare_whole};
 use crate::engine::metrics::{ClassificationMetrics, GenerationMetrics, Interval, ratio_interval};
-use crate::engine::models::Transformer;
-use crate::engine::{Control, Evaluation, Hooks, Measures, Model, TrainConfig, evaluate};
+use crate::engine::{Control, Evaluation, Hooks, Judging, Measures, TrainConfig, evaluate};
 use crate::error::{Error, Result};
 
 /// What was found; each part where it was asked for.
@@ -81,7 +80,7 @@ impl<'a> Judge<'a> {
     ///
     /// # Errors
     /// `Run` where a loss is not finite; `Interrupted` when a hook says stop.
-    pub fn before(&mut self, model: &Transformer, hooks: &mut (dyn Hooks + Send)) -> Result<()> {
+    pub fn before(&mut self, model: &dyn Judging, hooks: &mut (dyn Hooks + Send)) -> Result<()> {
         if let Some(own) = self.own {
             self.own_before = Some(read(model, own, self.config.eval_tokens, hooks)?);
         }
@@ -94,7 +93,7 @@ impl<'a> Judge<'a> {
     ///
     /// # Errors
     /// As [`Judge::before`]'s.
-    pub fn after(self, model: &Transformer, hooks: &mut (dyn Hooks + Send)) -> Result<Judgement> {
+    pub fn after(self, model: &dyn Judging, hooks: &mut (dyn Hooks + Send)) -> Result<Judgement> {
         let seed = self.config.seed;
         let measured = |found: &Evaluation, source: &dyn BatchSource| {
             found.measures(model.labels(), source.bytes(), seed)
@@ -154,7 +153,7 @@ impl<'a> Judge<'a> {
 /// # Errors
 /// As [`Judge::before`]'s.
 pub(super) fn read(
-    model: &dyn Model,
+    model: &dyn Judging,
     source: &dyn BatchSource,
     limit: usize,
     hooks: &mut (dyn Hooks + Send),

@@ -6,6 +6,7 @@ mod compute;
 mod evaluate;
 mod generate;
 mod judge;
+mod learning;
 mod merge;
 mod run_data;
 mod run_model;
@@ -20,6 +21,7 @@ pub use compute::compute;
 pub use evaluate::{EvaluateConfig, EvaluateResult, Scores, evaluate};
 pub use generate::{GenerateConfig, GenerateResult, generate};
 pub use judge::{Forgetting, Judgement, Tested};
+pub use learning::{Engine, Flat, MakesLearners, Outline, Part};
 pub use merge::{MergeConfig, MergeResult, merge};
 pub use train::{TrainOutcome, train};
 
@@ -33,6 +35,9 @@ use crate::engine::models::{
 };
 use crate::error::{Error, Result};
 use crate::folder::ConfigFile;
+
+/// Of a job's threads, in bytes: as much as a main thread usually has.
+const STACK: usize = 8 << 20;
 
 /// Tensors of an adapter's `modules_to_save`.
 type Saved = BTreeMap<String, adapter::SavedTensor>;
@@ -51,6 +56,7 @@ pub fn with_threads<R: Send>(
     super::validate::threads(threads)?;
     let pool = rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
+        .stack_size(STACK)
         .build()
         .map_err(|error| Error::run(format!("cannot start {threads} threads: {error}")))?;
     pool.install(work)
@@ -125,6 +131,7 @@ fn plan(
             .max(positions),
         trained,
         seed: 0,
+        hollow: false,
     };
     Ok(Ready {
         architecture,

@@ -7,7 +7,7 @@ use crate::adapter::{AdapterConfig, Selector};
 use crate::engine::models::{
     Architecture, Init, LoadPlan, Lora, Quantize, Task, Trained, Transformer,
 };
-use crate::engine::{Method, ModelEvent, TrainConfig, methods};
+use crate::engine::{EngineKind, Method, ModelEvent, TrainConfig, methods};
 use crate::error::{Error, Result};
 
 pub(super) fn load(
@@ -24,6 +24,7 @@ pub(super) fn load(
         positions: config.sequence_length + trained.virtual_tokens(),
         trained,
         seed: config.seed,
+        hollow: config.engine != EngineKind::Embedded,
     };
     Transformer::load(&config.model, architecture, &plan)
 }

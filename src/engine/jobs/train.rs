@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use super::bias::BiasPlan;
 use super::judge::{Judge, Judgement, own_batches, own_text, refuse_forgetting};
+use super::learning::Engine;
 use super::run_data::{data_config, data_event, labels};
 use super::run_model::{load, model_event, trained};
 use super::{tokenizer, with_threads};
@@ -36,20 +37,29 @@ pub struct TrainOutcome {
 ///
 /// # Errors
 /// As the parts' own: `Argument` and `Format` for bad input, `Run` for a run that failed.
-pub fn train(config: &TrainConfig, hooks: &mut (dyn Hooks + Send)) -> Result<TrainOutcome> {
+pub fn train(
+    config: &TrainConfig,
+    engine: Engine<'_>,
+    hooks: &mut (dyn Hooks + Send),
+) -> Result<TrainOutcome> {
     config.validate()?;
-    with_threads(config.threads, || run(config, hooks))
+    engine.check(config)?;
+    with_threads(config.threads, || run(config, engine, hooks))
 }
 
-fn run(config: &TrainConfig, hooks: &mut (dyn Hooks + Send)) -> Result<TrainOutcome> {
+fn run(
+    config: &TrainConfig,
+    engine: Engine<'_>,
+    hooks: &mut (dyn Hooks + Send),
+) -> Result<TrainOutcome> {
     let mut architecture = Architecture::read(&config.model)?;
     match task(config.task, &architecture)? {
-        Task::Generation => generation(config, architecture, hooks),
+        Task::Generation => generation(config, architecture, engine, hooks),
         Task::Classification => {
             if architecture.labels().is_none() {
                 architecture.head = Head::Classification(Labels::fresh([]));
             }
-            classification(config, architecture, hooks)
+            classification(config, architecture, engine, hooks)
         }
     }
 }
@@ -70,6 +80,7 @@ fn task(choice: TaskChoice, architecture: &Architecture) -> Result<Task> {
 fn generation(
     config: &TrainConfig,
     architecture: Architecture,
+    engine: Engine<'_>,
     hooks: &mut (dyn Hooks + Send),
 ) -> Result<TrainOutcome> {
     let (trained, mut warnings) = trained(config, &architecture)?;
@@ -118,6 +129,7 @@ fn generation(
     });
     fit(
         config,
+        engine,
         &model,
         (&train, &heldout),
         Judge::new(config, test.as_ref().map(source), own.as_ref().map(source)).with_bias(bias),
@@ -130,6 +142,7 @@ fn generation(
 fn classification(
     config: &TrainConfig,
     mut architecture: Architecture,
+    engine: Engine<'_>,
     hooks: &mut (dyn Hooks + Send),
 ) -> Result<TrainOutcome> {
     refuse_forgetting(config)?;
@@ -197,6 +210,7 @@ fn classification(
     let judge = Judge::new(config, test.as_ref().map(source), None).with_bias(bias);
     fit(
         config,
+        engine,
         &model,
         (&train, &heldout),
         judge,
@@ -228,17 +242,20 @@ fn source<S: BatchSource>(source: &S) -> &dyn BatchSource {
 }
 
 /// Takes the run's folder, tells what is worked on, and trains.
-fn fit(
+fn fit<'a>(
     config: &TrainConfig,
-    model: &Transformer,
+    engine: Engine<'a>,
+    model: &'a Transformer,
     (train, heldout): (&dyn BatchSource, &dyn BatchSource),
     mut judge: Judge<'_>,
     report: DataReport,
     warnings: Vec<String>,
     hooks: &mut (dyn Hooks + Send),
 ) -> Result<TrainOutcome> {
+    let mut learner = engine.learner(config, model)?;
+    let mut model_event = model_event(config, model);
+    engine.describe(config, &*learner, &mut model_event)?;
     let folder = RunFolder::open(&config.output, config.resume)?;
-    let model_event = model_event(config, model);
     hooks.on_event(&Event::Data(data_event(&report)))?;
     hooks.on_event(&Event::Model(model_event.clone()))?;
     let faults = report.audit.iter();
@@ -248,11 +265,11 @@ fn fit(
     for message in faults.chain(warnings) {
         hooks.on_event(&Event::Warning { message })?;
     }
-    judge.before(model, hooks)?;
-    let result = train_in(&folder, config, model, train, heldout, hooks)?;
+    judge.before(&*learner, hooks)?;
+    let result = train_in(&folder, config, &mut *learner, train, heldout, hooks)?;
     let judgement = match result.stop_reason {
         StopReason::Interrupted => Judgement::default(),
-        _ => judge.after(model, hooks)?,
+        _ => judge.after(&*learner, hooks)?,
     };
     let adapter = config
         .method

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::Run;
 use crate::data::BatchSource;
-use crate::engine::Model;
+use crate::engine::Judging;
 use crate::engine::checkpoint::{self, Contents};
 use crate::engine::evaluate::{Measures, evaluate};
 use crate::engine::events::{Control, EvalEvent, Event, StepEvent, StopReason, TrainResult};
@@ -45,10 +45,15 @@ impl Run<'_> {
         let start = Instant::now();
         let step = self.state.step;
         let (hooks, interrupted) = (&mut *self.hooks, &mut self.interrupted);
-        let found = evaluate(self.model, self.heldout, self.config.eval_tokens, || {
-            heed(hooks.poll(), interrupted)?;
-            Ok(!*interrupted)
-        })
+        let found = evaluate(
+            &*self.learner,
+            self.heldout,
+            self.config.eval_tokens,
+            || {
+                heed(hooks.poll(), interrupted)?;
+                Ok(!*interrupted)
+            },
+        )
         .map_err(|error| diverged(error, step))?;
         let Some(found) = found else {
             return Ok(());
@@ -61,7 +66,7 @@ impl Run<'_> {
         if step == 0 {
             self.state.heldout_loss_before = Some(loss);
         }
-        let (labels, bytes) = (self.model.labels(), self.heldout.bytes());
+        let (labels, bytes) = (self.learner.labels(), self.heldout.bytes());
         let Measures {
             generation,
             classification,
@@ -71,7 +76,7 @@ impl Run<'_> {
         }
         let is_best = self.state.best.is_none_or(|best| loss < best.loss);
         if is_best {
-            self.best.take(self.model, step)?;
+            self.best.take(self.learner, step)?;
             self.state.best = Some(measured);
             self.state.evaluations_since_best = 0;
         } else {
@@ -97,15 +102,16 @@ impl Run<'_> {
         self.state.metrics_bytes = self.metrics.sync()?;
         self.state.elapsed_seconds = self.progress.elapsed();
         let step = self.state.step;
-        let found = probe(self.model, self.heldout);
+        let found = probe(&*self.learner, self.heldout);
         self.state.probe = found.map_err(|error| diverged(error, step))?;
         let is_best_older = self.state.best.is_some_and(|best| best.step != step);
         checkpoint::write(
             self.folder.path(),
             &Contents {
                 state: &self.state,
-                parameters: self.model.parameters(),
-                moments: self.optimizer.moments(),
+                parameters: self.learner.parameters(),
+                weights: &self.learner.weights()?,
+                moments: &self.learner.moments()?,
                 best: is_best_older.then(|| self.best.values()),
             },
         )?;
@@ -206,7 +212,7 @@ fn heed(answer: Result<Control>, interrupted: &mut bool) -> Result<()> {
 }
 
 /// Loss of the first held-out tokens under the current weights.
-pub(super) fn probe(model: &dyn Model, heldout: &dyn BatchSource) -> Result<f64> {
+pub(super) fn probe(model: &dyn Judging, heldout: &dyn BatchSource) -> Result<f64> {
     let found = evaluate(model, heldout, PROBE_TOKENS, || Ok(true))?;
     Ok(found.map_or(0.0, |found| found.loss))
 }

@@ -139,6 +139,20 @@ impl<'a> Builder<'a> {
         })
     }
 
+    /// As [`Self::dense`]; of a hollow model its shape alone is looked at.
+    fn frozen(&self, name: &str, n: usize, k: usize, transposed: bool) -> Result<FrozenWeight> {
+        if !self.plan.hollow {
+            return self.dense(name, n, k, transposed);
+        }
+        let name = &stored(self.weights, self.architecture, name);
+        let view = self.weights.get(name)?;
+        let shape = if transposed { [k, n] } else { [n, k] };
+        if view.shape != shape {
+            return Err(self.misshapen(name, view.shape, &shape));
+        }
+        Ok(FrozenWeight::F32(Vec::new()))
+    }
+
     /// A linear layer's weight: 4-bit as it was saved, quantised now, or dense.
     fn weight(&self, module: &str, n: usize, k: usize) -> Result<FrozenWeight> {
         let name = stored(self.weights, self.architecture, &format!("{module}.weight"));
@@ -148,7 +162,10 @@ impl<'a> Builder<'a> {
             }
             return Ok(FrozenWeight::FourBit(saved));
         }
-        let dense = self.dense(&name, n, k, self.is_transposed(module))?;
+        let dense = self.frozen(&name, n, k, self.is_transposed(module))?;
+        if self.plan.hollow {
+            return Ok(dense);
+        }
         let Some(how) = self.plan.quantize else {
             return Ok(dense);
         };
@@ -298,11 +315,18 @@ impl<'a> Builder<'a> {
     pub fn table(&mut self, module: &str, n: usize) -> Result<Table> {
         let k = self.architecture.hidden_size;
         let name = format!("{module}.weight");
-        let weight = self.dense(&name, n, k, false)?;
         self.elements += n * k;
         if !self.trains(module) {
+            // A prompt may begin at rows of the embedding.
+            let drawn = matches!(self.beside(), Some(TunedConfig::Virtual(_)));
+            let weight = if drawn {
+                self.dense(&name, n, k, false)?
+            } else {
+                self.frozen(&name, n, k, false)?
+            };
             return Ok(Table::Frozen(weight));
         }
+        let weight = self.dense(&name, n, k, false)?;
         let mut values = vec![0.0f32; n * k];
         weight.widen_into(&mut values)?;
         let segments = vec![Segment {

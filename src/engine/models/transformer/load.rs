@@ -93,6 +93,9 @@ pub struct LoadPlan {
     pub positions: usize,
     /// Of what is new: adapters, and a head that is not in the folder.
     pub seed: u64,
+    /// Whether frozen linear layers and tables are checked alone, and left in the folder: another
+    /// library computes, and the model's own forward is an error.
+    pub hollow: bool,
 }
 
 /// The names of a model's linear layers, the output layer last.
@@ -206,6 +209,7 @@ impl Transformer {
             lora_dropout,
             elements,
             positions: plan.positions,
+            hollow: plan.hollow,
             nothing: Tensor::zeros(0, candle_core::DType::F32, &Device::Cpu)?,
             architecture,
         })

@@ -34,7 +34,7 @@ use crate::adapter::{AdapterConfig, TunedConfig};
 use crate::data::Batch;
 use crate::engine::evaluate::labels;
 use crate::engine::ops::attention::Spans;
-use crate::engine::{Judged, Mode, Model, Parameter};
+use crate::engine::{Judged, Judging, Mode, Model, Parameter};
 use crate::error::{Error, Result};
 use crate::lora::Dropout;
 use attention::Attention;
@@ -96,6 +96,8 @@ pub struct Transformer {
     elements: usize,
     /// Positions a sequence may have.
     positions: usize,
+    /// Whether frozen weights were left in the folder.
+    hollow: bool,
     /// Stands in for the variable of a block that has none.
     nothing: Tensor,
 }
@@ -178,6 +180,11 @@ impl Transformer {
     }
 
     fn check(&self, batch: &Batch) -> Result<()> {
+        if self.hollow {
+            return Err(Error::run(
+                "the model was loaded without its frozen weights",
+            ));
+        }
         let size = batch.rows * batch.columns;
         if [batch.ids.len(), batch.targets.len(), batch.positions.len()] != [size; 3] {
             return Err(Error::argument(
@@ -274,6 +281,17 @@ impl Transformer {
             .sum()
     }
 
+    /// Virtual tokens before each document.
+    pub fn virtual_tokens(&self) -> usize {
+        self.virtual_tokens
+    }
+
+    /// The content of an adapter_config.json; none if there are no adapters.
+    pub fn adapter_json(&self) -> Option<serde_json::Map<String, serde_json::Value>> {
+        let beside = self.beside.as_ref().map(TunedConfig::to_json);
+        beside.or_else(|| self.adapter.as_ref().map(AdapterConfig::to_json))
+    }
+
     /// The folder the weights came from.
     pub fn folder(&self) -> &Path {
         &self.folder
@@ -348,7 +366,9 @@ impl Model for Transformer {
     fn save(&self, folder: &Path) -> Result<()> {
         self.write(folder)
     }
+}
 
+impl Judging for Transformer {
     fn judge(&self, batch: &Batch) -> Result<Judged> {
         let Ends::Language {
             norm, norm_theta, ..
