@@ -15,6 +15,7 @@ import ferrotune
 import methods
 from methods import Family
 from runs import base, column, metrics, settings
+from texts import VOCABULARY, add_tokenizer, write_lines
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -143,6 +144,16 @@ def test_what_torch_leaves_is_read_by_the_embedded_engine(base: Path, tmp_path: 
     for name in ("README.md", "report.html"):
         assert said in (tmp_path / "run" / name).read_text(), name
     assert 'engine = "torch"' in (tmp_path / "run" / "config.toml").read_text()
+
+
+def test_a_folder_that_is_in_4_bits_already(tmp_path: Path) -> None:
+    from test_four_bit_folder import save_4bit
+
+    save_4bit(tmp_path / "base", "nf4", True, vocab_size=VOCABULARY)
+    add_tokenizer(tmp_path / "base")
+    write_lines(tmp_path / "train.jsonl", 60)
+    write_lines(tmp_path / "heldout.jsonl", 20)
+    check(tmp_path / "base", tmp_path, method="qlora", r=4)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
