@@ -15,6 +15,7 @@ import ferrotune
 import methods
 from methods import Family
 from runs import base, column, metrics, settings
+from texts import VOCABULARY, add_tokenizer, write_lines
 
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -34,20 +35,20 @@ CASES: list[tuple[Family, dict[str, Any]]] = [
     (LLAMA, {"method": "freeze", "trained_layers": 1, "learning_rate": 1e-3}),
     (LLAMA, {"method": "ia3"}),
     (LLAMA, {"method": "prompt", "num_virtual_tokens": 4, "packing": True}),
-    (LLAMA, {"method": "prefix", "num_virtual_tokens": 4}),
     (LLAMA, {"method": "adapter", "reduction_factor": 4}),
-    (GPT2, {"method": "full", "learning_rate": 1e-3, "packing": True}),
     (GPT2, {"method": "qlora", "quant_type": "fp4", "blocksize": 128, "double_quant": False}),
     (GPT2, {"method": "adapter", "adapter_variant": "houlsby", "reduction_factor": 4}),
     (LABELLED["bert"], {"method": "lora", "r": 4, "weight_decay": 0.1}),
     (LABELLED["bert"], {"method": "qlora", "r": 4}),
-    (LABELLED["bert"], {"method": "full", "learning_rate": 1e-3}),
     (LABELLED["bert"], {"method": "prompt", "num_virtual_tokens": 3}),
-    (LABELLED["bert"], {"method": "adapter", "adapter_variant": "pfeiffer"}),
     (LABELLED["gpt2"], {"method": "prefix", "num_virtual_tokens": 3}),
     (LABELLED["llama"], {"method": "prompt", "num_virtual_tokens": 3, "test": 0.1}),
 ]
 MORE: list[tuple[Family, dict[str, Any]]] = [
+    (LLAMA, {"method": "prefix", "num_virtual_tokens": 4}),
+    (GPT2, {"method": "full", "learning_rate": 1e-3, "packing": True}),
+    (LABELLED["bert"], {"method": "full", "learning_rate": 1e-3}),
+    (LABELLED["bert"], {"method": "adapter", "adapter_variant": "pfeiffer"}),
     (GPT2, {"method": "lora", "use_rslora": True, "target_modules": ["c_attn"]}),
     (GPT2, {"method": "ia3"}),
     (GPT2, {"method": "prefix", "packing": True}),
@@ -72,7 +73,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, Path]:
 def both(model: Path, output: Path, **changes: Any) -> tuple[Any, Any]:
     found = []
     for engine in ("embedded", "torch"):
-        given = {"packing": False, "learning_rate": 1e-2, **changes, "engine": engine}
+        given = {"packing": False, "learning_rate": 1e-2, "threads": 1, **changes}
+        given["engine"] = engine
         found.append(methods.train(model, output / engine, **given))
     return found[0], found[1]
 
@@ -144,11 +146,22 @@ def test_what_torch_leaves_is_read_by_the_embedded_engine(base: Path, tmp_path: 
     assert 'engine = "torch"' in (tmp_path / "run" / "config.toml").read_text()
 
 
+def test_a_folder_that_is_in_4_bits_already(tmp_path: Path) -> None:
+    from test_four_bit_folder import save_4bit
+
+    save_4bit(tmp_path / "base", "nf4", True, vocab_size=VOCABULARY)
+    add_tokenizer(tmp_path / "base")
+    write_lines(tmp_path / "train.jsonl", 60)
+    write_lines(tmp_path / "heldout.jsonl", 20)
+    check(tmp_path / "base", tmp_path, method="qlora", r=4)
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_resumed_run_ends_at_the_unbroken_runs_numbers(
     method: str, base: Path, tmp_path: Path
 ) -> None:
     changes = {"method": method, "engine": "torch", "lora_dropout": 0.2, "checkpoint_every": 2}
+    changes["threads"] = 1
     ferrotune.train(**settings(base, output=tmp_path / "whole", **changes))
 
     def stop(event: dict[str, Any]) -> bool:

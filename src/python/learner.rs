@@ -89,7 +89,7 @@ impl Judging for Outer<'_> {
                 let (loss, rows) = found.extract()?;
                 return Ok(Judged::Language { loss, rows });
             }
-            let logits: PyReadonlyArray1<'_, f32> = found.extract().map_err(PyErr::from)?;
+            let logits: PyReadonlyArray1<'_, f32> = found.extract()?;
             let logits = logits.as_slice().map_err(Error::argument_of)?;
             Ok(Judged::Classes(logits.to_vec()))
         })
