@@ -34,15 +34,17 @@ def minilm() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-def write(path: Path) -> Path:
+def write(path: Path, most: int = RECORDS) -> Path:
     """Writes `path` (.jsonl): `text`, `label` (the subject) and `era` of every entry.
 
-    Raises OSError where the package can be neither found nor fetched.
+    Of more than `most` entries every so-many-th is taken. Raises OSError where the package can be
+    neither found nor fetched.
     """
     given = os.environ.get("FERROTUNE_DEBS")
     with tempfile.TemporaryDirectory() as name:
         files = real_records.packages(Path(name), Path(given) if given else None, ["dict-foldoc"])
         rows = real_records.foldoc(files)
+    rows = rows[:: -(-len(rows) // most)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for text, label in rows:
@@ -50,9 +52,9 @@ def write(path: Path) -> Path:
     return path
 
 
-def era(text: str) -> str:
-    """When an entry was last changed: a group to compare labels by."""
+def era(text: str) -> str | None:
+    """When an entry was last changed, a group to compare labels by; None for one without a day."""
     found = _DATE.search(text)
     if found is None:
-        return "undated"
+        return None
     return "before 1997" if int(found[1]) < 1997 else "1997 and later"

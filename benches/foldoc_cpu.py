@@ -110,7 +110,7 @@ def body(record: dict[str, Any]) -> str:
         f"weights (TF-IDF learns from both), {sides['test']:,} to test on; {foldoc.SUBJECTS} "
         f"labels. Where the name does not say otherwise: {RUN['epochs']:g} epochs, sequences of "
         f"{SHARED['sequence_length']} tokens, batches of {SHARED['batch_size']}, AdamW, a cosine "
-        "schedule. The run of 2 epochs reads 64 tokens; the few-shot one makes 4 epochs."
+        "schedule. The run of 1 epoch reads 64 tokens; the few-shot one makes 4 epochs."
     )
     head = [
         "method", "accuracy", "macro-F1", "MCC", "trained", "learning rate", "wall", "processor",
@@ -133,6 +133,9 @@ def body(record: dict[str, Any]) -> str:
     for name, found in results.items():
         if found["compare"]:
             parts += [f"## {name}: against what costs no training", against(found["compare"])]
+    missing = [one.name for one in METHODS if one.name not in results]
+    if missing:
+        spreads.append(f"Not run yet (`--resume` does): {'; '.join(missing)}.")
     parts += ["## Every method", common.table(head, rows), told, *spreads]
     rates = [
         [name, ", ".join(f"{rate}: {loss:.3f}" for rate, loss in found["search"].items())]

@@ -44,23 +44,23 @@ class Method:
 
 
 METHODS = (
-    Method("lora", {"method": "lora"}, (1e-3, 3e-3, 1e-2)),
+    Method("lora", {"method": "lora"}, (1e-3, 2e-3)),
     Method(
-        "lora, 2 epochs",
+        "lora, 1 epoch",
         {"method": "lora", "sequence_length": 64},
         like="lora",
-        run={"epochs": 2.0, "eval_every": 196},
+        run={"epochs": 1.0, "eval_every": 196},
         compared=True,
     ),
-    Method("qlora", {"method": "qlora"}, like="lora"),
     Method("full", {"method": "full"}, (1e-4, 3e-4)),
     Method("freeze, head alone", {"method": "freeze"}, (3e-3, 1e-2)),
-    Method("freeze, last 2 blocks", {"method": "freeze", "trained_layers": 2}, (3e-4, 1e-3)),
+    Method("ia3", {"method": "ia3"}, (5e-3, 2e-2)),
     Method("adapter, Houlsby", {"method": "adapter", "adapter_variant": "houlsby"}, (1e-3, 3e-3)),
+    Method("prefix", {"method": "prefix"}, (5e-3, 2e-2)),
+    Method("prompt", {"method": "prompt"}, (5e-3, 2e-2)),
+    Method("qlora", {"method": "qlora"}, like="lora"),
     Method("adapter, Pfeiffer", {"method": "adapter"}, like="adapter, Houlsby"),
-    Method("ia3", {"method": "ia3"}, (1e-2, 3e-2)),
-    Method("prefix", {"method": "prefix"}, (1e-2, 3e-2)),
-    Method("prompt", {"method": "prompt"}, (1e-2, 3e-2)),
+    Method("freeze, last 2 blocks", {"method": "freeze", "trained_layers": 2}, (5e-4, 2e-3)),
     Method(
         f"lora, {SHOTS} shots",
         {"method": "lora", "shots": SHOTS},

@@ -38,6 +38,10 @@ class TrainInterrupted(KeyboardInterrupt):
 class Result:
     """How every result shows itself; a result says what its table holds."""
 
+    def __init_subclass__(cls) -> None:
+        # IPython takes the nearest class's method, and a dataclass's own __repr__ is one.
+        cls._repr_pretty_ = Result._repr_pretty_  # type: ignore[method-assign]
+
     def table(self) -> Table:
         raise NotImplementedError
 
@@ -56,6 +60,10 @@ class Result:
 
     def _repr_html_(self) -> str:
         return self.table().html()
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython shows in a terminal."""
+        printer.text(str(self))
 
 
 def _jsonable(value: Any) -> Any:
