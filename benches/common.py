@@ -128,6 +128,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
+def interval(found: Mapping[str, float], sign: str = "") -> str:
+    """A value with the ends of its interval, as results have them in JSON."""
+    value, low, high = (format(found[name], f"{sign}.3f") for name in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
+
+
 def bar_table(bars: Sequence[Bar]) -> str:
     def row(bar: Bar) -> list[str]:
         sign = "≥" if bar.at_least else "≤"

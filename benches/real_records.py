@@ -4,6 +4,8 @@
 
     apt-get update
     apt-get download dict-foldoc fortunes fortunes-de
+
+`python benches/real_records.py FOLDER [PACKAGE...]` does the same and leaves the .deb files there.
 """
 
 from __future__ import annotations
@@ -11,8 +13,9 @@ from __future__ import annotations
 import gzip
 import re
 import subprocess
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 PACKAGES = ("dict-foldoc", "fortunes", "fortunes-de")
@@ -28,16 +31,35 @@ _LONGEST_HEAD = 400  # characters of an entry in which its subject's tag stands
 _SHORTEST_FORTUNE = 16  # characters
 
 
-def packages(folder: Path, given: Path | None) -> Path:
-    """Unpacks the packages' files, fetched or from `given`, a folder of .deb files."""
+def packages(folder: Path, given: Path | None, names: Sequence[str] = PACKAGES) -> Path:
+    """Unpacks the packages' files, fetched or from `given`, a folder of .deb files.
+
+    Raises OSError where a package is not in `given`, or cannot be fetched.
+    """
     archives = folder if given is None else given
     if given is None:
-        # apt's own user may not write here: it then says so and goes on as this one.
-        subprocess.run(["apt-get", "download", *PACKAGES], cwd=folder, check=True)
-    for name in PACKAGES:
-        archive = sorted(archives.glob(f"{name}_*.deb"))[-1]
-        subprocess.run(["dpkg-deb", "-x", str(archive), str(folder / "files")], check=True)
+        download(folder, names)
+    for name in names:
+        found = sorted(archives.glob(f"{name}_*.deb"))
+        if not found:
+            raise FileNotFoundError(f"{archives} has no {name}_*.deb")
+        _run("dpkg-deb", "-x", str(found[-1]), str(folder / "files"))
     return folder / "files"
+
+
+def download(folder: Path, names: Sequence[str]) -> None:
+    """Fetches the packages' .deb files into a folder. Raises OSError."""
+    # apt's own user may not write here: it then says so and goes on as this one.
+    _run("apt-get", "-q", "download", *names, folder=folder)
+
+
+def _run(*command: str, folder: Path | None = None) -> None:
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise OSError(f"{command[0]} is not there: this takes Debian or Ubuntu") from None
+    if done.returncode != 0:
+        raise OSError(f"{' '.join(command)}: {done.stderr.strip()} (apt-get update first?)")
 
 
 def foldoc(files: Path) -> Rows:
@@ -108,3 +130,12 @@ def cookies(path: Path) -> Iterator[str]:
     for text in re.split(r"^%.*$", content, flags=re.MULTILINE):
         if text.strip():
             yield text.strip()
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    target.mkdir(parents=True, exist_ok=True)
+    try:
+        download(target, sys.argv[2:] or PACKAGES)
+    except OSError as error:
+        sys.exit(str(error))

@@ -115,6 +115,7 @@ def test_demo(engine: Any, demo_data: Path, capsys: pytest.CaptureFixture[str]) 
     assert sent["max_seconds"] == 5.0
     assert sent["seed"] == 3
     assert sent["model"] == str(demo_data / "demo-model")
+    assert sent["forgetting"] == [str(demo_data / "docs-heldout.parquet")]
     asked = [settings for name, settings in engine if name == "generate"]
     assert [one["adapter"] for one in asked] == [None, None] + ["ferrotune-demo/adapter"] * 2
     assert asked[0]["prompt"] == asked[2]["prompt"]

@@ -78,7 +78,7 @@ def test_samples_of_the_demo_stand_in_columns(train: Train) -> None:
     from rich.console import Console
 
     sample = Sample("In the", " a\n  b " * 20, "c")
-    shown = DemoResult(train(), (sample,), (2.0, 3.0), 5.0)
+    shown = DemoResult(train(), (sample,), 5.0)
     console = Console(file=io.StringIO(), width=40)
     console.print(shown)
     before, *continued = console.file.getvalue().splitlines()  # type: ignore[attr-defined]

@@ -38,6 +38,10 @@ class TrainInterrupted(KeyboardInterrupt):
 class Result:
     """How every result shows itself; a result says what its table holds."""
 
+    def __init_subclass__(cls) -> None:
+        # IPython takes the nearest class's method, and a dataclass's own __repr__ is one.
+        cls._repr_pretty_ = Result._repr_pretty_  # type: ignore[method-assign]
+
     def table(self) -> Table:
         raise NotImplementedError
 
@@ -56,6 +60,10 @@ class Result:
 
     def _repr_html_(self) -> str:
         return self.table().html()
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """What IPython shows in a terminal."""
+        printer.text(str(self))
 
 
 def _jsonable(value: Any) -> Any:
@@ -388,21 +396,22 @@ class Sample:
 class DemoResult(Result):
     """The demo's run, samples of its text, and the seconds that everything took together.
 
-    `own_loss` is the loss on held-out text of the base model's own domain before and after, in
-    nats per token: what the model forgot.
+    The run's `forgetting` is on held-out text of the base model's own domain, Python's docs.
     """
 
     train: TrainResult
     samples: tuple[Sample, ...]
-    own_loss: tuple[float, float]
     seconds: float
 
     def table(self) -> Table:
-        rows = [row for row in self.train.rows() if row[0] != "output"]
-        before, after = self.own_loss
-        change = _change(tables.loss_text, before, after)
-        forgotten = f"{change} nats per token ({after - before:+.3f})"
-        rows.insert(2, ("loss on Python's docs", forgotten))
+        forgetting = self.train.forgetting
+        general = forgetting.rows() if forgetting is not None else ()
+        rows = [row for row in self.train.rows() if row[0] != "output" and row not in general]
+        if forgetting is not None:
+            before, after = forgetting.before.loss.value, forgetting.after.loss.value
+            change = _change(tables.loss_text, before, after)
+            forgotten = f"{change} nats per token ({after - before:+.3f})"
+            rows.insert(2, ("loss on Python's docs", forgotten))
         output = self.train.output
         places = (
             ("total time", tables.duration(self.seconds)),

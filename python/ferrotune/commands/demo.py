@@ -13,17 +13,14 @@ DEFAULT_OUTPUT = "ferrotune-demo"
 PROMPTS = ("And the king said unto", "In the beginning")
 SAMPLE_TOKENS = 60
 
-# Tokens of the base model's own domain that tell what it forgot.
-OWN_TOKENS = 16_384
-
 # The model is small and its adapters start from text of another kind: a rate far above the usual.
-_TRAINING: dict[str, Any] = {
+TRAINING: dict[str, Any] = {
     "method": "qlora",
     "text_column": "text",
     "group": "book",
     "near_duplicates": 0.0,  # the Gospels and the Chronicles would bind the books together
     "learning_rate": 5e-3,
-    "eval_tokens": 16_384,
+    "eval_tokens": 16_384,  # of the Bible, and of the model's own domain
 }
 
 
@@ -56,8 +53,8 @@ def demo(
     network and no PyTorch.
 
     Returns:
-        A DemoResult: the training's result, samples of text, the loss on text like the model's
-        pre-training text, and the seconds of everything.
+        A DemoResult: the training's result with the loss on text like the model's pre-training
+        text, samples of text, and the seconds of everything.
 
     Raises:
         FileNotFoundError: the package was built without the demo's data.
@@ -67,7 +64,6 @@ def demo(
     import time
 
     from .. import files
-    from .evaluate import evaluate
     from .generate import generate
     from .train import train
 
@@ -93,35 +89,23 @@ def demo(
             for prompt in PROMPTS
         ]
 
-    def own_loss(adapter: Path | None) -> float:
-        return evaluate(
-            model,
-            own_text,
-            adapter,
-            quant_type="nf4",
-            text_column="text",
-            eval_tokens=OWN_TOKENS,
-            threads=settings["threads"],
-            progress=False,
-        ).loss
-
-    before, own_before = continue_prompts(None), own_loss(None)
+    before = continue_prompts(None)
     trained = train(
         model,
         text,
         folder,
-        **_TRAINING,
+        **TRAINING,
         engine="embedded",
+        forgetting=own_text,
         max_steps=settings["steps"],
         max_seconds=settings["seconds"],
         seed=settings["seed"],
         threads=settings["threads"],
         progress=settings["progress"],
     )
-    after, own_after = continue_prompts(trained.adapter), own_loss(trained.adapter)
+    after = continue_prompts(trained.adapter)
     samples = tuple(map(Sample, PROMPTS, before, after))
-    own = (own_before, own_after)
-    return DemoResult(trained, samples, own, time.perf_counter() - started)
+    return DemoResult(trained, samples, time.perf_counter() - started)
 
 
 def locate(name: str) -> Path:
