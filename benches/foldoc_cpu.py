@@ -90,7 +90,7 @@ def compare(method: Method, weights: str, work: Path, folder: Path, threads: int
         work / "parts" / "test.jsonl",
         weights,
         folder / "compare",
-        sequence_length=method.settings["sequence_length"],
+        sequence_length={**SHARED, **method.settings}["sequence_length"],
         threads=threads,
         progress=False,
     )
