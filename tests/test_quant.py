@@ -49,6 +49,20 @@ def same_bits(a: Array, b: Array) -> bool:
     return a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
+def comparable(values: Array) -> Array:
+    """Values as bitsandbytes gives them on any CPU.
+
+    Its code for CPUs without AVX-512 makes FP4's second zero -0 in every shape; ours is that of the
+    code for AVX-512 everywhere. There both zeros count as one.
+    """
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return values
+    if values.dtype == np.uint16:  # bfloat16
+        return np.where(values == 0x8000, np.uint16(0), values)
+    found: Array = values + values.dtype.type(0)
+    return found
+
+
 def reference(q: Any, state: Any) -> Any:
     """bitsandbytes' values.
 
@@ -80,7 +94,8 @@ def check(x: Any, blocksize: int, quant_type: Any, double_quant: bool) -> None:
         assert same_bits(ours.nested_quant_map, state.state2.code.numpy())
     for dtype in DTYPES:
         state.dtype = getattr(torch, dtype)
-        assert same_bits(dequantize_4bit(ours, dtype=dtype), bits(reference(q, state))), dtype
+        values, expected = dequantize_4bit(ours, dtype=dtype), bits(reference(q, state))
+        assert same_bits(comparable(values), comparable(expected)), dtype
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
