@@ -7,6 +7,7 @@ errors.md the table of groups.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -42,14 +43,16 @@ class ErrorTable:
         folder = Path(os.environ.get("FERROTUNE_ERRORS") or FOLDER)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "errors.jsonl"
-        found = _read(path) | self.rows
-        lines = (
-            json.dumps({"test": test, **row._asdict()})
-            for test in sorted(found)
-            for row in found[test]
-        )
-        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        (folder / "errors.md").write_text(markdown(found), encoding="utf-8")
+        with (folder / "lock").open("w") as lock:  # another worker may end now, too
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            found = _read(path) | self.rows
+            lines = (
+                json.dumps({"test": test, **row._asdict()})
+                for test in sorted(found)
+                for row in found[test]
+            )
+            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            (folder / "errors.md").write_text(markdown(found), encoding="utf-8")
         return folder
 
 
