@@ -9,6 +9,7 @@ use super::head::Table;
 use super::init::{normal, uniform};
 use super::load::{Init, LoadPlan};
 use super::norm::Norm;
+use super::stored::{laid, stored};
 use crate::adapter::{LoraPair, TunedConfig};
 use crate::dtype::DType;
 use crate::engine::models::architecture::Architecture;
@@ -122,12 +123,8 @@ impl<'a> Builder<'a> {
 
     /// A weight `[n, k]` in the type it is stored in; `transposed` where the file has `[k, n]`.
     fn dense(&self, name: &str, n: usize, k: usize, transposed: bool) -> Result<FrozenWeight> {
-        let name = &stored(self.weights, self.architecture, name);
+        let name = &self.shaped(name, n, k, transposed)?;
         let view = self.weights.get(name)?;
-        let shape = if transposed { [k, n] } else { [n, k] };
-        if view.shape != shape {
-            return Err(self.misshapen(name, view.shape, &shape));
-        }
         Ok(match view.float() {
             Some(DType::F16) => {
                 FrozenWeight::F16(laid(view.elements::<f16>().into_owned(), n, k, transposed))
@@ -144,13 +141,19 @@ impl<'a> Builder<'a> {
         if !self.plan.hollow {
             return self.dense(name, n, k, transposed);
         }
-        let name = &stored(self.weights, self.architecture, name);
-        let view = self.weights.get(name)?;
-        let shape = if transposed { [k, n] } else { [n, k] };
-        if view.shape != shape {
-            return Err(self.misshapen(name, view.shape, &shape));
-        }
+        self.shaped(name, n, k, transposed)?;
         Ok(FrozenWeight::F32(Vec::new()))
+    }
+
+    /// What the folder calls a weight, which has the shape that config.json makes it.
+    fn shaped(&self, name: &str, n: usize, k: usize, transposed: bool) -> Result<String> {
+        let name = stored(self.weights, self.architecture, name);
+        let found = self.weights.get(&name)?.shape;
+        let expected = if transposed { [k, n] } else { [n, k] };
+        if found != expected {
+            return Err(self.misshapen(&name, found, &expected));
+        }
+        Ok(name)
     }
 
     /// A linear layer's weight: 4-bit as it was saved, quantised now, or dense.
@@ -481,29 +484,4 @@ pub fn copy_saved(
         ))),
         None => Err(Error::argument(format!("the adapter has no tensor {name}"))),
     }
-}
-
-/// What the folder calls a tensor: a model that was saved without a head has no name for its base.
-pub fn stored(weights: &Weights, architecture: &Architecture, name: &str) -> String {
-    let bare = name.strip_prefix(architecture.names().base);
-    match bare.and_then(|bare| bare.strip_prefix('.')) {
-        Some(bare) if !weights.contains(name) && weights.contains(bare) => bare.to_owned(),
-        _ => name.to_owned(),
-    }
-}
-
-/// `[n, k]` in row-major order, of `[k, n]` where `transposed`.
-fn laid<T: Copy>(values: Vec<T>, n: usize, k: usize, transposed: bool) -> Vec<T> {
-    if transposed {
-        transpose(&values, k, n)
-    } else {
-        values
-    }
-}
-
-/// `[columns, rows]` of `[rows, columns]`.
-pub fn transpose<T: Copy>(values: &[T], rows: usize, columns: usize) -> Vec<T> {
-    (0..columns)
-        .flat_map(|column| (0..rows).map(move |row| values[row * columns + column]))
-        .collect()
 }

@@ -15,6 +15,7 @@ mod load;
 mod mlp;
 mod norm;
 mod save;
+mod stored;
 mod virtual_tokens;
 
 use std::path::{Path, PathBuf};

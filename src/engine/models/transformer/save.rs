@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 use super::beside::{is_factor, scale_of, scaled_bias, write_adapter};
-use super::builder::transpose;
 use super::head::widened;
+use super::stored::transpose;
 use super::{Ends, Transformer, linear_modules};
 use crate::adapter::{self, LoraPair, SavedTensor};
 use crate::dtype::DType;
