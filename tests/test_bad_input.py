@@ -381,6 +381,8 @@ def test_a_config_file_that_is_no_toml(work: Path) -> None:
     for text, expected in (
         ("r = " + "[" * 100_000, "nested too deeply"),
         ("r = " + "{a=" * 100_000, "nested too deeply"),
+        ("a." * 100_000 + "r = 1", "nested too deeply"),
+        ("[" + '"a" . ' * 100_000 + "r]", "nested too deeply"),
         ("#" * (1 << 20) + "\n", "larger than 1 MiB"),
         ("r = 1\0", "not TOML"),
     ):
