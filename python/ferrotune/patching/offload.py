@@ -88,7 +88,7 @@ def inputs(offloaded: bool) -> Iterator[None]:
     def pack(tensor: Tensor) -> Any:
         large = tensor.numel() * tensor.element_size() >= _LEAST and tensor.is_floating_point()
         if not tensor.is_cuda or not large or type(tensor) is not torch.Tensor:
-            return tensor
+            return tensor if tensor.grad_fn is None else tensor.detach()
         moves = offloaded and not torch.cuda.is_current_stream_capturing()
         latest = None if _latest.input is None else _latest.input()
         found = _Input(tensor.detach(), moves, latest)

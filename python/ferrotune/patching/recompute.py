@@ -149,7 +149,7 @@ def _key(tensor: Tensor) -> Key:
 def _pack(tensor: Tensor) -> Any:
     found = None if _now.offers is None else _now.offers.get(_key(tensor))
     if found is None or not tensor.is_contiguous() or tensor._version != found[2]:
-        return tensor
+        return tensor if tensor.grad_fn is None else tensor.detach()  # else a node keeps itself
     return found[0], tensor.shape
 
 
