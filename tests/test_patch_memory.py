@@ -22,9 +22,8 @@ from ferrotune.patching import memory as memory_module
 from ferrotune.patching import recompute
 from ferrotune.patching.masks import index_dropout
 from ferrotune.patching.memory import policy_of
-from ferrotune.planning.memory import LEVELS, Level, Setup, block_bytes, level_bytes, memory
-from ferrotune.planning.policy import choose, size_of
-from ferrotune.planning.shapes import shape_of
+from ferrotune.planning.memory import LEVELS, Level, memory
+from ferrotune.planning.policy import size_of
 from side_by_side import step
 from tiny_models import CONFIGS, base_4bit_model, base_model, batch, with_lora
 
@@ -167,61 +166,6 @@ def test_what_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     counts.clear()
     step(model, batch("llama"))
     assert counts == expected["layer"]
-
-
-SIZES = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
-         "num_key_value_heads": 8, "num_hidden_layers": 8, "vocab_size": 128256}  # fmt: skip
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_policy_that_recomputes_least(dropout: float, checkpointing: bool) -> None:
-    shape = shape_of({"model_type": "llama", **SIZES}, "here")
-    setup = Setup(batch_size=4, lora_dropout=dropout)
-    ladder = LEVELS[3:] if checkpointing else LEVELS
-    order = {level: i for i, level in enumerate(LEVELS)}
-    before, seen = None, set()
-    for gib in torch.linspace(1, 20, 60).flip(0).tolist():
-        found = choose(shape, setup, gib * 2**30, ladder)
-        assert found.fits == (found.peak <= gib * 2**30)
-        assert found.memory == memory(shape, setup, found.levels)
-        assert len(found.levels) == 8
-        steps = [order[level] for level in found.levels]
-        assert steps == sorted(steps, reverse=True)  # the first layers recompute most
-        assert max(steps) - min(steps) <= 1
-        if before is not None and found.fits:
-            assert found.peak <= before.peak
-            assert sum(steps) >= sum(order[level] for level in before.levels)
-        before = found
-        seen |= set(found.levels)
-    assert seen == set(ladder)
-    assert choose(shape, setup, 80 * 2**30, ladder).levels == (ladder[0],) * 8
-    smallest = choose(shape, setup, 1, ladder)
-    assert not smallest.fits
-    assert smallest.levels == ("offload",) * 7 + ("layer",)
-    assert smallest.memory.host == 7 * 8192 * 4096 * 2
-
-
-def test_uniform_levels_are_as_before() -> None:
-    """Checkpointing is every layer at its level; what a level keeps falls from one to the next."""
-    shape = shape_of({"model_type": "llama", **SIZES}, "here")
-    for dropout in (0.0, 0.1):
-        setup = Setup(lora_dropout=dropout)
-        kept = [level_bytes(shape, setup, level)[0] for level in LEVELS]
-        assert kept == sorted(kept, reverse=True)
-        assert kept[0] == block_bytes(shape, setup)
-        assert kept[3:] == [2048 * 4096 * 2, 0]
-        asked = Setup(lora_dropout=dropout, checkpointing=True)
-        assert memory(shape, asked) == memory(shape, setup, ["layer"] * 8)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("24 GiB", 24 << 30), ("20e9", 20e9), ("1.5GB", 15e8), ("512mib", 512 << 20), (3e9, 3e9),
-     ("7 k", 7000), ("100", 100)],
-)  # fmt: skip
-def test_sizes(text: str | float, size: float) -> None:
-    assert size_of(text) == size
 
 
 @pytest.mark.parametrize(

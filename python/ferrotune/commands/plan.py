@@ -50,16 +50,18 @@ class PlanResult(Result):
         setup, parts = self.setup, self.memory
         what = "checkpointing" if setup.checkpointing else "no checkpointing"
         what = what if self.policy is None else "memory policy"
+        policy, more = self._policy_rows()
         rows = [
             ("model", f"{self.model_type}, {compact(self.parameters)} parameters"),
             ("trained", f"{setup.method}, {compact(self.trained_parameters)} parameters"),
             ("a step", f"{setup.batch_size} x {setup.sequence_length} tokens, {what}"),
+            *policy,
             ("weights", _gib(parts.weights)),
             ("adapters", _gib(parts.adapters)),
             (f"optimiser ({setup.optimizer})", _gib(parts.optimizer)),
             ("gradients", _gib(parts.gradients)),
             ("activations", _gib(parts.activations)),
-            *self._policy_rows(),
+            *more,
             ("scratch of backward", _gib(parts.scratch)),
             ("loss", _gib(parts.loss)),
             ("peak", f"{_gib(self.peak)}, at {self.peak_at}"),
@@ -80,15 +82,16 @@ class PlanResult(Result):
                 rows.append(("", "still too much: a shorter sequence or a larger card"))
         return Table("ferrotune plan", tuple(rows))
 
-    def _policy_rows(self) -> list[tuple[str, str]]:
+    def _policy_rows(self) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+        """What layers do, and what is besides what they keep."""
         if self.policy is None:
-            return []
+            return [], []
         rows = [("recomputed at once", _gib(self.memory.recomputed))]
         if self.memory.host:
             rows.append(("on the host", _gib(self.memory.host)))
         texts = str(self.policy).split("; ")
         heads = [f"policy for {_gib(self.policy.available)}", *[""] * (len(texts) - 1)]
-        return [*rows, *zip(heads, texts, strict=True)]
+        return [*zip(heads, texts, strict=True)], rows
 
 
 @command(
