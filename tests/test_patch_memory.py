@@ -24,7 +24,7 @@ from ferrotune.patching.masks import index_dropout
 from ferrotune.patching.memory import policy_of
 from ferrotune.planning.memory import LEVELS, Level, memory
 from ferrotune.planning.policy import size_of
-from side_by_side import step
+from side_by_side import assert_agree, step
 from tiny_models import CONFIGS, base_4bit_model, base_model, batch, with_lora
 
 NAMES = (
@@ -184,9 +184,15 @@ def predicted(model: Any, level: Level, rows: int) -> int:
     """A size in which layers at a level fit, and none at the one before."""
     (policy,) = policy_of(list(model.modules()))
     setup = memory_module._setup(model, rows, 12, "float32")
-    lasting = memory_module._lasting(model, torch.device("cpu"))
+    lasting, _ = memory_module._lasting(model, torch.device("cpu"))
     found = memory(policy.shape, setup, (level,) * 2)
     return int((found.peak + lasting - found.weights - found.adapters - found.optimizer) * 1.0301)
+
+
+def unmasked(rows: int) -> dict[str, torch.Tensor]:
+    found = batch("llama", rows=rows)
+    del found["attention_mask"]
+    return found
 
 
 def test_it_is_settled_by_the_first_and_by_larger_steps() -> None:
@@ -200,13 +206,13 @@ def test_it_is_settled_by_the_first_and_by_larger_steps() -> None:
     found = report.memory
     assert found is not None
     model.eval()
-    model(**batch("llama", rows=64))
+    model(**unmasked(64))
     with torch.no_grad():
-        model.train()(**batch("llama", rows=64))
+        model.train()(**unmasked(64))
     assert found.levels is None
     before = 0
     for rows in (2, 16, 4, 18):
-        model(**batch("llama", rows=rows)).loss.backward()
+        model(**unmasked(rows)).loss.backward()
         assert found.levels is not None
         assert found.peak is not None
         assert found.peak <= size
@@ -221,13 +227,13 @@ def test_it_is_settled_by_the_first_and_by_larger_steps() -> None:
     again = ferrotune.patch(model)  # keeps the policy
     assert again.memory is found
     with pytest.raises(ferrotune.PatchError, match=r"200 x 12 tokens takes .* of .*; try .*batch"):
-        model(**batch("llama", rows=200))
+        model(**unmasked(200))
     with pytest.raises(ferrotune.PatchError, match="200 x 12"):
-        model(**batch("llama", rows=200))
-    model(**batch("llama", rows=2)).loss.backward()
+        model(**unmasked(200))
+    model(**unmasked(2)).loss.backward()
 
 
-def test_auto_is_for_devices(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_is_for_devices() -> None:
     model = made()
     report = ferrotune.patch(model, memory="auto")
     step(model, batch("llama"))
@@ -360,3 +366,53 @@ def test_data_parallel(level: Level) -> None:
         torch.distributed.destroy_process_group()
     found = {name.replace(" module.", " "): tensor for name, tensor in found.items()}
     assert_equal(found, expected)
+
+
+@pytest.mark.slow
+def test_compiled() -> None:
+    """One graph, whatever was settled before: torch.compile chooses what it keeps by itself."""
+    model = made(lora_dropout=0.1)
+    report = ferrotune.patch(model, memory=LARGE)
+    assert "torch.compile chooses by itself" in str(report)
+    # transformers warns of a cache beside recomputation, which breaks the graph.
+    inputs = {**batch("llama"), "use_cache": False}
+    expected = step(model, inputs)
+    for level in ("keep", "mlp", "layer"):
+        torch._dynamo.reset()
+        at(model, level)  # type: ignore[arg-type]
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        found = step(compiled, inputs)
+        found = {name.replace("_orig_mod.", ""): tensor for name, tensor in found.items()}
+        assert_agree(expected, found)
+
+
+def test_draws_are_seen() -> None:
+    """A second forward in a captured graph cannot set generators back: only where nothing draws."""
+    for p, draws in ((0.0, False), (0.1, True)):
+        model = made(lora_dropout=p)
+        ferrotune.patch(model)
+        layer = model.base_model.model.model.layers[0]
+        assert recompute._draws(functools.partial(type(layer).forward, layer)) is draws
+        assert recompute._draws(layer.mlp._run) is draws
+        layer.self_attn.attention_dropout = 0.2
+        assert recompute._draws(functools.partial(type(layer).forward, layer))
+
+
+def test_a_mask_repeats_keys_and_values() -> None:
+    """Without one grouped-query attention reads them as they are; eager attention is told of."""
+    model = made()
+    peaks = []
+    for padded in (False, True):
+        report = ferrotune.patch(model, memory=LARGE)
+        inputs = batch("llama")
+        if not padded:
+            del inputs["attention_mask"]
+        step(model, inputs)
+        assert report.memory is not None
+        peaks.append(report.memory.peak)
+        assert "eager" not in str(report.memory)
+    assert peaks[0] < peaks[1]
+    model.base_model.model.set_attn_implementation("eager")
+    report = ferrotune.patch(model, memory=LARGE)
+    step(model, batch("llama"))
+    assert "without the matrices that eager attention keeps" in str(report)

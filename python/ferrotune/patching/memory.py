@@ -85,7 +85,7 @@ class MemoryPolicy:
             return
         if changed and self.tokens >= batch * length:
             batch, length = self.report.batch_size, self.report.sequence_length
-        self._settle(hidden, batch, length)
+        self._settle(hidden, batch, length, kwargs.get("attention_mask"))
 
     def _look(self) -> bool:
         """Whether the switch was used since it was set here; takes down how."""
@@ -97,7 +97,7 @@ class MemoryPolicy:
                 changed = True
         return changed
 
-    def _settle(self, hidden: torch.Tensor, batch: int, length: int) -> None:
+    def _settle(self, hidden: torch.Tensor, batch: int, length: int, mask: Any) -> None:
         self.tokens = max(self.tokens, batch * length)
         report = self.report
         report.batch_size, report.sequence_length = batch, length
@@ -114,7 +114,16 @@ class MemoryPolicy:
             report.note = "all is kept: 'auto' is what a CUDA device has free; give a size here"
             return
         asked = all(own[0] for own in self.own)  # for checkpointing
-        policy = choose(self.shape, setup, available / (1 + _MARGIN), self._ladder(asked), lasting)
+        shape = self.shape
+        if isinstance(mask, torch.Tensor) and mask.dim() == 4:
+            # transformers then gives every head of queries a copy of its keys and values.
+            shape = dataclasses.replace(shape, key_value_heads=shape.heads)
+        if any(
+            getattr(config, "_attn_implementation", "") == "eager"
+            for config in (getattr(one, "config", None) for one in self.model.modules())
+        ):
+            report.left_out = "without the matrices that eager attention keeps"
+        policy = choose(shape, setup, available / (1 + _MARGIN), self._ladder(asked), lasting)
         self._apply(policy.levels, asked)
         report.settled(policy, [*self.named], available)
         if not policy.fits:
@@ -254,8 +263,9 @@ def _setup(model: nn.Module, batch: int, length: int, dtype: Any) -> Setup:
     )
 
 
-def _lasting(model: nn.Module, device: torch.device) -> int:
-    """Bytes of the model on its device with AdamW's states, or of all that is there if more is."""
+def _lasting(model: nn.Module, device: torch.device) -> tuple[int, int]:
+    """Bytes of the model on its device with AdamW's states, or of all that is there if more is;
+    and of what is trained."""
     found: dict[int, int] = {}
     trained = 0
     for module in model.modules():
@@ -270,7 +280,7 @@ def _lasting(model: nn.Module, device: torch.device) -> int:
             trained += parameter.numel() * parameter.element_size()
     weights = sum(found.values())
     now = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    return max(now, weights + 2 * trained)
+    return max(now, weights + 2 * trained), trained
 
 
 def _switched(layer: nn.Module) -> tuple[Any, Any]:

@@ -28,6 +28,8 @@ class MemoryReport:
     """Bytes that the model and its step may take."""
     note: str | None = None
     """Why nothing was chosen."""
+    left_out: str | None = None
+    """What the step takes besides what was predicted."""
 
     @property
     def peak(self) -> int | None:
@@ -50,11 +52,13 @@ class MemoryReport:
         if self.note is not None:
             return f"{text}: {self.note}"
         if self.policy is None:
-            return f"{text}: settled at the first forward of a training step"
+            when = "settled at the first forward of a training step"
+            return f"{text}: {when}; torch.compile chooses by itself"
         step = f"{self.batch_size} x {self.sequence_length} tokens"
         text += f", {step}: {self.policy}; peak {gib(self.policy.peak)} of {gib(self.available)}"
         host = self.policy.memory.host
-        return f"{text}, {gib(host)} on the host" if host else text
+        text += f", {gib(host)} on the host" if host else ""
+        return f"{text} ({self.left_out})" if self.left_out else text
 
 
 def gib(number: float) -> str:

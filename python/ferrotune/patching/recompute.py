@@ -63,8 +63,24 @@ def _contexts() -> tuple[_Again, _Again]:
 
 
 def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
-    """``function(*args)``, which keeps ``args`` alone."""
-    return checkpoint(function, *args, use_reentrant=False, context_fn=_contexts)
+    """``function(*args)`` of a layer or an MLP, which keeps ``args`` alone."""
+    settings: dict[str, Any] = {}
+    on_cuda = any(isinstance(one, torch.Tensor) and one.is_cuda for one in args)
+    if on_cuda and torch.cuda.is_current_stream_capturing() and not _draws(function):
+        settings["preserve_rng_state"] = False  # which cannot be read in a capture
+    return checkpoint(function, *args, use_reentrant=False, context_fn=_contexts, **settings)
+
+
+def _draws(function: Any) -> bool:
+    """Whether a layer's forward, or its MLP's, can draw random numbers."""
+    held = function.args if isinstance(function, functools.partial) else (function.__self__,)
+    return any(
+        isinstance(value, float) and value > 0 and ("dropout" in name or name == "p")
+        for layer in held
+        if isinstance(layer, torch.nn.Module)
+        for module in layer.modules()
+        for name, value in vars(module).items()
+    )
 
 
 def faster(function: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -65,7 +65,7 @@ def choose(
     setup: Setup,
     available: float,
     ladder: Sequence[Level] = LEVELS,
-    lasting: int | None = None,
+    lasting: tuple[int, int] | None = None,
 ) -> Policy:
     """The policy that recomputes least of those whose peak is at most ``available`` bytes.
 
@@ -73,15 +73,17 @@ def choose(
 
     Args:
         ladder: the levels that the model's blocks can be at, cheapest first.
-        lasting: bytes of weights, adapters and the optimiser's states, if known better than by
-            ``shape`` and ``setup``.
+        lasting: bytes of weights, adapters and the optimiser's states, and of what is trained, if
+            known better than by ``shape`` and ``setup``.
     """
     least: Policy | None = None
     for levels in _policies(shape.layers, ladder):
         found = memory(shape, setup, levels)
         more = 0
         if lasting is not None:
-            more = lasting - found.weights - found.adapters - found.optimizer
+            total, trained = lasting
+            found = replace(found, gradients=trained, update=trained)
+            more = total - found.weights - found.adapters - found.optimizer
         peak = found.peak + more
         policy = Policy(levels, found, peak, int(available), peak <= available)
         if policy.fits:
