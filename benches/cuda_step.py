@@ -48,13 +48,15 @@ class Case:
     shape: str = "llama-3-8b"
     length: int = 2048
     dropout: float = 0.0
+    memory: str | None = None
 
     def __str__(self) -> str:
         kept = "with" if self.checkpointing else "without"
         dropped = f", dropout {self.dropout:g}" if self.dropout else ""
+        what = f"policy {self.memory}" if self.memory else f"{kept} checkpointing"
         return (
             f"{self.shape}, {self.layers} layers, {self.batch}x{self.length} tokens, "
-            f"{kept} checkpointing{dropped}"
+            f"{what}{dropped}"
         )
 
 
@@ -67,6 +69,10 @@ CASES = [
     Case(8, 4, False, None, "qwen2.5-7b"),
     Case(32, 2, True, 1.25),
     Case(32, 2, False, 1.3),
+    Case(32, 2, False, None, memory="auto"),
+    Case(8, 4, False, None, memory="9 GiB"),
+    Case(8, 4, False, None, memory="7 GiB"),
+    Case(8, 4, False, None, memory="5 GiB"),
 ]
 
 
@@ -110,9 +116,11 @@ def compare(options: argparse.Namespace) -> int:
     chosen = [CASES[int(number)] for number in options.cases.split(",")]
     passed = True
     for case in chosen:
-        found = {name: run(name, case, options) for name in options.contenders.split(",")}
+        names = ["ferrotune"] if case.memory else options.contenders.split(",")
+        found = {name: run(name, case, options) for name in names}
         record["results"][str(case)] = {name: one for name, one in found.items() if one}
-        record["planned_gib"][str(case)] = planned_gib(case)
+        ours = found.get("ferrotune") or {}
+        record["planned_gib"][str(case)] = ours.get("policy_gib") or planned_gib(case)
         if not options.profile:
             passed = write(options.name, record)
     return 0 if passed else 1
@@ -249,10 +257,16 @@ def load(name: str, case: Case, folder: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": 0}
     )
-    return adapted(name, model, settings, case.checkpointing)
+    return adapted(name, model, settings, case.checkpointing, case.memory)
 
 
-def adapted(name: str, model: Any, settings: dict[str, Any], checkpointing: bool) -> Any:
+def adapted(
+    name: str,
+    model: Any,
+    settings: dict[str, Any],
+    checkpointing: bool,
+    memory: str | None = None,
+) -> Any:
     """A 4-bit model with PEFT's LoRA, run by PEFT + bitsandbytes or by ferrotune."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
@@ -269,7 +283,8 @@ def adapted(name: str, model: Any, settings: dict[str, Any], checkpointing: bool
         if checkpointing:
             model.gradient_checkpointing_enable(reentrant)
             model.enable_input_require_grads()
-        print(str(ferrotune.patch(model, fused_loss=True)).splitlines()[0], flush=True)
+        report = ferrotune.patch(model, fused_loss=True, memory=memory)
+        print(str(report).splitlines()[0], flush=True)
     return model
 
 
@@ -285,6 +300,17 @@ def planned_gib(case: Case) -> float:
         lora_dropout=case.dropout,
     )  # fmt: skip
     return memory(shape_of(config, case.shape), setup).peak / 2**30
+
+
+def policy_gib(model: Any, case: Case) -> float | None:
+    """The peak by which a memory policy was chosen; prints the policy."""
+    if case.memory is None:
+        return None
+    import ferrotune
+
+    found = ferrotune.patch(model).memory
+    print(found, flush=True)
+    return None if found is None or found.peak is None else found.peak / 2**30
 
 
 def train(model: Any, case: Case, options: argparse.Namespace) -> dict[str, Any]:
@@ -315,6 +341,7 @@ def train(model: Any, case: Case, options: argparse.Namespace) -> dict[str, Any]
         if i == 3:
             torch.cuda.reset_peak_memory_stats()
     seconds = statistics.median(times[4:])
+    planned = policy_gib(model, case)
     if options.profile:
         profile(step)
     return {
@@ -322,6 +349,7 @@ def train(model: Any, case: Case, options: argparse.Namespace) -> dict[str, Any]
         "spread_ms": [min(times[4:]) * 1e3, max(times[4:]) * 1e3],
         "tokens_per_second": case.batch * case.length / seconds,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "policy_gib": planned,
         "losses": losses,
         "trained": sum(parameter.numel() for parameter in trained),
     }

@@ -154,6 +154,27 @@ def check_drop_in(notebook: Any) -> None:
     assert text.endswith("True\n")
 
 
+def test_qlora_shows_its_story() -> None:
+    check_qlora(read("qlora_on_gpu.ipynb"))
+
+
+@pytest.mark.slow
+def test_qlora_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    check_qlora(execute("qlora_on_gpu.ipynb", monkeypatch))
+
+
+def check_qlora(notebook: Any) -> None:
+    """The plan with its policy, the certificate, the report, the run, and both peers' figures."""
+    pages = " ".join(shown(notebook, "text/html"))
+    for part in ("policy for 23.25 GiB", "agrees with the stock model", "LoRA layers", "· 100%"):
+        assert part in pages
+    assert len(shown(notebook, "image/png")) == 1
+    text = printed(notebook)
+    for part in ("keeps all", "recomputes", "PEFT + bitsandbytes", "last loss"):
+        assert part in text
+
+
 def held_out(notebook: Any) -> tuple[float, float]:
     """The held-out losses that are printed, before and after training."""
     line = next(x for x in printed(notebook).splitlines() if x.startswith("held-out loss"))

@@ -148,7 +148,7 @@ def test_every_part_counts_where_it_should(llama: Shape) -> None:
 def test_the_peak_is_the_largest_moment() -> None:
     parts = Memory(1, 2, 4, 1000, 16, 32, 64, 0, 500)
     assert parts.moments == {
-        "the loss": 87, "the last block's backward": 55, "the optimiser's step": 1507,
+        "the loss": 87, "a block's backward": 55, "the optimiser's step": 1507,
     }  # fmt: skip
     assert (parts.peak, parts.peak_at) == (1507, "the optimiser's step")
 

@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 from ..kinds import StrPath
 from ..options import Option, SettingError, collect
 from ..planning import advice
-from ..planning.memory import Memory, Setup, memory
-from ..planning.shapes import read
+from ..planning.memory import LEVELS, Memory, Setup
+from ..planning.memory import memory as memory_of
+from ..planning.policy import Policy, choose, size_of, smallest
+from ..planning.shapes import Shape, read
 from ..registry import command
 from ..results import Result
 from ..shared import DATA, MODEL, RUN, TRAINING, Blocksize, DoubleQuant
@@ -27,6 +29,8 @@ class PlanResult(Result):
     ``memory`` is by part, ``peak`` the most at one time and ``peak_at`` when that is. Of a card of
     ``gpu_memory`` bytes: whether the run ``fits``, the ``longest_sequence`` that does (tokens, None
     if none does), and the ``changes`` with which it would. All None, and no changes, without one.
+    With ``memory`` the ``policy`` says what each layer recomputes, ``fits`` is of its size, and
+    ``longest_sequence`` is with all that a policy can do.
     """
 
     model_type: str
@@ -40,27 +44,34 @@ class PlanResult(Result):
     fits: bool | None
     longest_sequence: int | None
     changes: tuple[advice.Change, ...]
+    policy: Policy | None = None
 
     def table(self) -> Table:
         setup, parts = self.setup, self.memory
         what = "checkpointing" if setup.checkpointing else "no checkpointing"
+        what = what if self.policy is None else "memory policy"
+        policy, more = self._policy_rows()
         rows = [
             ("model", f"{self.model_type}, {compact(self.parameters)} parameters"),
             ("trained", f"{setup.method}, {compact(self.trained_parameters)} parameters"),
             ("a step", f"{setup.batch_size} x {setup.sequence_length} tokens, {what}"),
+            *policy,
             ("weights", _gib(parts.weights)),
             ("adapters", _gib(parts.adapters)),
             (f"optimiser ({setup.optimizer})", _gib(parts.optimizer)),
             ("gradients", _gib(parts.gradients)),
             ("activations", _gib(parts.activations)),
+            *more,
             ("scratch of backward", _gib(parts.scratch)),
             ("loss", _gib(parts.loss)),
             ("peak", f"{_gib(self.peak)}, at {self.peak_at}"),
         ]
-        if self.gpu_memory is not None:
-            rows.append((f"fits {_gib(self.gpu_memory)}", "yes" if self.fits else "no"))
+        if self.fits is not None:
+            size = self.policy.available if self.policy is not None else self.gpu_memory
+            rows.append((f"fits {_gib(size or 0)}", "yes" if self.fits else "no"))
             longest = self.longest_sequence
-            rows.append(("longest sequence", f"{longest} tokens" if longest else "none fits"))
+            most = " recomputing all" if self.policy is not None else ""
+            rows.append(("longest sequence", f"{longest} tokens{most}" if longest else "none fits"))
         if self.changes:
             rows.append(("to make it fit", ""))
             rows += [
@@ -71,11 +82,23 @@ class PlanResult(Result):
                 rows.append(("", "still too much: a shorter sequence or a larger card"))
         return Table("ferrotune plan", tuple(rows))
 
+    def _policy_rows(self) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+        """What layers do, and what is besides what they keep."""
+        if self.policy is None:
+            return [], []
+        rows = [("recomputed at once", _gib(self.memory.recomputed))]
+        if self.memory.host:
+            rows.append(("on the host", _gib(self.memory.host)))
+        texts = str(self.policy).split("; ")
+        heads = [f"policy for {_gib(self.policy.available)}", *[""] * (len(texts) - 1)]
+        return [*zip(heads, texts, strict=True)], rows
+
 
 @command(
     "plan",
     examples=(
         "ferrotune plan meta-llama/config.json --gpu-memory 24",
+        "ferrotune plan model/ --batch-size 8 --memory auto --gpu-memory 24",
         "ferrotune plan model/ --method full --batch-size 4 --checkpointing --gpu-memory 80",
     ),
 )
@@ -113,6 +136,14 @@ def plan(
         float | None,
         Option("memory of the card", unit="GiB", group=RUN, unset="the first CUDA device's"),
     ] = None,
+    memory: Annotated[
+        str | None,
+        Option(
+            "what patch(model, memory=...) does: auto for the card's, or a size ('20 GiB', 20e9)",
+            group=RUN,
+            unset="no policy",
+        ),
+    ] = None,
 ) -> PlanResult:
     """Say what a training run on a GPU will take of its memory, and what to change if it is short.
 
@@ -127,14 +158,18 @@ def plan(
         OSError: a file that cannot be read.
     """
     settings = collect(plan, locals())
-    path, asked = settings.pop("model"), settings.pop("gpu_memory")
+    path, asked, limit = (settings.pop(name) for name in ("model", "gpu_memory", "memory"))
     _check(settings)
     shape, setup = read(path), Setup(**settings)
-    found = memory(shape, setup)
     card = _card() if asked is None else asked * _GIB
     if card is not None and card <= 0:
         raise SettingError(f"gpu_memory must be above 0 GiB, not {asked:g}")
     available = None if card is None else card - _RESERVED
+    policy = None if limit is None else _policy(shape, setup, limit, available)
+    found, least = memory_of(shape, setup), None
+    if policy is not None:
+        found, available = policy.memory, policy.available
+        least = smallest(shape.layers)
     fits = None if available is None else found.peak <= available
     frozen = shape.linear_parameters + shape.other_parameters
     adapters = 0 if method == "full" else shape.adapter_parameters(r)
@@ -149,10 +184,29 @@ def plan(
         gpu_memory=None if card is None else int(card),
         fits=fits,
         longest_sequence=(
-            None if available is None else advice.longest_sequence(shape, setup, available)
+            None if available is None else advice.longest_sequence(shape, setup, available, least)
         ),
-        changes=() if available is None or fits else advice.changes(shape, setup, available),
+        changes=(
+            () if available is None or fits else advice.changes(shape, setup, available, least)
+        ),
+        policy=policy,
     )
+
+
+def _policy(shape: Shape, setup: Setup, limit: str, available: float | None) -> Policy:
+    if setup.method == "full":
+        raise SettingError("memory: ferrotune.patch is for adapters: method lora or qlora")
+    if limit == "auto":
+        if available is None:
+            raise SettingError("memory auto needs a card: give gpu_memory")
+        size = available
+    else:
+        try:
+            size = size_of(limit)
+        except ValueError as error:
+            raise SettingError(str(error)) from None
+        size = size if available is None else min(size, available)
+    return choose(shape, setup, size, LEVELS[3:] if setup.checkpointing else LEVELS)
 
 
 def _check(settings: dict[str, Any]) -> None:

@@ -34,6 +34,15 @@ class Backend(Protocol):
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """See `reference.forward`; ``how`` is their plan, made now if None."""
 
+    def ranks(
+        self,
+        x: Tensor,
+        projections: Sequence[Projection],
+        seed: Tensor | None,
+        how: Any = None,
+    ) -> list[Tensor | None]:
+        """The second list that `forward` returns, alone."""
+
     def saved(
         self, x: Tensor, projections: Sequence[Projection]
     ) -> list[tuple[tuple[int, int], torch.dtype] | None]:

@@ -16,7 +16,7 @@ import torch
 from .. import _native, threads
 from . import dropout, reference
 from .products import down, down_backward, term_dtype, up_backward
-from .reference import dequantize_4bit, laid_out, plan, quantize_4bit, saved
+from .reference import dequantize_4bit, laid_out, plan, quantize_4bit, ranks, saved
 from .types import Grads, Need, Projection, Quant4bit
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ __all__ = [
     "laid_out",
     "plan",
     "quantize_4bit",
+    "ranks",
     "saved",
     "usable",
 ]

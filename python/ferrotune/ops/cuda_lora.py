@@ -35,6 +35,7 @@ __all__ = [
     "laid_out",
     "plan",
     "quantize_4bit",
+    "ranks",
     "saved",
 ]
 
@@ -97,6 +98,33 @@ def forward(
         (y,), (hs[i],) = reference.forward(_rows(how, x), [projections[i]], seed)
         ys[i] = _shaped(x, y)
     return ys, hs
+
+
+def ranks(
+    x: Tensor,
+    projections: Sequence[Projection],
+    seed: Tensor | None,
+    how: Plan | None = None,
+) -> list[Tensor | None]:
+    """The ``hs`` of ``forward``, without the products of the weights."""
+    how = plan(x, projections) if how is None else how
+    hs: list[Tensor | None] = [None] * len(projections)
+    for one in how.passes:
+        hs[one.members[0]] = h = x.new_empty(how.m, one.planes * one.columns)
+        if how.m == 0:
+            continue
+        alive: list[Tensor | None] = []
+        given: list[Any] = [
+            (*_adapter(projections[i], start, alive), (0, 0, 0, NAMES[x.dtype]), (0, 0), _NO_WEIGHT)
+            for i, start in zip(one.members, one.starts, strict=True)
+        ]
+        workspace = _workspace(x, one)
+        group = _input(how, x, seed, one, h, "left")
+        stream = cuda.raw_stream(how.device)
+        _native.cuda_lora_forward(how.device, stream, group, given, address(workspace))
+    for i in how.by_pytorch:
+        (hs[i],) = reference.ranks(_rows(how, x), [projections[i]], seed)
+    return hs
 
 
 def _rows(how: Plan, tensor: Tensor) -> Tensor:

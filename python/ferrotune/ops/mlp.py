@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +15,7 @@ from .backend import choose
 from .types import Grads, Need
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -35,6 +37,24 @@ def apply(
     return _GatedMlp.apply(call, x, *trained_tensors(given))  # type: ignore[no-any-return]
 
 
+class _Now(threading.local):
+    output = True
+
+
+_now = _Now()
+
+
+@contextmanager
+def without_output() -> Iterator[None]:
+    """For a forward that is run again for what it keeps alone: the last product, which nothing of
+    that depends on, is left out, and the output is 0."""
+    before, _now.output = _now.output, False
+    try:
+        yield
+    finally:
+        _now.output = before
+
+
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Any, x: Tensor, *_: Tensor | None) -> Tensor:
@@ -46,7 +66,11 @@ class _GatedMlp(torch.autograd.Function):
             (gate, up), hs = backend.forward(laid_out, projections[:2], seed, plan)
             hidden = _gated(gate, up, activation)
             down_plan = backend.plan(hidden, projections[2:])
-            (y,), down_hs = backend.forward(hidden, projections[2:], seed, down_plan)
+            if _now.output:
+                (y,), down_hs = backend.forward(hidden, projections[2:], seed, down_plan)
+            else:
+                down_hs = backend.ranks(hidden, projections[2:], seed, down_plan)
+                y = hidden.new_zeros(()).expand(*hidden.shape[:-1], projections[2].shape[0])
         ctx.shape, ctx.backend, ctx.plans, ctx.activation = (
             x.shape,
             backend,

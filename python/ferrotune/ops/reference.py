@@ -56,6 +56,18 @@ def forward(
     return ys, hs
 
 
+def ranks(
+    x: Tensor, projections: Sequence[Projection], seed: Tensor | None, how: None = None
+) -> list[Tensor | None]:
+    """The ``hs`` of ``forward``, without the products of the weights."""
+    return [
+        None
+        if one.lora_A is None or one.lora_B is None
+        else down(x, one, term_dtype(x, one.lora_A), seed)
+        for one in projections
+    ]
+
+
 def saved(
     x: Tensor, projections: Sequence[Projection]
 ) -> list[tuple[tuple[int, int], torch.dtype] | None]:

@@ -134,7 +134,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def is_instance(module: nn.Module, where: str, name: str) -> bool:
+def is_instance(module: object, where: str, name: str) -> bool:
     """``isinstance`` of a class of a module that need not be imported: then nothing is of it."""
     cls = getattr(sys.modules.get(where), name, None)
     return cls is not None and isinstance(module, cls)

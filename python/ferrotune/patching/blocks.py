@@ -7,6 +7,7 @@ takes, a block keeps its own forward; its LoRA layers stay ferrotune's all the s
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,8 @@ from torch import nn
 
 from .. import ops
 from ..ops.blocks import fused, rms_norm_and_x
-from . import groups, runs
+from ..ops.mlp import without_output
+from . import groups, recompute, runs
 from .architectures import ACTIVATIONS, DECODER_LAYERS, MLPS, NORMS, entry, members_of
 from .base import held, is_bypassed, is_plain
 from .classes import Replaced
@@ -34,10 +36,19 @@ class NormForward(Replaced):
     ferrotune_block = True
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or not self.takes(x):
+        if args or kwargs:
             return super().forward(x, *args, **kwargs)
+        y = self.normed(x)
+        if recompute.offers():
+            recompute.offer(y, self.normed, x)
+        return y
+
+    def normed(self, x: Tensor) -> Tensor:
+        if not self.takes(x):
+            return super().forward(x)  # type: ignore[no-any-return]
         weight = held(self, "weight")
-        return ops.rms_norm(x, weight, norm_eps(self), offset=entry(NORMS, self) or 0.0)
+        found: Tensor = ops.rms_norm(x, weight, norm_eps(self), offset=entry(NORMS, self) or 0.0)
+        return found
 
     def takes(self, x: Tensor) -> bool:
         weight = held(self, "weight")
@@ -54,6 +65,21 @@ class DecoderForward(Replaced):
     """A layer whose norms add the residuals, and in backward the gradients of them."""
 
     ferrotune_block = True
+
+    @property
+    def _gradient_checkpointing_func(self) -> Any:
+        """What transformers, or the user, set; see `recompute.faster`."""
+        if _SWITCH not in self.__dict__:
+            raise AttributeError(_SWITCH)
+        return recompute.faster(self.__dict__[_SWITCH])
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, function: Any) -> None:
+        self.__dict__[_SWITCH] = function
+
+    @_gradient_checkpointing_func.deleter
+    def _gradient_checkpointing_func(self) -> None:
+        del self.__dict__[_SWITCH]
 
     def forward(
         self,
@@ -83,15 +109,22 @@ class DecoderForward(Replaced):
         normed, residual = rms_norm_and_x(
             hidden_states, held(first, "weight"), norm_eps(first), offset
         )
+        if recompute.offers():
+            recompute.offer(normed, first.normed, hidden_states)
         found, _ = attention(hidden_states=normed, **kwargs)
         if found.dtype == residual.dtype:
             normed, residual = ops.rms_norm(
                 found, held(second, "weight"), norm_eps(second), offset=offset, residual=residual
             )
+            if recompute.offers():
+                recompute.offer(normed, second.normed, residual)
         else:
             residual = residual + found
             normed = second(residual)
-        return residual + mlp(normed)
+        # Nothing keeps what the MLP gives to the sum.
+        unused = recompute.is_again() and isinstance(mlp, MlpForward) and not is_bypassed(mlp)
+        with without_output() if unused else nullcontext():
+            return residual + mlp(normed)
 
 
 def _norms(norm: nn.Module, x: Tensor) -> bool:
@@ -116,6 +149,18 @@ class MlpForward(Replaced):
     def forward(self, x: Tensor) -> Any:
         if torch.compiler.is_compiling():
             return super().forward(x)
+        if recompute.MLP_AGAIN in self.__dict__ and self.training and torch.is_grad_enabled():
+            return recompute.checkpointed(self._run, x)
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Any:
+        with without_output() if self._is_again() else nullcontext():
+            return self._output(x)
+
+    def _is_again(self) -> bool:
+        return recompute.is_again() and recompute.MLP_AGAIN in self.__dict__
+
+    def _output(self, x: Tensor) -> Any:
         activation = activation_of(self)
         if activation is None:
             return super().forward(x)
@@ -125,15 +170,22 @@ class MlpForward(Replaced):
         assert gate is not None
         assert down is not None
         if up is None:
-            return down(ops.glu(gate(x), None, activation))
+            return down(_offered_glu(gate(x), None, activation))
         whole = None if any(map(is_bypassed, (gate, up, down))) else _whole(gate, up, down, x)
         if whole is None:
             with groups.run_ahead((gate, up), x):
-                hidden = ops.glu(gate(x), up(x), activation)
-            return down(hidden)
+                first, second = gate(x), up(x)
+            return down(_offered_glu(first, second, activation))
         first, second, third = (part.projection for part in whole)
         y = ops.gated_mlp(x.to(whole[0].dtype), first, second, third, activation)
         return y if whole[2].out is None else y.to(whole[2].out)
+
+
+def _offered_glu(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    made = functools.partial(ops.glu, activation=activation)
+    hidden: Tensor = made(gate, up)
+    recompute.offer(hidden, made, gate, up)
+    return hidden
 
 
 def _whole(gate: nn.Module, up: nn.Module, down: nn.Module, x: Tensor) -> list[Part] | None:
@@ -185,6 +237,7 @@ def takes(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and fused(x) and runs.not_for_ferrotune(x) is None
 
 
+_SWITCH = "_gradient_checkpointing_func"
 _ROPE = "apply_rotary_pos_emb"
 
 

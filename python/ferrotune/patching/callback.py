@@ -14,6 +14,7 @@ except ImportError as error:
         "ferrotune.TrainerCallback needs transformers: pip install 'ferrotune[torch]'"
     ) from error
 
+from .memory import policy_of
 from .patcher import apply, restore
 
 if TYPE_CHECKING:
@@ -36,16 +37,26 @@ class TrainerCallback(_TrainerCallback):
     Args:
         strict: as for ``ferrotune.patch``.
         fused_loss: as for ``ferrotune.patch``.
+        memory: as for ``ferrotune.patch``.
         show: prints the report when training begins.
     """
 
-    def __init__(self, *, strict: bool = False, fused_loss: bool = False, show: bool = True):
+    def __init__(
+        self,
+        *,
+        strict: bool = False,
+        fused_loss: bool = False,
+        memory: str | float | None = None,
+        show: bool = True,
+    ):
         self.strict = strict
         self.fused_loss = fused_loss
+        self.memory = memory
         self.show = show
         self.report: PatchReport | None = None
         """What was patched; None before training."""
         self._replaced: list[nn.Module] = []
+        self._policed: list[nn.Module] = []
         self._hook: RemovableHandle | None = None
         self._tokens = 0
         self._since = 0.0
@@ -61,7 +72,10 @@ class TrainerCallback(_TrainerCallback):
         if model is None:
             raise ValueError("the Trainer gave its callback no model to patch")
         self._end()  # of a training that was broken off
-        self.report, self._replaced = apply(model, strict=self.strict, fused_loss=self.fused_loss)
+        self.report, self._replaced = apply(
+            model, strict=self.strict, fused_loss=self.fused_loss, memory=self.memory
+        )
+        self._policed = [model] if self.memory is not None else []
         self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
         self._tokens, self._since = 0, time.perf_counter()
         if self.show and state.is_local_process_zero:
@@ -98,7 +112,10 @@ class TrainerCallback(_TrainerCallback):
             self._hook.remove()
             self._hook = None
         restore(self._replaced)
-        self._replaced = []
+        for model in self._policed:
+            for policy in policy_of(list(model.modules())):
+                policy.remove()
+        self._replaced, self._policed = [], []
 
     def _count(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not model.training:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import nn
 
+from ..planning.policy import size_of
 from . import runs
 from .base import is_instance
 from .classes import Replaced, subclass, without
 from .errors import PatchError
+from .memory import MemoryPolicy, policy_of, stack_of
 from .report import LORA, LayerReport, PatchReport
 from .rule import Rule
 from .rules import RULES, rule_of
@@ -19,7 +22,12 @@ if TYPE_CHECKING:
 
 
 def patch(
-    model: nn.Module, *, strict: bool = False, blocks: bool = True, fused_loss: bool = False
+    model: nn.Module,
+    *,
+    strict: bool = False,
+    blocks: bool = True,
+    fused_loss: bool = False,
+    memory: str | float | None = None,
 ) -> PatchReport:
     """Makes the LoRA layers of PEFT and the 4-bit layers of bitsandbytes in ``model`` run through
     ferrotune, in place, with the same results to rounding.
@@ -46,6 +54,14 @@ def patch(
             of the logits, and the output's ``logits`` are then None: so it is to be asked for.
             Nor are keys and values cached unless ``use_cache`` is given. The Trainer reads the
             loss alone.
+        memory: what each layer keeps for backward and what it recomputes, so that a step fits into
+            a size (``"24 GiB"``, ``20e9``; of all tensors of the model and the step) or, "auto",
+            into what the device has free, and recomputes as little as possible: first what norms
+            and activations give, then MLPs, then whole layers; then their inputs wait in pinned
+            memory of the host. It is worked out from the input's shape at the first forward of a
+            training step, and again when a larger one comes; ``report.memory`` then says what.
+            Where transformers' gradient checkpointing is on, every layer recomputes, and its input
+            may wait on the host. None changes nothing.
 
     Returns:
         A report of every LoRA and 4-bit layer, every block and the loss: what replaced it, or why
@@ -55,9 +71,12 @@ def patch(
         PatchError: (a ``ValueError``) without any LoRA or 4-bit layer; for a layer that is merged,
             or whose shapes or quant state do not fit, naming it; with ``strict``, naming what was
             left behind. ``UnsupportedLayerError`` (also a ``NotImplementedError``) for a dtype or
-            device that ferrotune does not compute on. The model is then as it was.
+            device that ferrotune does not compute on. The model is then as it was. With ``memory``
+        also for a model whose memory is not known; and, in a forward, if a step does not fit the
+        size that was given (with "auto" that is a warning in the log).
+        ValueError: ``memory`` is no size.
     """
-    return apply(model, strict=strict, blocks=blocks, fused_loss=fused_loss)[0]
+    return apply(model, strict=strict, blocks=blocks, fused_loss=fused_loss, memory=memory)[0]
 
 
 def unpatch(model: nn.Module) -> int:
@@ -67,14 +86,24 @@ def unpatch(model: nn.Module) -> int:
     module's class after `patch`; the model is then as it was.
     """
     _check_module(model)
-    return restore(list(model.modules()))
+    modules = list(model.modules())
+    found = restore(modules)
+    for policy in policy_of(modules):
+        policy.remove()
+    return found
 
 
 def apply(
-    model: nn.Module, *, strict: bool, blocks: bool = True, fused_loss: bool = False
+    model: nn.Module,
+    *,
+    strict: bool,
+    blocks: bool = True,
+    fused_loss: bool = False,
+    memory: str | float | None = None,
 ) -> tuple[PatchReport, list[nn.Module]]:
     """`patch`, and the modules that it replaced."""
     _check_module(model)
+    size = None if memory is None or memory == "auto" else size_of(memory)
     found = list(_look(model, blocks, fused_loss))
     if not any(rule in RULES for _, _, rule, _ in found):
         raise PatchError(_nothing(model))
@@ -91,12 +120,19 @@ def apply(
         if id(module) not in told:
             layers.append(_report(name, module, rule, reason))
     kinds = {rule.kind for rule in RULES}
+    policies = policy_of(list(model.modules()))
     report = PatchReport(
         tuple(one for one in layers if one.kind in kinds),
         tuple(one for one in layers if one.kind not in kinds),
+        policies[0].report if policies and memory is None else None,
     )
     if strict:
         _refuse_left(report)
+    if memory is not None:
+        stack = stack_of(model)
+        for policy in policies:
+            policy.remove()
+        report = replace(report, memory=MemoryPolicy(model, stack, size).report)
     for module, made in swaps:
         module.__class__ = made
     return report, [module for module, _ in swaps]

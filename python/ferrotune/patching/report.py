@@ -5,7 +5,10 @@ from __future__ import annotations
 import html
 import re
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .memory_report import MemoryReport
 
 LORA, FOUR_BIT, LOSS = "LoRA", "4-bit", "loss"  # the kinds that are no blocks
 _COUNTED = {LOSS: "{} of {} losses"}
@@ -56,6 +59,9 @@ class PatchReport:
     blocks: tuple[LayerReport, ...] = ()
     """What stands around the layers and runs through ferrotune on CUDA, or why it does not."""
 
+    memory: MemoryReport | None = None
+    """What ``memory`` made of the layers; it is filled in as the model trains."""
+
     @property
     def replaced(self) -> tuple[LayerReport, ...]:
         """Layers that run through ferrotune."""
@@ -76,6 +82,7 @@ class PatchReport:
         return {
             "layers": [asdict(layer) for layer in self.layers],
             "blocks": [asdict(block) for block in self.blocks],
+            "memory": None if self.memory is None else self.memory.as_dict(),
         }
 
     def __bool__(self) -> bool:
@@ -89,6 +96,8 @@ class PatchReport:
             first = row[0].rjust(widths[0])
             rest = (text.ljust(width) for text, width in zip(row[1:], widths[1:], strict=True))
             lines.append("  ".join(["", first, *rest]).rstrip())
+        if self.memory is not None:
+            lines.append(str(self.memory))
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -107,6 +116,7 @@ class PatchReport:
             f'<div style="font-weight:600">{html.escape(self._summary())}</div>'
             f'<table style="margin:4px 0"><thead><tr>{head}</tr></thead>'
             f"<tbody>{body}</tbody></table>"
+            + ("" if self.memory is None else f"<div>{html.escape(str(self.memory))}</div>")
         )
 
     def _summary(self) -> str:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from .memory import memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from .memory import Setup
+    from .memory import Level, Setup
     from .shapes import Shape
 
 _MULTIPLE = 64  # tokens: a longest sequence is rounded down to it
@@ -27,21 +27,23 @@ class Change:
     fits: bool
 
 
-def changes(shape: Shape, setup: Setup, available: float) -> tuple[Change, ...]:
+def changes(
+    shape: Shape, setup: Setup, available: float, levels: Sequence[Level] | None = None
+) -> tuple[Change, ...]:
     """Changes in the order of what they cost, up to the one with which the run fits.
 
-    All that there are where none does.
+    All that there are where none does. ``levels`` are the blocks', as for `memory`.
     """
     found = []
-    for text, changed in _changed(setup):
-        peak = memory(shape, changed).peak
+    for text, changed in _changed(setup, levels is not None):
+        peak = memory(shape, changed, levels).peak
         found.append(Change(text, peak, peak <= available))
         if peak <= available:
             break
     return tuple(found)
 
 
-def _changed(setup: Setup) -> Iterator[tuple[str, Setup]]:
+def _changed(setup: Setup, settled: bool) -> Iterator[tuple[str, Setup]]:
     def change(**values: Any) -> Setup:
         nonlocal setup
         setup = dataclasses.replace(setup, **values)
@@ -54,7 +56,7 @@ def _changed(setup: Setup) -> Iterator[tuple[str, Setup]]:
     while setup.batch_size > 1:
         half = max(1, setup.batch_size // 2)
         yield f"batch size {half}, with gradient accumulation", change(batch_size=half)
-    if not setup.checkpointing:
+    if not (setup.checkpointing or settled):
         yield "gradient checkpointing: blocks are computed twice", change(checkpointing=True)
     if setup.method == "full":
         yield "method lora: the model itself is frozen", change(method="lora")
@@ -62,12 +64,14 @@ def _changed(setup: Setup) -> Iterator[tuple[str, Setup]]:
         yield "method qlora: the frozen model in 4 bits", change(method="qlora")
 
 
-def longest_sequence(shape: Shape, setup: Setup, available: float) -> int | None:
-    """Tokens of the longest sequence with which the run fits, else None."""
+def longest_sequence(
+    shape: Shape, setup: Setup, available: float, levels: Sequence[Level] | None = None
+) -> int | None:
+    """Tokens of the longest sequence with which the run fits, else None; ``levels`` as above."""
 
     def fits(length: int) -> bool:
         longer = dataclasses.replace(setup, sequence_length=length)
-        return memory(shape, longer).peak <= available
+        return memory(shape, longer, levels).peak <= available
 
     low, high = 0, _LONGEST // _MULTIPLE  # multiples: the longest that fits, one that does not
     while high - low > 1:

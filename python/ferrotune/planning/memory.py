@@ -10,17 +10,25 @@ of torch or bitsandbytes. What a block keeps for the backward pass, an element a
   gate and up apart), else kept;
 - in 4 bytes: a row's 1 / rms for each norm and, for each head, attention's log-sum-exp.
 
-With checkpointing a block keeps its input, and one block at a time has the rest.
+What a block recomputes instead (see `LEVELS`) it has for the time of its own backward. Blocks have
+their backward from the last to the first, and each lets go of what it kept after its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import accumulate
+from typing import Literal, get_args
 
 from ..chunks import chunk_rows
 from .shapes import Shape
 
+Level = Literal["keep", "elementwise", "mlp", "layer", "offload"]
+"""What a block keeps: all; all but what norms and activations give; neither what the MLP does; its
+input alone; nothing, its input waiting in the host's memory."""
+LEVELS: tuple[Level, ...] = get_args(Level)
+"""In the order of what recomputing costs."""
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _WIDE = 4  # bytes of f32
 _ABSMAX_GROUP = 256  # absmax values that share a scale, quantised themselves
@@ -67,15 +75,19 @@ class Memory:
     loss: int
     head_gradient: int
     update: int
+    recomputed: int = 0
+    """More than ``activations`` in a block's backward, of the block for which that is the most."""
+    host: int = 0
+    """In pinned memory of the host, not on the device."""
 
     @property
     def moments(self) -> dict[str, int]:
         """Bytes at the three moments that can be the peak."""
         lasting = self.weights + self.adapters + self.optimizer
-        backward = self.activations + self.scratch + self.head_gradient
+        backward = self.activations + self.recomputed + self.scratch + self.head_gradient
         return {
             "the loss": lasting + self.activations + self.loss,
-            "the last block's backward": lasting + backward,
+            "a block's backward": lasting + backward,
             "the optimiser's step": lasting + self.gradients + self.update,
         }
 
@@ -89,20 +101,24 @@ class Memory:
         return max(moments, key=lambda moment: moments[moment])
 
 
-def memory(shape: Shape, setup: Setup) -> Memory:
-    """What a step takes once the optimiser has its states."""
+def memory(shape: Shape, setup: Setup, levels: Sequence[Level] | None = None) -> Memory:
+    """What a step takes once the optimiser has its states.
+
+    ``levels`` are the blocks', from the first; without them all keep everything, or with
+    checkpointing their input.
+    """
+    if levels is None:
+        levels = ["layer" if setup.checkpointing else "keep"] * shape.layers
     element, full = setup.element, setup.method == "full"
     trained = shape.adapter_parameters(setup.r)
     adapters = 0 if full else trained * _WIDE  # PEFT keeps them in f32
     width = _WIDE
     if full:
         trained, width = shape.linear_parameters + shape.other_parameters, element
-    block = block_bytes(shape, setup)
     entry = setup.tokens * shape.hidden * element
-    # Above the blocks: the last norm's input and output.
-    kept = 2 * entry + shape.layers * (entry if setup.checkpointing else block)
-    if setup.checkpointing:
-        kept += block
+    of = {level: level_bytes(shape, setup, level) for level in set(levels)}
+    kept = [of[level][0] for level in levels]
+    most = max(sum_ + of[level][1] for sum_, level in zip(accumulate(kept), levels, strict=True))
     # The optimiser's foreach form makes the denominators of all parameters at once.
     update = trained * width if setup.optimizer == "adamw" else 0
     return Memory(
@@ -110,11 +126,13 @@ def memory(shape: Shape, setup: Setup) -> Memory:
         adapters=adapters,
         optimizer=_states(trained, width, setup),
         gradients=trained * width,
-        activations=kept,
+        activations=2 * entry + sum(kept),  # above the blocks: the last norm's input and output
         scratch=_scratch(shape, setup),
         loss=loss_bytes(shape, setup),
         head_gradient=shape.vocabulary * shape.hidden * element if full else 0,
         update=update,
+        recomputed=max(0, most - sum(kept)),
+        host=entry * sum(level == "offload" for level in levels),
     )
 
 
@@ -133,15 +151,44 @@ def weight_bytes(shape: Shape, setup: Setup) -> int:
     return shape.layers * packed + others
 
 
+def level_bytes(shape: Shape, setup: Setup, level: Level) -> tuple[int, int]:
+    """What a block at a level keeps for its backward pass, and what it has more in that."""
+    block, token = block_bytes(shape, setup), setup.tokens * setup.element
+    entry = token * shape.hidden
+    if level == "keep":
+        return block, 0
+    if level == "layer":
+        return entry, block
+    if level == "offload":  # its own input is back, and the next one's is on its way
+        return 0, block + 2 * entry
+    hidden = token * shape.intermediate if keeps_hidden(shape, setup) else 0
+    kept = block - 2 * entry - hidden
+    if level == "elementwise":  # one at a time
+        return kept, max(entry, hidden)
+    ranks = 0 if setup.method == "full" else setup.r * _mlp_linears(shape) * setup.tokens * _WIDE
+    again = 2 * token * shape.intermediate + ranks
+    return kept - again, again + entry + hidden
+
+
+def keeps_hidden(shape: Shape, setup: Setup) -> bool:
+    """Whether the product of the MLP's activation is kept: where the MLP is not one node."""
+    return setup.method == "full" or setup.lora_dropout > 0 or shape.fused or not shape.gated
+
+
+def _mlp_linears(shape: Shape) -> int:
+    return 2 if shape.fused else 3
+
+
 def block_bytes(shape: Shape, setup: Setup) -> int:
     """What one block keeps for its backward pass."""
     elements = (shape.norms + 2) * shape.hidden
-    elements += 2 * shape.queries + 2 * shape.keys + 2 * shape.intermediate
+    inner = (2 if shape.gated else 1) * shape.intermediate
+    elements += 2 * shape.queries + 2 * shape.keys + inner
     wide = shape.norms + shape.heads
     if shape.head_norms:
         elements += shape.queries + shape.keys
         wide += shape.heads + shape.key_value_heads
-    if setup.method == "full" or setup.lora_dropout > 0 or shape.fused:
+    if keeps_hidden(shape, setup):
         elements += shape.intermediate
     if setup.method != "full":
         wide += setup.r * len(shape.linears)

@@ -25,7 +25,7 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A decoder of blocks that are alike: norm, attention, norm, gated MLP."""
+    """A decoder of blocks that are alike: norm, attention, norm, MLP."""
 
     model_type: str
     layers: int
@@ -40,6 +40,7 @@ class Shape:
     norms: int  # of ``hidden`` weights, in one block
     head_norms: bool  # of queries and keys, ``head_dim`` weights each
     fused: bool  # q, k and v are one layer, and gate and up
+    gated: bool = True  # else the MLP is up, activation, down
 
     @property
     def queries(self) -> int:

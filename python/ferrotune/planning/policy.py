@@ -1,0 +1,127 @@
+"""What each block of a model keeps and what it recomputes, so that a step fits into memory.
+
+Blocks give up what is cheapest to recompute first, each kind in all blocks before the next kind in
+any (see `memory.LEVELS`). The first blocks come first: their backward is the last, when what the
+others kept is gone, so that what they recompute finds room.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from .memory import LEVELS, Level, memory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from .memory import Memory, Setup
+    from .shapes import Shape
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{end}": base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for end, base in (("", 1000), ("b", 1000), ("ib", 1024))
+}
+_SIZE = re.compile(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)\s*")
+_TEXTS: dict[Level, str] = {
+    "keep": "keeps all",
+    "elementwise": "recomputes norms and activations",
+    "mlp": "recomputes its MLP",
+    "layer": "recomputes all from its input",
+    "offload": "recomputes all from its input, which waits in the host's memory",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The level of each block, from the first, and the step's memory with them (bytes)."""
+
+    levels: tuple[Level, ...]
+    memory: Memory
+    peak: int
+    available: int
+    fits: bool
+
+    @property
+    def counts(self) -> dict[Level, int]:
+        """Blocks at each level that any is at, cheapest first."""
+        found = Counter(self.levels)
+        return {level: found[level] for level in LEVELS if found[level]}
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{count} {'layer' if count == 1 else 'layers'}: {_TEXTS[level]}"
+            for level, count in self.counts.items()
+        )
+
+
+def choose(
+    shape: Shape,
+    setup: Setup,
+    available: float,
+    ladder: Sequence[Level] = LEVELS,
+    lasting: tuple[int, int] | None = None,
+) -> Policy:
+    """The policy that recomputes least of those whose peak is at most ``available`` bytes.
+
+    Where none fits, the smallest one.
+
+    Args:
+        ladder: the levels that the model's blocks can be at, cheapest first.
+        lasting: bytes of weights, adapters and the optimiser's states, and of what is trained, if
+            known better than by ``shape`` and ``setup``.
+    """
+    least: Policy | None = None
+    for levels in _policies(shape.layers, ladder):
+        found = memory(shape, setup, levels)
+        more = 0
+        if lasting is not None:
+            total, trained = lasting
+            found = replace(found, gradients=trained, update=trained)
+            more = total - found.weights - found.adapters - found.optimizer
+        peak = found.peak + more
+        policy = Policy(levels, found, peak, int(available), peak <= available)
+        if policy.fits:
+            return policy
+        if least is None or peak <= least.peak:
+            least = policy
+    assert least is not None
+    return least
+
+
+def smallest(layers: int) -> tuple[Level, ...]:
+    """The levels of the least memory."""
+    *_, last, least = LEVELS
+    return (least,) * (layers - 1) + (last,)
+
+
+def _policies(layers: int, ladder: Sequence[Level]) -> Iterator[tuple[Level, ...]]:
+    """From the one that keeps the most on, one block further at a time."""
+    yield (ladder[0],) * layers
+    for before, after in pairwise(ladder):
+        for count in range(1, layers + 1):
+            if after == "offload" and count == layers:
+                return  # the last block's input is needed at once: its way would be waited for
+            yield (after,) * count + (before,) * (layers - count)
+
+
+def size_of(size: str | float) -> int:
+    """Bytes: of a number, or of a text as ``24 GiB``, ``20GB`` or ``20e9``.
+
+    Raises ``ValueError`` for what is none, or not above 0.
+    """
+    number = math.nan
+    if isinstance(size, str):
+        found = _SIZE.fullmatch(size.lower())
+        if found is not None and found[2] in _UNITS and found[1].count(".") <= 1:
+            number = float(found[1]) * _UNITS[found[2]] if found[1] != "." else math.nan
+    elif not isinstance(size, bool):
+        number = float(size)
+    if not (math.isfinite(number) and number >= 1):
+        raise ValueError(f"memory must be 'auto' or a size such as '24 GiB' or 20e9, not {size!r}")
+    return int(number)
