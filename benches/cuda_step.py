@@ -88,7 +88,7 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=12, help="of which four warm up")
     parser.add_argument("--name", default="cuda_step", help="name of the result files")
-    parser.add_argument("--resume", action="store_true", help="keep the other cases of the file")
+    parser.add_argument("--resume", action="store_true", help="keep the file's other figures")
     parser.add_argument("--profile", action="store_true", help="print kernels; write no results")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -118,7 +118,8 @@ def compare(options: argparse.Namespace) -> int:
     for case in chosen:
         names = ["ferrotune"] if case.memory else options.contenders.split(",")
         found = {name: run(name, case, options) for name in names}
-        record["results"][str(case)] = {name: one for name, one in found.items() if one}
+        kept = record["results"].setdefault(str(case), {})
+        kept |= {name: one for name, one in found.items() if one}
         ours = found.get("ferrotune") or {}
         record["planned_gib"][str(case)] = ours.get("policy_gib") or planned_gib(case)
         if not options.profile:
