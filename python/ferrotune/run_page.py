@@ -32,6 +32,7 @@ border-radius:6px;margin:14px 0}
 .ft-run code{font-size:12px;overflow-wrap:anywhere}
 .ft-run .shaded td{background:color-mix(in srgb,var(--bar) var(--part),transparent)}
 .ft-run .scroll{overflow-x:auto}
+@media(max-width:700px){.ft-run .wide{columns:1}}
 """
 _TONES = {"healthy": "ok", "overfitted": "warning", "did not learn": "stop", "unknown": "note"}
 

@@ -172,6 +172,8 @@ def compare(
         measure, len(test), contenders, left_out, guide(contenders, measure), folder
     )
     folder.mkdir(parents=True, exist_ok=True)
+    settings["output"] = str(folder)
+    del settings["progress"]
     content = {"result": result.to_dict(), "settings": settings}
     plot = png(compare_figure(result))
     files.write_atomic(folder / "compare.json", json.dumps(content, indent=2) + "\n")
