@@ -14,7 +14,7 @@ import pytest
 import bottlenecks
 from llamas import Batch, engine
 
-pytest.importorskip("adapters", exc_type=ImportError)
+pytest.importorskip("adapters", reason="needs adapters, with a transformers of its own")
 
 KINDS = {"bert": "ForSequenceClassification", "gpt2": "LMHeadModel", "llama": "ForCausalLM"}
 PARTS = {
