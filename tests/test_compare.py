@@ -17,6 +17,7 @@ import pytest
 import ferrotune
 import labels
 from ferrotune import cli
+from ferrotune.comparing.of_run import settings_with
 from ferrotune.comparing.prompts import fixed_examples, in_context
 from ferrotune.comparing.retrieval import Neighbours, vote
 from ferrotune.metrics import Interval
@@ -158,6 +159,37 @@ def test_runs_that_cannot_be_compared(labelled: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run/comparison").exists()
     with pytest.raises(ferrotune.SettingError, match="needs --data"):
         ferrotune.compare(labelled / "model", test_data=test, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("method", "role", "weights", "quant_type"),
+    [("lora", "adapter", "adapter", None), ("qlora", "adapter", "adapter", "fp4"),
+     ("full", "tuned", "model", None), ("freeze", "tuned", "model", None)],
+)  # fmt: skip
+def test_what_a_run_says_of_itself(
+    method: str, role: str, weights: str, quant_type: str | None, tmp_path: Path
+) -> None:
+    """Weights by where the run's folder is now; a setting that is given stands."""
+    columns = ("text_column", "prompt_column", "completion_column", "label_column")
+    own = {"model": "m", "data": ["a"], "test_data": ["t"], "method": method, "quant_type": "fp4",
+           "blocksize": 128, "double_quant": False, **dict.fromkeys(columns)}  # fmt: skip
+    found = {"settings": {**own, "label_column": "kind"}, "result": {"weights": f"old/{weights}"}}
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    (tmp_path / "report.html").write_text("<!--comparison--><!--/comparison-->")
+    given = {"model": None, "data": ["b"], "test_data": None, "adapter": None, "tuned": None,
+             "quant_type": None, "blocksize": 64, "double_quant": True,
+             **dict.fromkeys(columns)}  # fmt: skip
+    made = settings_with(tmp_path, given)
+    assert made.pop(role) == str(tmp_path / weights)
+    assert made.pop({"adapter": "tuned", "tuned": "adapter"}[role]) is None
+    expected = {**given, "model": "m", "test_data": ["t"], "label_column": "kind"}
+    if quant_type is not None:
+        expected |= {"quant_type": "fp4", "blocksize": 128, "double_quant": False}
+    assert made == {name: expected[name] for name in expected if name not in ("adapter", "tuned")}
+    found["settings"]["data"] = ["<pandas.DataFrame 1>"]
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    with pytest.raises(ferrotune.SettingError, match="data was a table in memory: give data"):
+        settings_with(tmp_path, {**given, "data": None})
 
 
 # Demonstrations in the prompt, on their own
@@ -358,6 +390,7 @@ def test_examples_take_turns() -> None:
     [
         ({"adapter": None}, "give one of adapter, tuned and run"),
         ({"shots": 0}, "shots must be at least 1"),
+        ({"neighbours": 49}, "neighbours is 49, but data hold 48 records"),
         ({"test_data": "train.jsonl"}, "48 of 48 test_data texts are in data too"),
         ({"test_data": "moon.jsonl"}, "labels that data never show: 'moon'"),
         ({"test_data": "plain.txt"}, "test_data: compare reads records with text and label"),

@@ -165,6 +165,9 @@ def compare(
             tell(f"{skipped} records of {name} cannot be used, and are left out")
     train, test = sides
     records.check(train, test)
+    for name in ("shots", "neighbours"):
+        if settings[name] > len(train):
+            raise SettingError(f"{name} is {settings[name]}, but data hold {len(train)} records")
     said, left_out = ask_all(settings, train, test, tell)
     contenders = judge(said, test, settings["seed"])
     measure = "accuracy" if "label" in test[0] else "loss"
