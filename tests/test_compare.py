@@ -17,6 +17,7 @@ import pytest
 import ferrotune
 import labels
 from ferrotune import cli
+from ferrotune.comparing.contenders import positions
 from ferrotune.comparing.of_run import settings_with
 from ferrotune.comparing.prompts import fixed_examples, in_context
 from ferrotune.comparing.retrieval import Neighbours, vote
@@ -190,6 +191,15 @@ def test_what_a_run_says_of_itself(
     (tmp_path / "results.json").write_text(json.dumps(found))
     with pytest.raises(ferrotune.SettingError, match="data was a table in memory: give data"):
         settings_with(tmp_path, {**given, "data": None})
+
+
+def test_what_a_model_takes(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"num_virtual_tokens": 20}')
+    for text, most in (('{"n_positions": 96}', 96), ('{"max_position_embeddings": 96}', 96),
+                       ("{}", None)):  # fmt: skip
+        (tmp_path / "config.json").write_text(text)
+        assert positions(str(tmp_path), None) == most
+        assert positions(str(tmp_path), str(tmp_path)) == (most and most - 20)
 
 
 # Demonstrations in the prompt, on their own

@@ -25,6 +25,7 @@ from ..shared import (
 )
 
 DEFAULT_OUTPUT = "ferrotune-compare"
+LONGEST = 512  # tokens
 
 
 @command(
@@ -84,8 +85,14 @@ def compare(
     completion_column: CompletionColumn = None,
     label_column: LabelColumn = None,
     sequence_length: Annotated[
-        int, Option("longest sequence, prompt and answer together", unit="tokens", group=DATA)
-    ] = 512,
+        int | None,
+        Option(
+            "longest sequence, prompt and answer together",
+            unit="tokens",
+            group=DATA,
+            unset=f"{LONGEST}, or what the model takes where that is less",
+        ),
+    ] = None,
     batch_size: BatchSize = 16,
     seed: Annotated[int, Option("of the examples in prompts and the bootstrap", group=DATA)] = 0,
     threads: Threads = None,
@@ -124,7 +131,7 @@ def compare(
 
     from .. import files
     from ..comparing import of_run, records
-    from ..comparing.contenders import ask_all
+    from ..comparing.contenders import ask_all, positions
     from ..comparing.guide import guide
     from ..comparing.judging import judge
     from ..comparing.plot import compare_figure
@@ -145,6 +152,9 @@ def compare(
             raise SettingError(f"compare needs --{flag} ({name}), or --run with what a run has")
     if (settings["adapter"] is None) == (settings["tuned"] is None):
         raise SettingError("compare needs the fine-tuned model: give one of adapter, tuned and run")
+    if sequence_length is None:
+        taken = positions(settings["tuned"] or settings["model"], settings["adapter"])
+        settings["sequence_length"] = min(LONGEST, taken or LONGEST)
     for name in ("shots", "neighbours"):
         if settings[name] < 1:
             raise SettingError(f"{name} must be at least 1, not {settings[name]}")

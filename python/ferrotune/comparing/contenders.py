@@ -153,12 +153,25 @@ def folder_size(folder: str) -> int:
 
 def class_of(model: str) -> str:
     """The class that config.json names. Raises OSError and SettingError."""
-    file = Path(model) / "config.json"
+    return str((_json(Path(model) / "config.json").get("architectures") or [""])[0])
+
+
+def positions(model: str, adapter: str | None) -> int | None:
+    """How many tokens of a text a model takes, beside an adapter's virtual ones.
+
+    None where config.json does not say it. Raises OSError and SettingError.
+    """
+    config = _json(Path(model) / "config.json")
+    most = config.get("max_position_embeddings", config.get("n_positions"))
+    own = _json(Path(adapter) / "adapter_config.json") if adapter is not None else {}
+    return int(most) - int(own.get("num_virtual_tokens") or 0) if most else None
+
+
+def _json(file: Path) -> dict[str, Any]:
     try:
-        classes = json.loads(file.read_text("utf-8")).get("architectures") or [""]
-    except ValueError as error:
-        raise SettingError(f"{file} is no JSON: {error}") from None
-    return str(classes[0])
+        return dict(json.loads(file.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise SettingError(f"{file} is no JSON object: {error}") from None
 
 
 def takes_prompts(kind: str) -> bool:
