@@ -67,7 +67,7 @@ def lora_cases() -> Iterator[dict[str, Any]]:
     types = [(f32, f32), (f16, f16), (f16, f32), (bf16, bf16), (bf16, f32)]
     settings: dict[str, Sequence[Any]] = {
         "size": [((3, 5), 7), ((33, 129), 65), ((2, 72, 256), 384), ((0, 16), 8)],
-        "r": (3, 16, 64, 130),
+        "r": (3, 16, 32, 48, 64, 130),
         "weight": ("dense", "nf4 nested", "fp4, blocks of 256", "none"),
         "dropout_p": (0.0, 0.1),
         "bias": (False, True),
