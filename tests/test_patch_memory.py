@@ -394,6 +394,7 @@ def test_draws_are_seen() -> None:
         layer = model.base_model.model.model.layers[0]
         assert recompute._draws(functools.partial(type(layer).forward, layer)) is draws
         assert recompute._draws(layer.mlp._run) is draws
+        assert recompute._draws(functools.partial(layer.forward)) is draws
         layer.self_attn.attention_dropout = 0.2
         assert recompute._draws(functools.partial(type(layer).forward, layer))
 

@@ -123,6 +123,7 @@ class DecoderForward(Replaced):
             normed = second(residual)
         # Nothing keeps what the MLP gives to the sum.
         unused = recompute.is_again() and isinstance(mlp, MlpForward) and not is_bypassed(mlp)
+        unused = unused and not self._forward_hooks  # which some versions run again as well
         with without_output() if unused else nullcontext():
             return residual + mlp(normed)
 

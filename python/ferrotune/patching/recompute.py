@@ -73,7 +73,10 @@ def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
 
 def _draws(function: Any) -> bool:
     """Whether a layer's forward, or its MLP's, can draw random numbers."""
-    held = function.args if isinstance(function, functools.partial) else (function.__self__,)
+    if isinstance(function, functools.partial):
+        held = (*function.args, getattr(function.func, "__self__", None))
+    else:
+        held = (function.__self__,)
     return any(
         isinstance(value, float) and value > 0 and ("dropout" in name or name == "p")
         for layer in held
