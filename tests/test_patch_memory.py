@@ -222,6 +222,8 @@ def test_it_is_settled_by_the_first_and_by_larger_steps() -> None:
     assert (found.batch_size, found.sequence_length) == (18, 12)
     assert [*found.levels] == [f"base_model.model.model.layers.{i}" for i in range(2)]
     assert "18 x 12 tokens" in str(report)
+    assert found.kept is not None
+    assert found.kept.keys() == found.levels.keys()
     assert "recomputes" in report._repr_html_()
     assert report.as_dict()["memory"]["levels"] == found.levels
     again = ferrotune.patch(model)  # keeps the policy
@@ -417,3 +419,17 @@ def test_a_mask_repeats_keys_and_values() -> None:
     report = ferrotune.patch(model, memory=LARGE)
     step(model, batch("llama"))
     assert "without the matrices that eager attention keeps" in str(report)
+
+
+def test_the_trainers_callback() -> None:
+    model: Any = made()
+    callback = ferrotune.TrainerCallback(memory=LARGE, show=False)
+    nothing: Any = None
+    callback.on_train_begin(nothing, nothing, nothing, model=model)
+    step(model, batch("llama"))
+    assert callback.report is not None
+    assert callback.report.memory is not None
+    assert callback.report.memory.levels
+    callback.on_train_end(nothing, nothing, nothing)
+    assert not policy_of(list(model.modules()))
+    assert ferrotune.unpatch(model) == 0

@@ -17,14 +17,14 @@ from torch import nn
 
 from ..planning import advice
 from ..planning.memory import DTYPES, LEVELS, Setup
-from ..planning.policy import choose
+from ..planning.policy import choose, size_text
 from ..planning.shapes import Linear, Shape, shape_of
 from . import recompute
 from .base import dtype_name, is_4bit, is_instance, quant_of
 from .blocks import MlpForward, NormForward
 from .errors import PatchError
 from .loss import CausalLMForward, is_causal_lm
-from .memory_report import MemoryReport, gib
+from .memory_report import MemoryReport
 
 if TYPE_CHECKING:
     from ..planning.memory import Level
@@ -54,7 +54,7 @@ class MemoryPolicy:
         self.shape, self.named = stack
         self.layers = list(self.named.values())
         self.tokens = 0
-        self.report = MemoryReport("auto" if size is None else gib(size))
+        self.report = MemoryReport("auto" if size is None else size_text(size))
         # What the switch was before, and what this policy made of it.
         self.own: list[tuple[Any, Any]] = [_switched(layer) for layer in self.layers]
         self.set: list[tuple[Any, Any]] = list(self.own)
@@ -182,7 +182,7 @@ class MemoryPolicy:
     def _refuse(self, setup: Setup, policy: Policy, available: float) -> None:
         text = (
             f"a step of {setup.batch_size} x {setup.sequence_length} tokens takes "
-            f"{gib(policy.peak)} at the least, of {gib(available)}"
+            f"{size_text(policy.peak)} at the least, of {size_text(available)}"
         )
         more = policy.peak - policy.memory.peak
         left = available / (1 + _MARGIN) - more
