@@ -162,10 +162,12 @@ def test_what_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
         assert counts == wanted, level
     ferrotune.unpatch(model)
     ferrotune.patch(model)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    counts.clear()
-    step(model, batch("llama"))
-    assert counts == expected["layer"]
+    model.enable_input_require_grads()
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        counts.clear()
+        step(model, batch("llama"))
+        assert counts == expected["layer"]
 
 
 @pytest.mark.parametrize(
@@ -308,9 +310,11 @@ def test_a_function_of_the_users_own_is_kept() -> None:
     """Checkpointing with other settings than ours runs as it was asked for."""
     ours = functools.partial(checkpoint, use_reentrant=False)
     assert recompute.faster(ours) is recompute.checkpointed
+    older = functools.partial(checkpoint, use_reentrant=True)
+    assert recompute.faster(older) is recompute.reentrant
     for other in (
         checkpoint,
-        functools.partial(checkpoint, use_reentrant=True),
+        functools.partial(checkpoint, use_reentrant=None),
         functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False),
         functools.partial(torch.nn.functional.linear),
     ):

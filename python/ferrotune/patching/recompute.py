@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     Key = tuple[int, int, torch.dtype]
 
+_REENTRANT = "use_reentrant"
 _CACHE = ("transformers.cache_utils", "Cache")
 # In an MLP's `__dict__`: it keeps its input alone.
 MLP_AGAIN = "_ferrotune_again"
@@ -86,12 +87,23 @@ def _draws(function: Any) -> bool:
     )
 
 
+def reentrant(function: Callable[..., Any], *args: Any) -> Any:
+    """`checkpointed` by PyTorch's older way, whose first forward records no gradients."""
+
+    def marked(*given: Any) -> Any:
+        with _Again(torch.is_grad_enabled()):
+            return function(*given)
+
+    return checkpoint(marked, *args, use_reentrant=True)
+
+
 def faster(function: Any) -> Any:
-    """`checkpointed` for a layer's checkpointing function if that does just the same."""
+    """For a layer's checkpointing function one of those above, if it does just the same."""
     if torch.compiler.is_compiling() or type(function) is not functools.partial:
         return function
-    plain = function.func is checkpoint and not function.args
-    return checkpointed if plain and function.keywords == {"use_reentrant": False} else function
+    if function.func is not checkpoint or function.args or [*function.keywords] != [_REENTRANT]:
+        return function
+    return {False: checkpointed, True: reentrant}.get(function.keywords[_REENTRANT], function)
 
 
 class Whole:
