@@ -93,7 +93,7 @@ class MemoryPolicy:
         if not x.is_floating_point():
             x = owner.get_input_embeddings().weight  # type: ignore[operator]
         mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-        self._settle(x.dtype, x.device, batch, length, mask)
+        self._settle(x.dtype, batch, length, mask)
 
     def _look(self) -> bool:
         """Whether the switch was used since it was set here; takes down how."""
@@ -105,9 +105,7 @@ class MemoryPolicy:
                 changed = True
         return changed
 
-    def _settle(
-        self, kind: torch.dtype, device: torch.device, batch: int, length: int, mask: Any
-    ) -> None:
+    def _settle(self, kind: torch.dtype, batch: int, length: int, mask: Any) -> None:
         self.tokens = max(self.tokens, batch * length)
         report = self.report
         report.batch_size, report.sequence_length = batch, length
@@ -117,7 +115,7 @@ class MemoryPolicy:
             where = "on several devices" if len(devices) != 1 else f"in {dtype}"
             report.note = f"left as they were: the model computes {where}"
             return
-        setup = _setup(self.model, batch, length, dtype)
+        setup, device = _setup(self.model, batch, length, dtype), devices.pop()
         lasting = _lasting(self.model, device)
         available = self._available(device)
         if available is None:
