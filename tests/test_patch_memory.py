@@ -79,7 +79,12 @@ def test_every_level_is_exact(name: str) -> None:
     assert not any(
         attribute in module.__dict__
         for module in model.modules()
-        for attribute in ("_gradient_checkpointing_func", recompute.MLP_AGAIN, "_ferrotune_memory")
+        for attribute in (
+            "_gradient_checkpointing_func",
+            "_ferrotune_switch",
+            recompute.MLP_AGAIN,
+            "_ferrotune_memory",
+        )
     )
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -374,6 +379,13 @@ def test_data_parallel(level: Level) -> None:
     assert_equal(found, expected)
 
 
+def compiled_step(model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = step(compiled, inputs)
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in found.items()}
+
+
 @pytest.mark.slow
 def test_compiled() -> None:
     """One graph, whatever was settled before: torch.compile chooses what it keeps by itself."""
@@ -383,13 +395,23 @@ def test_compiled() -> None:
     # transformers warns of a cache beside recomputation, which breaks the graph.
     inputs = {**batch("llama"), "use_cache": False}
     expected = step(model, inputs)
-    for level in ("keep", "mlp", "layer"):
-        torch._dynamo.reset()
+    for level in ("mlp", "layer"):
         at(model, level)  # type: ignore[arg-type]
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        found = step(compiled, inputs)
-        found = {name.replace("_orig_mod.", ""): tensor for name, tensor in found.items()}
-        assert_agree(expected, found)
+        assert_agree(expected, compiled_step(model, inputs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [False, True])
+def test_compiled_with_the_switch_on(before: bool) -> None:
+    model = made()
+    inputs = {**batch("llama"), "use_cache": False}
+    expected = step(model, inputs)
+    if before:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    ferrotune.patch(model)
+    if not before:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert_agree(expected, compiled_step(model, inputs))
 
 
 def test_draws_are_seen() -> None:

@@ -299,7 +299,7 @@ def _switched(layer: nn.Module) -> tuple[Any, Any]:
 
 def _set(layer: nn.Module, switched: tuple[Any, Any]) -> None:
     for name, value in zip((_SWITCH, _FUNCTION), switched, strict=True):
-        if value is None:
-            layer.__dict__.pop(name, None)
-        else:
-            layer.__dict__[name] = value
+        if value is not None:
+            setattr(layer, name, value)
+        elif name in layer.__dict__:
+            delattr(layer, name)

@@ -72,6 +72,11 @@ def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
     return checkpoint(function, *args, use_reentrant=False, context_fn=_contexts, **settings)
 
 
+def plain(function: Callable[..., Any], *args: Any) -> Any:
+    """PyTorch's checkpoint as torch.compile takes it: without contexts."""
+    return checkpoint(function, *args, use_reentrant=False)
+
+
 def _draws(function: Any) -> bool:
     """Whether a layer's forward, or its MLP's, can draw random numbers."""
     if isinstance(function, functools.partial):
@@ -114,11 +119,12 @@ class Whole:
 
     def __init__(self, run: Any, *, offloaded: bool = False) -> None:
         self.run = run
+        self.ours = run is checkpointed or run is reentrant
         self.offloaded = offloaded
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        if torch.compiler.is_compiling():  # which takes no contexts
-            return checkpoint(function, *args, use_reentrant=False)
+        if torch.compiler.is_compiling():
+            return plain(function, *args) if self.ours else self.run(function, *args)
         if not torch.is_grad_enabled():
             return function(*args)
         # What is positional keeps transformers from leaving caches out, which a second forward
