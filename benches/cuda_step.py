@@ -88,6 +88,7 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=12, help="of which four warm up")
     parser.add_argument("--name", default="cuda_step", help="name of the result files")
+    parser.add_argument("--resume", action="store_true", help="keep the file's other figures")
     parser.add_argument("--profile", action="store_true", help="print kernels; write no results")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -103,25 +104,47 @@ def compare(options: argparse.Namespace) -> int:
     import common
 
     packages = ["torch", "transformers", "peft", "bitsandbytes", "unsloth"]
-    record: dict[str, Any] = {"results": {}, "planned_gib": {}, "machine": cuda.machine(packages)}
+    record: dict[str, Any] = {"machine": cuda.machine(packages), "results": {}, "planned_gib": {}}
+    file = common.RESULTS / f"{options.name}.json"
+    if options.resume and file.is_file():
+        earlier = json.loads(file.read_text())
+        same = [found["machine"] for found in (earlier, record)]
+        if any(same[0].get(name) != same[1].get(name) for name in ("commit", "device", "versions")):
+            print(f"{file} is of another commit, device or version: not added to", file=sys.stderr)
+            return 2
+        record |= {name: earlier[name] for name in ("results", "planned_gib")}
+    chosen = [CASES[int(number)] for number in options.cases.split(",")]
+    passed = True
+    for case in chosen:
+        names = ["ferrotune"] if case.memory else options.contenders.split(",")
+        found = {name: run(name, case, options) for name in names}
+        kept = record["results"].setdefault(str(case), {})
+        kept |= {name: one for name, one in found.items() if one}
+        ours = found.get("ferrotune") or {}
+        record["planned_gib"][str(case)] = ours.get("policy_gib") or planned_gib(case)
+        if not options.profile:
+            passed = write(options.name, record)
+    return 0 if passed else 1
+
+
+def write(name: str, record: dict[str, Any]) -> bool:
+    """Writes the results of a record, and returns whether their bars are met."""
+    import common
+
     rows: list[list[object]] = []
     plans: list[list[object]] = []
     bars: list[common.Bar] = []
-    for case in (CASES[int(number)] for number in options.cases.split(",")):
-        names = ["ferrotune"] if case.memory else options.contenders.split(",")
-        found = {name: run(name, case, options) for name in names}
-        record["results"][str(case)] = found
+    for case in (one for one in CASES if str(one) in record["results"]):
+        found = record["results"][str(case)]
         ours, theirs = found.get("ferrotune"), found.get("Unsloth")
-        for name, one in found.items():
-            if one is not None:
-                ratio = f"{ours['step_ms'] / one['step_ms']:.2f}" if ours else ""
-                rows.append(
-                    [str(case), name, f"{one['step_ms']:.1f}", f"{one['tokens_per_second']:.0f}",
-                     f"{one['peak_gib']:.2f}", ratio, f"{one['losses'][-1]:.4f}"]
-                )  # fmt: skip
+        for by, one in found.items():
+            ratio = f"{ours['step_ms'] / one['step_ms']:.2f}" if ours else ""
+            rows.append(
+                [str(case), by, f"{one['step_ms']:.1f}", f"{one['tokens_per_second']:.0f}",
+                 f"{one['peak_gib']:.2f}", ratio, f"{one['losses'][-1]:.4f}"]
+            )  # fmt: skip
         if ours:
-            planned = ours["policy_gib"] or planned_gib(case)
-            record["planned_gib"][str(case)] = planned
+            planned = record["planned_gib"][str(case)]
             off = planned / ours["peak_gib"] - 1
             plans.append([str(case), f"{planned:.2f}", f"{ours['peak_gib']:.2f}", f"{off:+.1%}"])
             bars.append(
@@ -137,14 +160,10 @@ def compare(options: argparse.Namespace) -> int:
     if plans:
         peaks = ["ferrotune", "GiB planned", "GiB measured", "error"]
         body += "\n\n`ferrotune plan` beside it:\n\n" + common.table(peaks, plans)
-    print(body, flush=True)
-    if options.profile:
-        return 0
     where = record["machine"]
     body = f"{where['device']}, driver for {where['driver']}.\n\n{body}"
     method = "Median of the steps after the warm-up; each contender in a process of its own."
-    title = "A QLoRA training step"
-    return 0 if common.write(options.name, title, record, body, bars, method) else 1
+    return common.write(name, "A QLoRA training step", record, body, bars, method)
 
 
 def run(name: str, case: Case, options: argparse.Namespace) -> dict[str, Any] | None:

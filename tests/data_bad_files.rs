@@ -219,6 +219,16 @@ fn bytes_that_are_not_utf8() {
     let path = write(folder.path(), "a.csv", b"text,other\nx,\xff\ny\xe9,z\n");
     let message = error(&path, &auto());
     assert!(message.contains("invalid UTF-8 in column `text` of the row at line 3 (from byte 15), 1 bytes into the value"), "{message}");
+    // A column that is not read does no harm, unless it is kept.
+    let whole = Columns {
+        whole: true,
+        ..auto()
+    };
+    let message = error(&path, &whole);
+    assert!(
+        message.contains("in column `other` of the row at line 2"),
+        "{message}"
+    );
     let path = write(folder.path(), "b.txt", b"\xff\xfeO\0n\0e\0\n\0");
     assert!(error(&path, &auto()).contains("the file is UTF-16"));
 }

@@ -188,6 +188,17 @@ def test_a_broken_tokenizer(work: Path) -> None:
     refused_and_unwritten(work, "base/tokenizer.json", "not a tokenizer")
 
 
+def test_a_tokenizer_with_more_tokens_than_the_embedding(work: Path) -> None:
+    from tokenizers import Tokenizer
+
+    path = str(work / "base" / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(path)
+    tokenizer.add_tokens([f"<extra {at}>" for at in range(1000)])
+    tokenizer.save(path)
+    rows = json.loads((work / "base" / "config.json").read_text())["vocab_size"]
+    refused_and_unwritten(work, "tokenizer.json has tokens up to id", f"embedding has {rows} rows")
+
+
 # The data
 
 
@@ -333,6 +344,7 @@ def test_data_that_the_tokenizer_cannot_encode_at_all(work: Path) -> None:
         (("--target-modules", "query"), ["query", MODULES, "model.layers.0.self_attn.q_proj"]),
         (("--target-modules", ".*query.*"), [".*query.*", MODULES]),
         (("--target-modules", "(q_proj"), ["target_modules", "(q_proj"]),
+        (("--group", "author"), ["data.jsonl", "no column `author`", "are: `text`"]),
         (("--target-modules", "model.norm"), ["model.norm", "not a linear layer"]),
         (
             ("--sequence-length", 97),
@@ -381,6 +393,8 @@ def test_a_config_file_that_is_no_toml(work: Path) -> None:
     for text, expected in (
         ("r = " + "[" * 100_000, "nested too deeply"),
         ("r = " + "{a=" * 100_000, "nested too deeply"),
+        ("a." * 100_000 + "r = 1", "nested too deeply"),
+        ("[" + '"a" . ' * 100_000 + "r]", "nested too deeply"),
         ("#" * (1 << 20) + "\n", "larger than 1 MiB"),
         ("r = 1\0", "not TOML"),
     ):

@@ -378,10 +378,15 @@ def test_blocks_that_cannot_be_trained(bert: Path, tmp_path: Path) -> None:
     refused(bert, tmp_path, "the model has 2 blocks", method="freeze", trained_layers=3)
 
 
-def test_a_tokenizer_with_more_tokens_than_the_embedding(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "kind"), [("bert", "ForSequenceClassification"), ("gpt2", "LMHeadModel")]
+)
+def test_a_tokenizer_with_more_tokens_than_the_embedding(
+    family: str, kind: str, tmp_path: Path
+) -> None:
     write_labelled(tmp_path / "train.jsonl", 12)
     write_labelled(tmp_path / "heldout.jsonl", 6, seed=1)
-    model = classifier("bert", tmp_path / "model")
+    model = classifier(family, tmp_path / "model", kind)
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))

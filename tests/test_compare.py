@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,13 @@ import pytest
 import ferrotune
 import labels
 from ferrotune import cli
+from ferrotune.comparing.contenders import positions
+from ferrotune.comparing.of_run import settings_with
 from ferrotune.comparing.prompts import fixed_examples, in_context
 from ferrotune.comparing.retrieval import Neighbours, vote
 from ferrotune.metrics import Interval
 from runs import base, settings
+from test_run_page import read
 
 pytest.importorskip("torch")
 pytest.importorskip("bm25s")
@@ -87,6 +93,217 @@ def test_labels(labelled: Path, tmp_path: Path) -> None:
     assert "| TF-IDF + logistic regression |" in report
     assert (tmp_path / "out/compare.png").read_bytes()[:4] == b"\x89PNG"
     assert "TF-IDF + logistic regression" in str(result)
+
+
+def test_a_run_is_compared_on_its_page(
+    labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Model, weights and data are the run's own; the page takes the newest comparison."""
+    run, test = tmp_path / "run", labelled / "test.jsonl"
+    shutil.copytree(labelled / "run", run)
+    page = run / "report.html"
+    before = page.read_text()
+    hint = re.search(r"ferrotune compare --run (\S+) --test-data FILE", before)
+    assert hint is not None
+    assert "No comparison was made" in before
+    result = ferrotune.compare(
+        run=run, test_data=test, shots=2, neighbours=3, sequence_length=256, **QUIET
+    )
+    assert (result.output, result.report) == (run / "comparison", page)
+    alone = ferrotune.compare(
+        labelled / "model", labelled / "train.jsonl", test, labelled / "run/adapter",
+        tmp_path / "out", shots=2, neighbours=3, sequence_length=256, **QUIET,
+    )  # fmt: skip
+    assert [one.quality for one in result.contenders] == [one.quality for one in alone.contenders]
+    written = page.read_text()
+    found = read(written)
+    text = "\n".join(found.texts)
+    assert "No comparison was made" not in text
+    assert len(found.sources) == len(read(before).sources) + 1
+    for one in result.contenders:
+        assert f"\n{one.name}\n{one.quality.text()}\n" in text
+    digest = hashlib.sha256(test.read_bytes()).hexdigest()
+    for part in (
+        result.preface(),
+        "Beyond these numbers",
+        f"SHA-256 {digest}",
+        "\nneighbours\n3\n",
+    ):
+        assert part in text, part
+    assert "**" not in text
+    # All around it is as it was.
+    begin, end = written.index("<!--comparison-->"), written.index("<!--/comparison-->")
+    assert before.startswith(written[:begin])
+    assert before.endswith(written[end:])
+    words = ["--run", run, "--test-data", test, "--shots", 1, "--sequence-length", 256]
+    assert cli.main(["compare", *map(str, words), "--threads", "2", "--no-progress"]) == 0
+    assert re.search(rf"\n  report +{re.escape(str(page))}\n", capsys.readouterr().out)
+    assert len(read(page.read_text()).sources) == len(found.sources)
+    assert "few-shot (1)" in page.read_text()
+    assert "few-shot (2)" not in page.read_text()
+    assert (run / "comparison-2/compare.json").is_file()
+
+
+def test_runs_that_cannot_be_compared(labelled: Path, tmp_path: Path) -> None:
+    def refused(message: str, **given: Any) -> None:
+        with pytest.raises(ferrotune.SettingError, match=message):
+            ferrotune.compare(run=tmp_path / "run", **given, **QUIET)
+
+    test = labelled / "test.jsonl"
+    refused("no run is over there", test_data=test)
+    shutil.copytree(labelled / "run", tmp_path / "run")
+    refused("no test files of its own: give test_data")
+    refused("leave adapter out", test_data=test, adapter=labelled / "run/adapter")
+    page = tmp_path / "run/report.html"
+    page.write_text(page.read_text().replace("<!--/comparison-->", ""))
+    refused("another version wrote it", test_data=test)
+    assert not (tmp_path / "run/comparison").exists()
+    with pytest.raises(ferrotune.SettingError, match="needs --data"):
+        ferrotune.compare(labelled / "model", test_data=test, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("method", "role", "weights", "quant_type"),
+    [("lora", "adapter", "adapter", None), ("qlora", "adapter", "adapter", "fp4"),
+     ("full", "tuned", "model", None), ("freeze", "tuned", "model", None)],
+)  # fmt: skip
+def test_what_a_run_says_of_itself(
+    method: str, role: str, weights: str, quant_type: str | None, tmp_path: Path
+) -> None:
+    """Weights by where the run's folder is now; a setting that is given stands."""
+    columns = ("text_column", "prompt_column", "completion_column", "label_column")
+    own = {"model": "m", "data": ["a"], "test_data": ["t"], "method": method, "quant_type": "fp4",
+           "blocksize": 128, "double_quant": False, **dict.fromkeys(columns)}  # fmt: skip
+    found = {"settings": {**own, "label_column": "kind"}, "result": {"weights": f"old/{weights}"}}
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    (tmp_path / "report.html").write_text("<!--comparison--><!--/comparison-->")
+    given = {"model": None, "data": ["b"], "test_data": None, "adapter": None, "tuned": None,
+             "quant_type": None, "blocksize": 64, "double_quant": True,
+             **dict.fromkeys(columns)}  # fmt: skip
+    made = settings_with(tmp_path, given)
+    assert made.pop(role) == str(tmp_path / weights)
+    assert made.pop({"adapter": "tuned", "tuned": "adapter"}[role]) is None
+    expected = {**given, "model": "m", "test_data": ["t"], "label_column": "kind"}
+    if quant_type is not None:
+        expected |= {"quant_type": "fp4", "blocksize": 128, "double_quant": False}
+    assert made == {name: expected[name] for name in expected if name not in ("adapter", "tuned")}
+    found["settings"]["data"] = ["<pandas.DataFrame 1>"]
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    with pytest.raises(ferrotune.SettingError, match="data was a table in memory: give data"):
+        settings_with(tmp_path, {**given, "data": None})
+
+
+def test_what_a_model_takes(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"num_virtual_tokens": 20}')
+    for text, most in (('{"n_positions": 96}', 96), ('{"max_position_embeddings": 96}', 96),
+                       ("{}", None)):  # fmt: skip
+        (tmp_path / "config.json").write_text(text)
+        assert positions(str(tmp_path), None) == most
+        assert positions(str(tmp_path), str(tmp_path)) == (most and most - 20)
+
+
+# Demonstrations in the prompt, on their own
+
+
+def test_demonstrations_of_labels(labelled: Path, tmp_path: Path) -> None:
+    """A draw's numbers are those of the comparison's contender with its seed."""
+    train, test = labelled / "train.jsonl", labelled / "test.jsonl"
+    result = ferrotune.eval(
+        labelled / "model", test, shots=3, demonstrations=train, repeats=3, seed=4,
+        sequence_length=256, **QUIET,
+    )  # fmt: skip
+    few = result.few_shot
+    assert few is not None
+    assert [one.seed for one in few.draws] == [4, 5, 6]
+    compared = ferrotune.compare(
+        labelled / "model", train, test, labelled / "run/adapter", tmp_path / "out", shots=3,
+        seed=5, sequence_length=256, **QUIET,
+    )  # fmt: skip
+    same = next(one for one in compared.contenders if one.name == "few-shot (3)")
+    measures = few.draws[1].measures
+    assert measures["accuracy"].value == same.quality.value
+    assert same.macro_f1 is not None
+    assert measures["macro_f1"].value == same.macro_f1.value
+    values = [one.measures["accuracy"].value for one in few.draws]
+    spread = few.spread("accuracy")
+    assert spread is not None
+    assert (spread.mean, spread.low, spread.high) == (np.mean(values), min(values), max(values))
+    assert f"accuracy, 3 draws  {spread.text()}" in str(result)
+    assert result.tokens == 18
+    losses = [one.measures["loss"].value for one in few.draws]
+    assert result.loss == pytest.approx(np.mean(losses))
+    assert len(set(losses)) == 3
+
+
+def test_demonstrations_of_completions(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Losses are those of `eval` on the prompts as they are built; an adapter may be in it."""
+    shown, asked = (
+        [{"prompt": f"the {word} {at} said ", "completion": f"unto {word}"}
+         for at in numbers for word in ("king", "people")]
+        for numbers in (range(6), range(6, 12))
+    )  # fmt: skip
+    files = {}
+    for name, records in (("shown", shown), ("asked", asked)):
+        files[name] = tmp_path / f"{name}.jsonl"
+        files[name].write_text("".join(json.dumps(one) + "\n" for one in records))
+    run = ferrotune.train(
+        **settings(
+            base, data=files["shown"], heldout_data=files["asked"], output=tmp_path / "run",
+            audit="off", max_steps=2, near_duplicates=0.0,
+        )
+    )  # fmt: skip
+    words = ["--model", base, "--adapter", run.adapter, "--data", files["asked"], "--shots", 2]
+    words += ["--demonstrations", files["shown"], "--repeats", 2, "--seed", 9, "--threads", 2]
+    assert cli.main(["eval", *map(str, words), "--json", "--no-progress"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for at, draw in enumerate(found["few_shot"]["draws"]):
+        given = fixed_examples(shown, 2, 9 + at)
+        rows = [
+            {"prompt": in_context(one, given), "completion": one["completion"]} for one in asked
+        ]
+        file = tmp_path / "prompts.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        expected = ferrotune.eval(base, file, run.adapter, packing=False, **QUIET)
+        assert draw["seed"] == 9 + at
+        assert draw["measures"]["loss"]["value"] == pytest.approx(expected.loss, rel=1e-5)
+        assert found["tokens"] == expected.tokens
+    one = ferrotune.eval(base, files["asked"], shots=1, demonstrations=files["shown"], **QUIET)
+    assert one.few_shot is not None
+    assert one.few_shot.spread("loss") is None
+    assert "loss, seed 0" in str(one)
+    assert "nats per token" in str(one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shots": 0}, "shots must be at least 1, not 0"),
+        ({"shots": 49}, "shots is 49, but demonstrations hold 48 records"),
+        ({"repeats": 0}, "repeats must be at least 1"),
+        ({"shots": None}, "demonstrations is for demonstrations in the prompt: give shots"),
+        ({"demonstrations": None}, "shots needs demonstrations"),
+        ({"demonstrations": "test.jsonl"}, "18 of 18 data texts are in demonstrations too"),
+        ({"eval_tokens": 5}, "eval_tokens is not for an evaluation with shots"),
+        ({"shots": 40}, "raise sequence_length .*or lower shots"),
+        ({"shots": 40, "sequence_length": 600}, "sequence_length 600 .*512 positions"),
+        ({"adapter": "run/adapter"}, "makes a classifier of the model"),
+        ({"model": "bert"}, "is a BertForSequenceClassification, no language model"),
+    ],
+)
+def test_refused_demonstrations(labelled: Path, changes: dict[str, Any], message: str) -> None:
+    if changes.get("model") == "bert" and not (labelled / "bert").exists():
+        labels.classifier("bert", labelled / "bert")
+    given: dict[str, Any] = {
+        "model": "model", "data": "test.jsonl", "demonstrations": "train.jsonl", "shots": 2,
+        "sequence_length": 128, **changes,
+    }  # fmt: skip
+    for name in ("model", "data", "demonstrations", "adapter"):
+        if given.get(name):
+            given[name] = labelled / given[name]
+    with pytest.raises(ValueError, match=message):
+        ferrotune.eval(**given, **QUIET)
 
 
 def test_texts(base: Path, tmp_path: Path) -> None:
@@ -181,9 +398,10 @@ def test_examples_take_turns() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"adapter": None}, "give one of adapter and tuned"),
+        ({"adapter": None}, "give one of adapter, tuned and run"),
         ({"shots": 0}, "shots must be at least 1"),
-        ({"test_data": "train.jsonl"}, "48 of 48 test texts are in the training data"),
+        ({"neighbours": 49}, "neighbours is 49, but data hold 48 records"),
+        ({"test_data": "train.jsonl"}, "48 of 48 test_data texts are in data too"),
         ({"test_data": "moon.jsonl"}, "labels that data never show: 'moon'"),
         ({"test_data": "plain.txt"}, "test_data: compare reads records with text and label"),
         ({"sequence_length": 24}, "raise sequence_length"),

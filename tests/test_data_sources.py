@@ -1,5 +1,8 @@
 """Data from memory and from packed files, and `ferrotune split`."""
 
+import csv
+import datetime
+import decimal
 import gzip
 import json
 import shutil
@@ -69,8 +72,102 @@ def test_a_table_in_memory_is_read_as_its_file_is(make: Any, tmp_path: Path) -> 
     file.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
     expected = _sides(file, tmp_path / "file")
     assert _sides(make(), tmp_path / "table") == expected
-    assert {row["label"] for row in expected["heldout"]} == {"0", "1", "2"}
+    assert {row["label"] for row in expected["heldout"]} == {0, 1, 2}
     assert len(expected["heldout"]) == 12
+
+
+def _columns() -> dict[str, list[Any]]:
+    """Columns of every kind, none of which a split reads but the first two."""
+    day = datetime.datetime(2024, 2, 29, 12, 30, 15)
+    return {
+        "body": [f'Line {number}, "quoted"\nand broken' for number in range(8)],
+        "kind": ["a", "b"] * 4,
+        "text": [f"not read {number}" for number in range(8)],
+        "région": ["nord", "süd", None, ""] * 2,
+        "number": [*range(7), 2**53 + 1],
+        "share": [0.1, float("nan"), 1e300, -0.5, 2.0, 3.0, 4.0, 5.0],
+        "true": [True, False] * 4,
+        "list": [[1, 2], [], None, [3]] * 2,
+        "object": [{"x": 1, "y": "é"}] * 8,
+        "when": [day] * 8,
+        "day": [day.date()] * 8,
+        "price": [decimal.Decimal("1.50")] * 8,
+        "bytes": [b"\x00\xff"] * 8,
+    }
+
+
+def _split_whole(data: Any, folder: Path) -> list[dict[str, Any]]:
+    """The records of all sides in their own order."""
+    ferrotune.split(
+        data, folder, text_column="body", label_column="kind", heldout=0.25, test=0.25,
+        near_duplicates=0.0,
+    )  # fmt: skip
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "heldout.jsonl", "test.jsonl", "train.jsonl",
+    ]  # fmt: skip
+    return sorted(_read(folder), key=lambda row: str(row["body"]))
+
+
+def test_every_column_survives_a_split(tmp_path: Path) -> None:
+    import pyarrow.parquet as parquet
+
+    columns = _columns()
+    rows = [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
+    plain = {"when": "2024-02-29T12:30:15", "day": "2024-02-29", "price": 1.5, "bytes": "00ff"}
+    expected = [
+        {**row, **plain, "share": None if row["share"] != row["share"] else row["share"]}
+        for row in rows
+    ]
+    table = pa.table(columns)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
+        file.write_table(table)
+    for name in ("a.parquet", "a.arrow"):
+        assert _split_whole(tmp_path / name, tmp_path / f"{name}-parts") == expected, name
+    assert _split_whole(table, tmp_path / "table-parts") == expected
+    # Lines of JSON stay as they are, digit by digit.
+    lines = [json.dumps({**row, "digits": 0}).replace('"digits": 0', '"digits": 1.10')
+             for row in expected]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    _split_whole(tmp_path / "a.jsonl", tmp_path / "lines")
+    parts = [path.read_text(encoding="utf-8") for path in (tmp_path / "lines").iterdir()]
+    assert sorted("".join(parts).splitlines()) == sorted(lines)
+    # What is in a .csv file is text.
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as csv_file:
+        writer = csv.DictWriter(csv_file, list(columns))
+        writer.writeheader()
+        writer.writerows(rows)
+    found = _split_whole(tmp_path / "a.csv", tmp_path / "csv-parts")
+    texts = [{name: "" if value is None else str(value) for name, value in row.items()}
+             for row in rows]  # fmt: skip
+    assert found == texts
+
+
+def test_a_column_named_later_is_there(tmp_path: Path) -> None:
+    """A group's column that the split was not told of can be compared by a run on its parts."""
+    rows = [{"text": text, "label": label, "region": "ns"[label % 2]}
+            for text, label in zip(TEXTS, LABELS, strict=True)]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    first = ferrotune.split(tmp_path / "a.jsonl", tmp_path / "out", near_duplicates=0.0).files[0]
+    again = ferrotune.split(
+        first.path, tmp_path / "again", group="region", heldout=0.4, near_duplicates=0.0
+    )
+    sides = [{row["region"] for row in _read_side(one.path)} for one in again.files]
+    assert sorted(map(sorted, sides)) == [["n"], ["s"]]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
+def test_two_columns_of_one_name_are_refused(name: str, tmp_path: Path) -> None:
+    import pyarrow.parquet as parquet
+
+    (tmp_path / "a.csv").write_text("text,x,x\na,1,2\nb,3,4\n")
+    table = pa.table([["a", "b"], [1, 2], [3, 4]], names=["text", "x", "x"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="the column `x` is there more than once"):
+        ferrotune.split(tmp_path / name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_tables_and_files_together(tmp_path: Path) -> None:

@@ -131,3 +131,25 @@ def test_few_shots_of_a_real_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"shots is 90, but .* of label"):
         ferrotune.train(**{**chosen, "output": tmp_path / "other"}, shots=90)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("task", ["classification", "generation"])
+def test_shots_count_the_records_without_a_label(task: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from labels import TOPICS, classifier, settings, write_labelled
+
+    train = write_labelled(tmp_path / "train.jsonl", 24)
+    bare = [{"text": f"the water came {at}", "label": None} for at in range(3)]
+    with train.open("a") as file:
+        file.writelines(json.dumps(one) + "\n" for one in [*bare, {"text": "no day"}])
+    write_labelled(tmp_path / "heldout.jsonl", 9, seed=1)
+    model = classifier("gpt2", tmp_path / "model", "LMHeadModel")
+    result = ferrotune.train(
+        **settings(model, output=tmp_path / "run", task=task, max_steps=2, eval_every=2),
+        shots=2, audit="off",
+    )  # fmt: skip
+    assert result.data["train_records"] == 2 * len(TOPICS)
+    assert result.data["skipped_total"] == 4
+    assert [one["record"] for one in result.data["skipped"]] == [25, 26, 27, 28]
+    assert all("`label`" in one["reason"] for one in result.data["skipped"])
+    assert "Records that were skipped: 4" in (tmp_path / "run/README.md").read_text()

@@ -19,7 +19,7 @@ from ferrotune import card, cli, files
 from ferrotune.config import read_toml
 from ferrotune.history import History
 from ferrotune.options import check, collect, settings_of
-from ferrotune.plots import HEIGHT, WIDTH, curves_png, save_curves
+from ferrotune.plots import HEIGHT, WIDTH, curves_figure, curves_png, save_curves
 from ferrotune.results import DemoResult, EvaluateResult, Sample, TrainResult
 from ferrotune.tables import Table
 from python_face import engine
@@ -237,6 +237,21 @@ def test_curves_are_a_png_of_the_data(tmp_path: Path) -> None:
     assert (pixels(curves_png(history(), "title")) == one).all()
     assert one[..., :3].std() > 0.02
     assert pixels(curves_png(history(), "", 500, 300)).shape[:2] == (300, 500)
+
+
+def test_both_curves_and_the_best_step_are_on_one_plot() -> None:
+    found = history()
+    found.add({"event": "eval", "step": 75, "loss": 9.0})
+    (axes, *_) = curves_figure(found).axes
+    lines = {str(line.get_label()).partition(":")[0]: line for line in axes.get_lines()}
+    steps = [one.step for one in found.evaluations]
+    assert {"train (smoothed)", "held-out", "before training", "best"} <= lines.keys()
+    assert list(lines["held-out"].get_xdata()) == steps
+    best = min(found.evaluations, key=lambda one: one.loss)
+    assert best.step < 75 == steps[-1]
+    assert list(lines["best"].get_xdata()) == [best.step]
+    assert list(lines["best"].get_ydata()) == [best.loss]
+    assert lines["best"].get_label() == f"best: {best.loss:.3f} at step {best.step}"
 
 
 @pytest.mark.filterwarnings("error")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import subprocess
 import sys
@@ -66,7 +67,9 @@ STEPS = 250
 @pytest.fixture(scope="module")
 def unbroken(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken") / "run"
+    begin = time.monotonic()
     found = run(command(base, folder, max_steps=STEPS, eval_every=10, checkpoint_every=7))
+    (folder.parent / "seconds").write_text(str(time.monotonic() - begin))
     assert found.returncode == 0, found.stderr
     assert len(column(folder, "step", "loss")) == STEPS
     return folder
@@ -76,6 +79,13 @@ def same_end(folder: Path, unbroken: Path) -> None:
     assert metrics(folder) == metrics(unbroken)
     kept = "adapter/adapter_model.safetensors"
     assert (folder / kept).read_bytes() == (unbroken / kept).read_bytes()
+
+
+def test_a_run_repeats_from_its_own_settings(unbroken: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "ferrotune", "train", "--config", str(unbroken / "config.toml")]
+    found = run([*words, "--output", str(tmp_path / "run")])
+    assert found.returncode == 0, found.stderr
+    same_end(tmp_path / "run", unbroken)
 
 
 def test_ctrl_c_leaves_a_checkpoint_that_goes_on(
@@ -121,6 +131,52 @@ def test_a_killed_run_goes_on_from_its_checkpoint(
     same_end(folder, unbroken)
     assert not list(folder.glob("checkpoint.*"))
     assert not list(folder.glob(".lock"))
+
+
+def test_a_run_killed_at_random_points_ends_as_the_unbroken_one(
+    base: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    """SIGKILL after random times, from the program's start on, until a run outlives its time."""
+    folder = tmp_path / "run"
+    words = command(base, folder, max_steps=STEPS, eval_every=10, checkpoint_every=7)
+    whole = float((unbroken.parent / "seconds").read_text())
+    seed = random.randrange(1 << 32)
+    moments = random.Random(seed)
+    killed = 0
+    for _ in range(5):
+        # A run that was killed before it took its folder has nothing to go on from.
+        again = ["--resume"] if folder.is_dir() and any(folder.iterdir()) else []
+        process = subprocess.Popen(
+            [*words, *again], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        try:
+            process.communicate(timeout=moments.uniform(0, whole / 2))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            killed += 1
+        assert process.returncode in (0, -signal.SIGKILL), seed
+    again = ["--resume"] if folder.is_dir() and any(folder.iterdir()) else []
+    found = run([*words, *again])
+    assert found.returncode == 0, (seed, found.stderr)
+    assert killed, seed
+    same_end(folder, unbroken)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(
+    base: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    words = command(base, folder, max_steps=STEPS, eval_every=10, checkpoint_every=1000)
+    assert stop_after(words, folder, 2, signal.SIGKILL)[0] == -signal.SIGKILL
+    assert not (folder / "checkpoint").exists()
+    found = run(
+        [sys.executable, "-m", "ferrotune", "train", "--config", str(folder / "config.toml"),
+         "--resume"]
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert "there is no checkpoint yet: the run begins from its start" in found.stderr
+    same_end(folder, unbroken)
 
 
 def test_a_checkpoint_that_a_crash_left_aside_is_found(

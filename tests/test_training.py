@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import ferrotune
@@ -148,6 +149,37 @@ def test_evaluate_is_torchs_mean_loss(base: Path) -> None:
             assert found.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
             bits = found.loss * tokens / math.log(2) / sum(len(text.encode()) for text in texts)
             assert found.bits_per_byte == pytest.approx(bits, rel=1e-9)
+
+
+def test_intervals_of_an_evaluation_are_numpys_bootstrap(base: Path) -> None:
+    """Of loss, perplexity and bits per byte, over records as they were drawn again and again."""
+    import torch
+
+    data = tokenised(base, "train.jsonl")
+    ids, targets = (torch.from_numpy(x.astype(np.int64)) for x in (data.ids, data.targets))
+    with torch.no_grad():
+        logits = load(base)(ids, use_cache=False).logits.flatten(0, 1)
+    losses = torch.nn.functional.cross_entropy(
+        logits, targets.flatten(), ignore_index=IGNORE, reduction="none"
+    )
+    rows, counts = losses.reshape(targets.shape).sum(1).numpy(), (targets != IGNORE).sum(1).numpy()
+    drawn = np.random.default_rng(1).integers(len(rows), size=(20_000, len(rows)))
+    low, high = np.quantile(rows[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975])
+    found = ferrotune.evaluate(
+        base, base.parent / "train.jsonl", sequence_length=64, packing=False, threads=2,
+        progress=False,
+    )  # fmt: skip
+    assert found.generation is not None
+    loss, per_byte = found.generation.loss, found.generation.bits_per_byte
+    assert loss.value == pytest.approx(found.loss)
+    assert [loss.low, loss.high] == pytest.approx([low, high], abs=0.15 * (high - low))
+    perplexity = found.generation.perplexity
+    ends = [math.exp(loss.low), math.exp(loss.high)]
+    assert [perplexity.low, perplexity.high] == pytest.approx(ends)
+    assert per_byte is not None
+    assert per_byte.value == found.bits_per_byte
+    ratio = per_byte.value / loss.value
+    assert [per_byte.low, per_byte.high] == pytest.approx([loss.low * ratio, loss.high * ratio])
 
 
 def test_greedy_text_is_transformers(base: Path) -> None:

@@ -1,6 +1,7 @@
 """TOML files of settings: read, and written so that reading gives the same settings again."""
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ else:
     import tomli as tomllib
 
 _MOST_BYTES = 1 << 20  # of a file of settings, which may name many data files
+# A key of 64 parts: settings have one, and tomllib's time grows with the square of their number.
+_DEEP_KEY = re.compile(r"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){63}""")
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -23,13 +26,18 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     if len(data) > _MOST_BYTES:
         raise SettingError(f"{os.fspath(path)}: larger than {_MOST_BYTES >> 20} MiB")
     try:
-        return tomllib.loads(data.decode())
+        text = data.decode()
+        deep = _DEEP_KEY.search(text) is not None
+        settings = {} if deep else tomllib.loads(text)
     except UnicodeDecodeError as error:
         raise SettingError(f"{os.fspath(path)}: not UTF-8 at byte {error.start}") from None
     except tomllib.TOMLDecodeError as error:
         raise SettingError(f"{os.fspath(path)}: not TOML: {error}") from None
     except RecursionError:
-        raise SettingError(f"{os.fspath(path)}: its values are nested too deeply") from None
+        deep = True
+    if deep:
+        raise SettingError(f"{os.fspath(path)}: its values are nested too deeply")
+    return settings
 
 
 def to_toml(settings: Mapping[str, Any], header: str = "") -> str:

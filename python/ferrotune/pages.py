@@ -1,7 +1,8 @@
 """What pages of HTML have in common: self-contained, without scripts, light and dark."""
 
+import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 STYLE = """
 .ft-page{--ink:#1c1f23;--soft:#5d6670;--line:#e2e5e9;--card:#fff;--bar:#0072b2;--ok:#009e73;
@@ -48,3 +49,28 @@ def figures(pairs: Sequence[tuple[str, str]]) -> str:
     """Large numbers, each with what it counts beside it."""
     cells = (f'<div class="sum"><b>{number}</b>{name}</div>' for number, name in pairs)
     return f'<div class="sums">{"".join(cells)}</div>'
+
+
+def image(content: bytes, what: str) -> str:
+    """A PNG file as a part of the page."""
+    encoded = base64.b64encode(content).decode()
+    return f'<img alt="{what}" src="data:image/png;base64,{encoded}">'
+
+
+def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of numbers under a header."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    body = []
+    for first, *rest in rows:
+        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in rest)
+        body.append(f"<tr><th>{html.escape(first)}</th>{cells}</tr>")
+    return f'<div class="scroll"><table class="grid"><tr>{head}</tr>{"".join(body)}</table></div>'
+
+
+def pairs(rows: Iterable[tuple[str, str]]) -> str:
+    """A table of names and values."""
+    body = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
+        for name, value in rows
+    )
+    return f"<table>{body}</table>" if body else ""

@@ -45,6 +45,12 @@ class Spread:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of at least two values."""
+        deviation = statistics.stdev(values)
+        return cls(statistics.fmean(values), deviation, min(values), max(values))
+
     def text(self, digits: int = 3) -> str:
         return (
             f"{self.mean:.{digits}f} ± {self.deviation:.{digits}f} "
@@ -58,8 +64,7 @@ def spreads(runs: Sequence[Repeat]) -> dict[str, Spread]:
     for name in MEASURES:
         values = [one.measures[name] for one in runs if name in one.measures]
         if len(values) > 1:
-            deviation = statistics.stdev(values)
-            found[name] = Spread(statistics.fmean(values), deviation, min(values), max(values))
+            found[name] = Spread.of(values)
     return found
 
 
@@ -79,8 +84,17 @@ def settings_of(settings: Mapping[str, Any], number: int) -> dict[str, Any]:
         "split_seed": split,
         "repeats": 1,
         "output": str(folder),
-        "resume": any((folder / name).is_dir() for name in ("checkpoint", "checkpoint.old")),
+        "resume": resumable(folder),
     }
+
+
+def resumable(folder: Path) -> bool:
+    """Whether a run can go on in a folder: from a checkpoint, or anew where it was killed before.
+
+    A crash while checkpoints change places leaves the older one aside; a run that was killed leaves
+    its lock. The engine finds both.
+    """
+    return any((folder / name).exists() for name in ("checkpoint", "checkpoint.old", ".lock"))
 
 
 def finished(folder: Path) -> Repeat | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import tables
 from .bias import Bias
+from .few_shot import FewShot
 from .judgement import Forgetting, TestMetrics
 from .metrics import ClassificationMetrics, GenerationMetrics
 from .repeats import MEASURES, Repeat, spreads
@@ -255,7 +256,9 @@ class EvaluateResult(Result):
 
     `bits_per_byte` is None where only a part of the text was read; `skipped` counts the records
     that could not be used. `generation` has a language model's measures with their intervals,
-    `classification` a classifier's, whose `loss` is in nats per label.
+    `classification` a classifier's, whose `loss` is in nats per label. `few_shot` has the measures
+    with demonstrations in the prompt; `loss` is then the mean over the draws, in nats per token of
+    the completions or per label, and `tokens` were predicted by each draw.
     """
 
     loss: float
@@ -267,11 +270,14 @@ class EvaluateResult(Result):
     skipped: int = 0
     generation: GenerationMetrics | None = None
     classification: ClassificationMetrics | None = None
+    few_shot: FewShot | None = None
 
     def table(self) -> Table:
         speed = f"{tables.compact(self.tokens_per_second)} tokens/s"
         time = tables.duration(self.seconds)
-        if self.classification is not None:
+        if self.few_shot is not None:
+            rows = [*self.few_shot.rows(), ("time", time)]
+        elif self.classification is not None:
             rows = [
                 *self.classification.table().rows,
                 ("texts", tables.count(self.tokens)),

@@ -1,7 +1,7 @@
 """A run as one page of HTML: is it better, did it overfit, on what data, and how to repeat it."""
 
-import base64
 import html
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +12,7 @@ from .bias_plot import bias_figure
 from .history import History
 from .judgement import TestMetrics
 from .metrics import ClassificationMetrics
-from .pages import STYLE, document, figures
+from .pages import STYLE, document, figures, grid, image, pairs
 from .plots import curves_png, png
 from .repeats import MEASURES, spreads
 from .results import TrainResult
@@ -32,8 +32,12 @@ border-radius:6px;margin:14px 0}
 .ft-run code{font-size:12px;overflow-wrap:anywhere}
 .ft-run .shaded td{background:color-mix(in srgb,var(--bar) var(--part),transparent)}
 .ft-run .scroll{overflow-x:auto}
+@media(max-width:700px){.ft-run .wide{columns:1}}
 """
 _TONES = {"healthy": "ok", "overfitted": "warning", "did not learn": "stop", "unknown": "note"}
+
+# What a comparison is put between.
+_SLOT = ("<!--comparison-->", "<!--/comparison-->")
 
 # The path, size in bytes and SHA-256 of a data file.
 File = tuple[str, int, str]
@@ -58,15 +62,42 @@ def render(
         _section("Forgetting", _forgetting(result)),
         _section("Bias", _bias(result)),
         _section("Under other seeds", _seeds(result)),
+        _section("Was fine-tuning worth it?", _slot(_not_compared(result, settings))),
         _section("What this does not show", _list(card.limits(result, settings))),
         _section("Data", _data(result, files)),
         _section("Audit of the data", _audit(result, settings)),
-        _section("Settings", f'<div class="wide">{_pairs(_settings(settings))}</div>'),
-        _section("Environment", _pairs(_environment(result, environment))),
+        _section("Settings", f'<div class="wide">{pairs(setting_rows(settings))}</div>'),
+        _section("Environment", pairs(_environment(result, environment))),
     )
     return document(
         title,
         f'<div class="ft-page ft-run"><style>{STYLE}{_STYLE}</style>{"".join(sections)}</div>',
+    )
+
+
+def with_comparison(page: str, section: str) -> str:
+    """A run's page with `section` as its comparison, in place of the last one.
+
+    Raises ValueError: the page has no place for it.
+    """
+    before, begin, rest = page.partition(_SLOT[0])
+    _, end, after = rest.partition(_SLOT[1])
+    if not begin or not end:
+        raise ValueError("the page has no place for a comparison: another version wrote it")
+    return f"{before}{_slot(section)}{after}"
+
+
+def _slot(section: str) -> str:
+    return f"{_SLOT[0]}{section}{_SLOT[1]}"
+
+
+def _not_compared(result: TrainResult, settings: Mapping[str, Any]) -> str:
+    tested = "" if settings["test_data"] else " --test-data FILE"
+    command = html.escape(f"ferrotune compare --run {shlex.quote(str(result.output))}{tested}")
+    return (
+        "<p>No comparison was made with the base model, prompts, retrieval and TF-IDF. On texts "
+        "with labels, or prompts with completions, this makes one and puts it here: "
+        f"<code>{command}</code></p>"
     )
 
 
@@ -115,13 +146,7 @@ def _verdict(result: TrainResult) -> str:
 def _curves(history: History) -> str:
     if not history.steps:
         return ""
-    return _image(curves_png(history, "", *CURVES), "Train and held-out loss over the steps")
-
-
-def _image(content: bytes, what: str) -> str:
-    """A PNG file as a part of the page."""
-    encoded = base64.b64encode(content).decode()
-    return f'<img alt="{what}" src="data:image/png;base64,{encoded}">'
+    return image(curves_png(history, "", *CURVES), "Train and held-out loss over the steps")
 
 
 def _measures(side: TrainResult | TestMetrics | None) -> str:
@@ -130,29 +155,29 @@ def _measures(side: TrainResult | TestMetrics | None) -> str:
         return ""
     found = side.classification
     if found is None:
-        return _pairs(() if side.generation is None else side.generation.rows())
+        return pairs(() if side.generation is None else side.generation.rows())
     note = (
         f"<p class='soft'>On {tables.count(found.examples)} texts; in brackets the 95 % intervals "
         "of 1,000 bootstrap resamples of them.</p>"
     )
-    return f"{note}{_pairs(found.rows())}{_classes(found)}{_confusion(found)}"
+    return f"{note}{pairs(found.rows())}{_classes(found)}{_confusion(found)}"
 
 
 def _forgetting(result: TrainResult) -> str:
     found = result.forgetting
     if found is None:
         return ""
-    return f"<p>{html.escape(found.sentence())}</p>{_pairs(found.rows())}"
+    return f"<p>{html.escape(found.sentence())}</p>{pairs(found.rows())}"
 
 
 def _bias(result: TrainResult) -> str:
     if result.bias is None:
         return ""
     parts = (
-        f"<p>{html.escape(one)}</p>" if isinstance(one, str) else _grid(*one)
+        f"<p>{html.escape(one)}</p>" if isinstance(one, str) else grid(*one)
         for one in result.bias.parts()
     )
-    drawn = _image(png(bias_figure(result.bias)), "How groups are treated")
+    drawn = image(png(bias_figure(result.bias)), "How groups are treated")
     return f"{drawn}{''.join(parts)}"
 
 
@@ -167,7 +192,7 @@ def _classes(found: ClassificationMetrics) -> str:
         )
         for one in found.classes
     ]
-    return _grid(("class", "F1", "precision", "recall", "texts"), rows)
+    return grid(("class", "F1", "precision", "recall", "texts"), rows)
 
 
 def _confusion(found: ClassificationMetrics) -> str:
@@ -200,24 +225,7 @@ def _seeds(result: TrainResult) -> str:
         for one in result.repeats
     ]
     rows.append(("mean ± deviation (range)", *(spread.text() for spread in found.values())))
-    return _grid(("seed", *(MEASURES[name] for name in found)), rows)
-
-
-def _grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    body = []
-    for first, *rest in rows:
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in rest)
-        body.append(f"<tr><th>{html.escape(first)}</th>{cells}</tr>")
-    return f'<div class="scroll"><table class="grid"><tr>{head}</tr>{"".join(body)}</table></div>'
-
-
-def _pairs(rows: Iterable[tuple[str, str]]) -> str:
-    body = "".join(
-        f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-        for name, value in rows
-    )
-    return f"<table>{body}</table>" if body else ""
+    return grid(("seed", *(MEASURES[name] for name in found)), rows)
 
 
 def _list(lines: Iterable[str]) -> str:
@@ -242,7 +250,7 @@ def _audit(result: TrainResult, settings: Mapping[str, Any]) -> str:
     return cards(findings) or "<p>Nothing was found fault with.</p>"
 
 
-def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+def setting_rows(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Every one of them: those that were not set, too."""
     return [
         (name, "not set" if value is None else card.shown(value) or "none")

@@ -14,7 +14,8 @@ RUN = "run"
 Model = Annotated[
     StrPath,
     Option(
-        "folder of a Hugging Face Llama model: config.json, safetensors, tokenizer.json",
+        "folder of a Hugging Face model (Llama, GPT-2 or BERT): config.json, safetensors, "
+        "tokenizer.json",
         group=MODEL,
     ),
 ]

@@ -181,8 +181,7 @@ def _output(settings: Mapping[str, Any], default: str) -> Path:
     given = settings["output"]
     if settings["resume"]:
         folder = Path(given or default)
-        # A crash while checkpoints change places leaves the older one aside; the engine finds it.
-        if not any((folder / name).is_dir() for name in ("checkpoint", "checkpoint.old")):
+        if not repeats.resumable(folder):
             raise SettingError(f"{folder} has no checkpoint to resume from; give its --output")
         return folder
     if given is None:

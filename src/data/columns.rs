@@ -1,5 +1,7 @@
 //! Which columns of a file hold the text, by name.
 
+use std::collections::HashSet;
+
 use serde::Deserialize;
 
 use super::chat;
@@ -33,6 +35,9 @@ pub struct Columns {
     /// Kept on each record, to compare how groups are treated.
     #[serde(default)]
     pub bias_column: Option<String>,
+    /// Whether each record keeps all its columns ([`Record::row`]); texts of `.txt` files have none.
+    #[serde(skip)]
+    pub whole: bool,
 }
 
 /// A column by name, and its place among the names of a file.
@@ -239,13 +244,14 @@ impl Columns {
             .ok_or_else(|| self.missing(names))?;
         for (_, column) in selection.columns() {
             if names.iter().filter(|name| **name == column.name).count() > 1 {
-                return Err(format!(
-                    "the column `{}` is there more than once; rename one of them",
-                    column.name
-                ));
+                return Err(twice(&column.name));
             }
         }
-        Ok(selection)
+        let mut seen = HashSet::new();
+        match names.iter().find(|name| self.whole && !seen.insert(**name)) {
+            Some(name) => Err(twice(name)),
+            None => Ok(selection),
+        }
     }
 
     /// Says which columns are not among `names`, and which are.
@@ -398,10 +404,15 @@ impl Selection {
             group,
             // A record that names no group is trained on all the same.
             bias: self.bias.as_ref().and_then(|bias| value(bias, false).ok()),
+            row: None,
             file: 0,
             number,
         })
     }
+}
+
+fn twice(name: &str) -> String {
+    format!("the column `{name}` is there more than once; rename one of them")
 }
 
 /// What `parse` makes of a column's JSON.

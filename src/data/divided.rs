@@ -77,7 +77,7 @@ impl Divided {
             heldout
         };
         if let Some(few) = config.few {
-            train.draw(few)?;
+            train.draw(few, config.columns.label(), &mut skips)?;
         }
         Ok(Self {
             train,

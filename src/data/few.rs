@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use sha2::{Digest as _, Sha256};
 
-use super::prepare::Source;
+use super::prepare::{Skips, Source};
+use super::record::{Reason, Record};
 use crate::error::{Error, Result};
 
 /// A draw of few training records.
@@ -17,8 +18,15 @@ pub struct Few {
 
 impl Source {
     /// Leaves [`Few::shots`] different texts of each label: those whose hash with the seed is lowest, whatever the
-    /// order of the files.
-    pub(super) fn draw(&mut self, few: Few) -> Result<()> {
+    /// order of the files. Records without a label among labelled ones are left out, and told of: `label` is its
+    /// column.
+    pub(super) fn draw(&mut self, few: Few, label: &str, skips: &mut Skips) -> Result<()> {
+        let labelled = self.records.iter().any(|record| record.label.is_some());
+        let bare = |record: &&Record| labelled && record.label.is_none();
+        for record in self.records.iter().filter(bare) {
+            let reason = Reason::Unlabelled(label.to_owned());
+            skips.add(&self.paths[record.file], record.number, &reason);
+        }
         let mut of_label: BTreeMap<Option<&str>, BTreeMap<[u8; 32], usize>> = BTreeMap::new();
         for (at, (record, digest)) in self.records.iter().zip(&self.digests).enumerate() {
             let mut hash = Sha256::new();
@@ -27,7 +35,6 @@ impl Source {
             let label = of_label.entry(record.label.as_deref()).or_default();
             label.entry(hash.finalize().into()).or_insert(at);
         }
-        let labelled = of_label.keys().any(Option::is_some);
         let mut left_out = vec![true; self.records.len()];
         for (label, ranked) in &of_label {
             if labelled && label.is_none() {

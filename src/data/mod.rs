@@ -51,7 +51,7 @@ pub use record::{Content, Digest, Item, Reason, Record, Skip};
 pub use rows::{Rows, RowsReport, prepare_rows};
 pub use source::{BatchSource, Sequential, Shuffled};
 pub use split::{Sides, Split, SplitPlan, divide, split};
-pub use split_files::{SplitConfig, SplitFile, SplitResult, records, split_files};
+pub use split_files::{Records, SplitConfig, SplitFile, SplitResult, records, split_files};
 pub use swaps::Swap;
 pub use template::{ChatTemplate, Conversation};
 pub use terms::Terms;

@@ -42,6 +42,8 @@ pub struct Record {
     pub group: Option<String>,
     /// Value of the bias column: the group whose treatment is compared.
     pub bias: Option<String>,
+    /// All its columns as a JSON object of one line, where they were to be kept ([`super::Columns::whole`]).
+    pub row: Option<Box<str>>,
     /// Index of its file among those being read.
     pub file: usize,
     /// Its number in that file, from 1: paragraph (.txt), line (.jsonl), row below the header (.csv, .tsv), row
@@ -53,7 +55,7 @@ pub struct Record {
 pub type Digest = [u8; 16];
 
 impl Record {
-    /// Identifies the content, surrounding white space aside; the label, groups, file and number play no part.
+    /// Identifies the content, surrounding white space aside; the label, groups, row, file and number play no part.
     pub fn digest(&self) -> Digest {
         let mut hash = Sha256::new();
         let mut part = |tag: u8, text: &str| {
@@ -86,6 +88,19 @@ pub enum Item {
     Skip(Skip),
 }
 
+impl Item {
+    /// Keeps what `row` says of all the columns of a record, where `keep` asks for it.
+    pub(super) fn with_row(self, keep: bool, row: impl FnOnce() -> String) -> Self {
+        match self {
+            Self::Record(record) if keep => Self::Record(Record {
+                row: Some(row().into_boxed_str()),
+                ..record
+            }),
+            other => other,
+        }
+    }
+}
+
 /// A record that was left out, to be counted and reported.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Skip {
@@ -111,6 +126,8 @@ pub enum Reason {
     Nul(String),
     #[error("`{column}` {problem}")]
     Malformed { column: String, problem: String },
+    #[error("no `{0}` in this record, where shots are drawn of each label")]
+    Unlabelled(String),
     #[error("the same text is in the {0} data")]
     HeldOutText(&'static str),
     #[error("a near duplicate ({1} alike) is in the {0} data")]

@@ -42,7 +42,11 @@ pub struct SplitResult {
     pub skipped_total: usize,
 }
 
-/// Reads records, divides them, and writes each side with the columns that were read, under their standard names.
+/// Reads records, divides them, and writes each side with all columns under their own names.
+///
+/// Lines of `.jsonl` stay as they are; values of `.csv` and `.tsv` become strings; of `.parquet`, `.arrow` and frames
+/// what JSON lacks becomes strings (dates and times in ISO 8601, bytes in hexadecimal) or null (a number that
+/// is not finite). The text of a `.txt` file is `text`.
 ///
 /// # Errors
 /// As [`super::prepare`]'s for files and settings; an output folder that holds files.
@@ -55,8 +59,10 @@ pub fn split_files(config: &SplitConfig) -> Result<SplitResult> {
         )));
     }
     let mut skips = Skips::default();
-    let source = Source::read(&config.data.data, &config.data, &mut skips)?;
-    let plan = config.data.split_plan();
+    let mut data = config.data.clone();
+    data.columns.whole = true;
+    let source = Source::read(&data.data, &data, &mut skips)?;
+    let plan = data.split_plan();
     let sides = divide(&source.records, &source.digests, &plan)?;
     std::fs::create_dir_all(output).map_err(Error::io(output))?;
     let named = [
@@ -71,9 +77,11 @@ pub fn split_files(config: &SplitConfig) -> Result<SplitResult> {
         }
         let path = output.join(format!("{side}.jsonl"));
         write_atomic(&path, |file| {
-            records
-                .iter()
-                .try_for_each(|&index| writeln!(file, "{}", json(&source.records[index])))
+            let mut rows = records.iter().map(|&index| &source.records[index]);
+            rows.try_for_each(|record| match &record.row {
+                Some(row) => writeln!(file, "{row}"),
+                None => writeln!(file, "{}", json(record)),
+            })
         })?;
         let mut labels = BTreeMap::new();
         for &index in &records {
@@ -97,14 +105,25 @@ pub fn split_files(config: &SplitConfig) -> Result<SplitResult> {
     })
 }
 
-/// Every record of `config.data` as JSON, in order, with the columns that were read under their
-/// standard names.
+/// The records of some files as JSON, and how many could not be used.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Records {
+    /// In order, with the columns that were read under their standard names.
+    pub records: Vec<Value>,
+    pub skipped_total: usize,
+}
+
+/// Every record of `config.data`.
 ///
 /// # Errors
 /// Files that cannot be read, or that hold no record.
-pub fn records(config: &DataConfig) -> Result<Vec<Value>> {
-    let source = Source::read(&config.data, config, &mut Skips::default())?;
-    Ok(source.records.iter().map(json).collect())
+pub fn records(config: &DataConfig) -> Result<Records> {
+    let mut skips = Skips::default();
+    let source = Source::read(&config.data, config, &mut skips)?;
+    Ok(Records {
+        records: source.records.iter().map(json).collect(),
+        skipped_total: skips.total,
+    })
 }
 
 fn json(record: &Record) -> Value {

@@ -17,10 +17,12 @@ const METRICS: &str = "metrics.jsonl";
 pub struct RunFolder {
     path: PathBuf,
     lock: File,
+    resumes: bool,
 }
 
 impl RunFolder {
-    /// Takes `path` for a run: a new or empty folder, or with `resume` one that has a checkpoint.
+    /// Takes `path` for a run: a new or empty folder, or with `resume` one that has a checkpoint, or whose run was
+    /// killed before its first one (its lock is still there) and begins again.
     ///
     /// # Errors
     /// `Argument` if it is in use, has content, or has nothing to resume; `Io`.
@@ -29,19 +31,27 @@ impl RunFolder {
             return Err(nothing_to_resume(path));
         }
         std::fs::create_dir_all(path).map_err(Error::io(path))?;
-        let folder = Self {
+        let killed = path.join(LOCK).exists();
+        let mut folder = Self {
             path: path.to_owned(),
             lock: lock(path)?,
+            resumes: false,
         };
         if resume {
             checkpoint::recover(path)?;
-            if !checkpoint::exists(path) {
+            folder.resumes = checkpoint::exists(path);
+            if !folder.resumes && !killed {
                 return Err(nothing_to_resume(path));
             }
         } else {
-            refuse_content(path)?;
+            refuse_content(path, killed)?;
         }
         Ok(folder)
+    }
+
+    /// Whether there is a checkpoint to go on from.
+    pub fn resumes(&self) -> bool {
+        self.resumes
     }
 
     pub fn path(&self) -> &Path {
@@ -107,7 +117,7 @@ fn nothing_to_resume(path: &Path) -> Error {
     ))
 }
 
-fn refuse_content(path: &Path) -> Result<()> {
+fn refuse_content(path: &Path, killed: bool) -> Result<()> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(path).map_err(Error::io(path))? {
         let name = entry.map_err(Error::io(path))?.file_name();
@@ -119,7 +129,7 @@ fn refuse_content(path: &Path) -> Result<()> {
         return Ok(());
     }
     names.sort();
-    let way_out = if checkpoint::exists(path) {
+    let way_out = if killed || checkpoint::exists(path) {
         "continue its run with resume, or name another folder"
     } else {
         "name another folder, or remove it"

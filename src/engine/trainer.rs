@@ -94,7 +94,7 @@ impl<'a> Run<'a> {
             "model"
         };
         let mut best = Best::new(learner, folder.path().join(takeaway))?;
-        if config.resume {
+        if folder.resumes() {
             let found = checkpoint::load_state(folder.path())?;
             found.admit(&state, config.schedule)?;
             let loaded = checkpoint::load(folder.path(), found, learner.parameters())?;

@@ -73,6 +73,7 @@ pub fn columns(text: Option<&str>, pair: Option<(&str, &str)>, group: Option<&st
         label_column: None,
         group_column: group.map(str::to_owned),
         bias_column: None,
+        whole: false,
     }
 }
 
@@ -110,6 +111,7 @@ pub fn text(content: &str) -> Record {
         label: None,
         group: None,
         bias: None,
+        row: None,
         file: 0,
         number: 1,
     }

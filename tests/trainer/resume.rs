@@ -93,6 +93,22 @@ fn a_killed_run_goes_on_from_its_last_checkpoint() {
 }
 
 #[test]
+fn a_run_killed_before_its_first_checkpoint_begins_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let expected = unbroken(&folder.path().join("unbroken"));
+    for step in [1, 4] {
+        let output = folder.path().join(format!("killed at {step}"));
+        killed(&output, step);
+        let message = refusal(json!({"resume": true}), &output);
+        assert!(message.contains("no checkpoint to resume"), "{message}");
+        // What a process that is gone leaves behind.
+        fs::write(output.join(".lock"), "").unwrap();
+        assert_eq!(resumed(&output), expected, "killed at {step}");
+        assert!(!output.join(".lock").exists());
+    }
+}
+
+#[test]
 fn a_run_survives_being_stopped_again_and_again() {
     let folder = tempfile::tempdir().unwrap();
     let expected = unbroken(&folder.path().join("unbroken"));

@@ -15,11 +15,9 @@ from ..shared import (
     BatchSize,
     Blocksize,
     CompletionColumn,
-    Data,
     DoubleQuant,
     LabelColumn,
     LoadedQuantType,
-    Model,
     Progress,
     PromptColumn,
     TextColumn,
@@ -27,31 +25,50 @@ from ..shared import (
 )
 
 DEFAULT_OUTPUT = "ferrotune-compare"
+LONGEST = 512  # tokens
 
 
 @command(
     "compare",
     examples=(
+        "ferrotune compare --run my-run --test-data test.csv",
         "ferrotune compare --model gpt2/ --adapter a/ --data train.csv --test-data test.csv",
         "ferrotune compare --model bert/ --tuned run/model --data train.csv --test-data test.csv",
     ),
 )
 def compare(
-    model: Model,
-    data: Data,
+    model: Annotated[
+        StrPath | None, Option("folder of the base model", group=MODEL, unset="the run's")
+    ] = None,
+    data: Annotated[
+        DataSources | None, Option("files of the training records", group=DATA, unset="the run's")
+    ] = None,
     test_data: Annotated[
-        DataSources, Option("files of records that neither training nor retrieval saw", group=DATA)
-    ],
+        DataSources | None,
+        Option(
+            "files of records that neither training nor retrieval saw",
+            group=DATA,
+            unset="the run's",
+        ),
+    ] = None,
     adapter: Adapter = None,
     output: Annotated[
         StrPath | None,
         Option(
-            "folder of the report; must be new or empty",
+            "folder of the result; must be new or empty",
             group=RUN,
-            unset=f"{DEFAULT_OUTPUT}, numbered if taken",
+            unset=f"{DEFAULT_OUTPUT}, or comparison in the run's folder, numbered if taken",
         ),
     ] = None,
     *,
+    run: Annotated[
+        StrPath | None,
+        Option(
+            "folder of a finished training run: the fine-tuned model is its, and its report.html "
+            "gets the comparison",
+            group=RUN,
+        ),
+    ] = None,
     tuned: Annotated[
         StrPath | None,
         Option("folder of a model of which every weight was trained", group=MODEL),
@@ -68,8 +85,14 @@ def compare(
     completion_column: CompletionColumn = None,
     label_column: LabelColumn = None,
     sequence_length: Annotated[
-        int, Option("longest sequence, prompt and answer together", unit="tokens", group=DATA)
-    ] = 512,
+        int | None,
+        Option(
+            "longest sequence, prompt and answer together",
+            unit="tokens",
+            group=DATA,
+            unset=f"{LONGEST}, or what the model takes where that is less",
+        ),
+    ] = None,
     batch_size: BatchSize = 16,
     seed: Annotated[int, Option("of the examples in prompts and the bootstrap", group=DATA)] = 0,
     threads: Threads = None,
@@ -83,6 +106,10 @@ def compare(
     language model's label is the likeliest one behind the prompt) or `prompt` and `completion` (the
     loss of the completion, nats per token; BM25 searches by the prompt). Every quality and every
     difference to the fine-tuned model has a 95 % bootstrap interval, paired for differences.
+
+    With `run`, base and fine-tuned model, data, test files and columns are those of the run where
+    they are not given, and its `report.html` gets table, plot and guide as a section, in place of
+    the last comparison's. A run that is trained on writes its page anew, without one.
 
     Give `data` the training records alone: a test record among them would be found by retrieval.
     Test records whose text is among them are an error. The folder gets `compare.json`,
@@ -98,11 +125,13 @@ def compare(
         ImportError: bm25s or scikit-learn is missing.
     """
     arguments = locals()
+    import dataclasses
     import json
     import sys
 
     from .. import files
-    from ..comparing.contenders import ask_all
+    from ..comparing import of_run, records
+    from ..comparing.contenders import ask_all, positions
     from ..comparing.guide import guide
     from ..comparing.judging import judge
     from ..comparing.plot import compare_figure
@@ -115,22 +144,40 @@ def compare(
         arguments[name] = named(arguments[name], tables)
     settings = collect(compare, arguments)
     libraries()
-    if (adapter is None) == (tuned is None):
-        raise SettingError("compare needs the fine-tuned model: give one of adapter and tuned")
+    if run is not None:
+        settings = of_run.settings_with(Path(run), settings)
+    for name in ("model", "data", "test_data"):
+        if not settings[name]:
+            flag = name.replace("_", "-")
+            raise SettingError(f"compare needs --{flag} ({name}), or --run with what a run has")
+    if (settings["adapter"] is None) == (settings["tuned"] is None):
+        raise SettingError("compare needs the fine-tuned model: give one of adapter, tuned and run")
+    if sequence_length is None:
+        taken = positions(settings["tuned"] or settings["model"], settings["adapter"])
+        settings["sequence_length"] = min(LONGEST, taken or LONGEST)
     for name in ("shots", "neighbours"):
         if settings[name] < 1:
             raise SettingError(f"{name} must be at least 1, not {settings[name]}")
-    folder = Path(output) if output is not None else files.free_sibling(Path(DEFAULT_OUTPUT))
+    default = Path(DEFAULT_OUTPUT) if run is None else Path(run, "comparison")
+    folder = Path(output) if output is not None else files.free_sibling(default)
     if files.is_taken(folder):
         raise SettingError(f"{folder} is not empty: give a new output folder")
-    train = _records(settings, settings["data"], tables)
-    test = _records(settings, settings["test_data"], tables)
-    _check(train, test)
 
     def tell(what: str) -> None:
         if progress:
             print(f"compare: {what}", file=sys.stderr, flush=True)
 
+    sides = []
+    for name in ("data", "test_data"):
+        found, skipped = records.read(settings, settings[name], tables)
+        sides.append(found)
+        if skipped:
+            tell(f"{skipped} records of {name} cannot be used, and are left out")
+    train, test = sides
+    records.check(train, test)
+    for name in ("shots", "neighbours"):
+        if settings[name] > len(train):
+            raise SettingError(f"{name} is {settings[name]}, but data hold {len(train)} records")
     said, left_out = ask_all(settings, train, test, tell)
     contenders = judge(said, test, settings["seed"])
     measure = "accuracy" if "label" in test[0] else "loss"
@@ -138,53 +185,14 @@ def compare(
         measure, len(test), contenders, left_out, guide(contenders, measure), folder
     )
     folder.mkdir(parents=True, exist_ok=True)
+    settings["output"] = str(folder)
+    del settings["progress"]
     content = {"result": result.to_dict(), "settings": settings}
+    plot = png(compare_figure(result))
     files.write_atomic(folder / "compare.json", json.dumps(content, indent=2) + "\n")
-    files.write_atomic(folder / "compare.png", png(compare_figure(result)))
+    files.write_atomic(folder / "compare.png", plot)
     files.write_atomic(folder / "README.md", result.markdown())
-    return result
-
-
-def _records(
-    settings: dict[str, Any], paths: list[str], tables: dict[str, Any]
-) -> list[dict[str, Any]]:
-    import json
-
-    from .. import _native
-
-    names = ("text_column", "prompt_column", "completion_column", "label_column")
-    config = {name: settings[name] for name in names}
-    config |= {"data": paths, "heldout": 0.0, "group": None, "sequence_length": 1}
-    config |= {"packing": False, "seed": 0}
-    found: list[dict[str, Any]] = json.loads(_native.records(json.dumps(config), tables))
-    return found
-
-
-def _check(train: list[dict[str, Any]], test: list[dict[str, Any]]) -> None:
-    """Raises SettingError for records that cannot be compared."""
-    from ..comparing.prompts import answer, question
-
-    for name, records in (("data", train), ("test_data", test)):
-        shapes = {tuple(sorted(one.keys() - {"group"})) for one in records}
-        if shapes not in ({("label", "text")}, {("completion", "prompt")}):
-            raise SettingError(
-                f"{name}: compare reads records with text and label, or with prompt and "
-                "completion, all of one kind; name the columns with text_column and label_column, "
-                "or prompt_column and completion_column"
-            )
-    if train[0].keys() != test[0].keys():
-        raise SettingError("data and test_data hold records of different kinds")
-    seen = {question(one).strip() for one in train}
-    both = sum(question(one).strip() in seen for one in test)
-    if both and "label" in test[0]:
-        raise SettingError(
-            f"{both} of {len(test)} test texts are in the training data, where retrieval would "
-            "find them: give data apart, as `ferrotune split` writes it"
-        )
-    unseen = sorted({answer(one) for one in test} - {answer(one) for one in train})
-    if "label" in test[0] and unseen:
-        raise SettingError(
-            f"test_data have labels that data never show: {', '.join(map(repr, unseen[:10]))}"
-        )
-    if "label" in test[0] and len({answer(one) for one in train}) < 2:
-        raise SettingError("data have one label alone, which leaves nothing to tell apart")
+    if run is None:
+        return result
+    page = of_run.add_to_page(Path(run), result, settings, plot)
+    return dataclasses.replace(result, report=page)

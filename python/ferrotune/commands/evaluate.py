@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Any
 
+from ..kinds import DataSources
 from ..metrics import ClassificationMetrics, GenerationMetrics
-from ..options import Option, collect
+from ..options import Option, SettingError, collect
 from ..registry import command
 from ..results import EvaluateResult
 from ..shared import (
@@ -32,6 +33,7 @@ from ..shared import (
     examples=(
         "ferrotune eval --model llama/ --data test.jsonl",
         "ferrotune eval --model llama/ --adapter my-run/adapter --quant-type nf4 --data test.txt",
+        "ferrotune eval --model llama/ --data test.csv --demonstrations train.csv --shots 8",
     ),
 )
 def evaluate(
@@ -62,7 +64,23 @@ def evaluate(
             unset="all",
         ),
     ] = None,
-    seed: Annotated[int, Option("of the intervals' bootstrap", group=DATA)] = 0,
+    shots: Annotated[
+        int | None,
+        Option(
+            "demonstrations in each prompt, of labels in turn",
+            unit="records",
+            group=DATA,
+        ),
+    ] = None,
+    demonstrations: Annotated[
+        DataSources | None, Option("files that the demonstrations are drawn from", group=DATA)
+    ] = None,
+    repeats: Annotated[
+        int, Option("draws of demonstrations, from this seed and the next ones", group=DATA)
+    ] = 1,
+    seed: Annotated[
+        int, Option("of the intervals' bootstrap, and of the demonstrations", group=DATA)
+    ] = 0,
     threads: Threads = None,
     progress: Progress = True,
 ) -> EvaluateResult:
@@ -73,11 +91,17 @@ def evaluate(
     matrix, on records with `text` and `label`. Each has a 95 % interval from 1,000 bootstrap
     resamples of the rows.
 
+    With `shots`, a language model is asked in context: so many of the `demonstrations`, drawn by
+    `seed`, stand before each prompt. Records have `prompt` and `completion` (the loss of the
+    completion), or `text` and `label` (the label is the likeliest of all of the demonstrations');
+    `repeats` draws give the spread. Every prompt has to fit into `sequence_length`.
+
     An adapter from method "qlora" was trained over a 4-bit model: `quant_type="nf4"` evaluates
     it over the same weights. `ferrotune.eval` is the same function.
 
     Returns:
-        An EvaluateResult: the loss is the mean in nats per token over every token with a loss.
+        An EvaluateResult: the loss is the mean in nats per token over every token with a loss;
+        with `shots`, `few_shot` has each draw's measures and their spread.
 
     Raises:
         SettingError, ValueError, FormatError, OSError, NotImplementedError: as in
@@ -91,8 +115,16 @@ def evaluate(
     from ..progress import open_display
 
     tables: dict[str, Any] = {}
-    arguments["data"] = named(data, tables)
+    for name in ("data", "demonstrations"):
+        arguments[name] = named(arguments[name], tables)
     settings = collect(evaluate, arguments)
+    if shots is not None:
+        from ..comparing import in_context
+
+        return in_context.evaluate(settings, tables)
+    for name, default in (("shots", None), ("demonstrations", None), ("repeats", 1)):
+        if settings.pop(name) != default:
+            raise SettingError(f"{name} is for demonstrations in the prompt: give shots, too")
     title = f"evaluation of {Path(settings['model']).name}"
     display = open_display(settings.pop("progress"), title)
 

@@ -51,7 +51,11 @@ def split(
 ) -> SplitResult:
     """Divide data into files to train on, to evaluate on and to test on, without leaks.
 
-    Writes `train.jsonl`, `heldout.jsonl` and, with `test`, `test.jsonl`. Equal texts, near
+    Writes `train.jsonl`, `heldout.jsonl` and, with `test`, `test.jsonl`, each record with all its
+    columns under their own names. Lines of `.jsonl` stay as they are and values of `.csv` and
+    `.tsv` become strings. Of `.parquet`, `.arrow` and frames numbers, truth values, lists and
+    objects stay what they are; dates and times become strings in ISO 8601, bytes strings of
+    hexadecimal digits, and numbers that are not finite null. Equal texts, near
     duplicates and the records of a group are on one side. The same records and seed give the same
     sides on every machine, whatever the order of the files and the number of threads; the
     held-out side does not depend on `test`.

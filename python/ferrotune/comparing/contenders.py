@@ -4,7 +4,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ Floats = npt.NDArray[np.float64]
 class Said:
     """One contender on the test records, in order.
 
-    `predicted` are labels; `loss` and `tokens` a language model's summed nats and number of tokens
-    of each answer. `seconds` is what all records took, models and indices being ready; `size` is
-    what must be kept, in bytes.
+    `predicted` are labels, and `losses` `[records, labels]` a language model's summed nats of each;
+    `loss` and `tokens` its summed nats and number of tokens of each answer that is a text.
+    `seconds` is what all records took, models and indices being ready; `size` is what must be kept,
+    in bytes.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Said:
     predicted: tuple[str, ...] = ()
     loss: Floats | None = None
     tokens: Floats | None = None
+    losses: Floats | None = None
 
 
 class Scorer:
@@ -75,12 +77,18 @@ class Scorer:
                 "records": True,
                 **changes,
             }
-            found = json.loads(_native.evaluate(json.dumps(config), relay, {}))
-        if found["skipped"] or (len(found["records"]["loss"]) != len(records)):
+            try:
+                found = json.loads(_native.evaluate(json.dumps(config), relay, {}))
+                left_out = found["skipped"] or len(found["records"]["loss"]) != len(records)
+            except ValueError as error:
+                if str(file) not in str(error):
+                    raise
+                warnings, left_out = [str(error)], True  # no record was left
+        if left_out:
             raise SettingError(
                 "the engine cannot score every test record: raise sequence_length "
                 f"({self._settings['sequence_length']}), or lower shots. It says: "
-                + "; ".join(warnings)
+                + "; ".join(warnings).replace(str(file), "the prompts")
             )
         return dict(found["records"]), float(found["seconds"])
 
@@ -94,13 +102,40 @@ class Scorer:
         )
 
     def labels(
-        self, name: str, model: str, prompts: Sequence[str], labels: Sequence[str], size: int
+        self,
+        name: str,
+        model: str,
+        adapter: str | None,
+        prompts: Sequence[str],
+        labels: Sequence[str],
+        size: int,
     ) -> Said:
         """The label that a language model finds likeliest behind each prompt."""
         pairs = [{"prompt": prompt, "completion": label} for prompt in prompts for label in labels]
-        found, seconds = self.evaluate(model, None, pairs)
+        found, seconds = self.evaluate(model, adapter, pairs)
         losses = np.array(found["loss"]).reshape(len(prompts), len(labels))
-        return Said(name, seconds, size, tuple(labels[at] for at in losses.argmin(1)))
+        predicted = tuple(labels[at] for at in losses.argmin(1))
+        return Said(name, seconds, size, predicted, losses=losses)
+
+    def asked(
+        self,
+        name: str,
+        model: str,
+        adapter: str | None,
+        test: Sequence[Record],
+        examples: Sequence[Sequence[Record]],
+        labels: Sequence[str],
+        size: int,
+    ) -> Said:
+        """A language model with examples in the prompt of each record; `labels` are its choice."""
+        prompts = [in_context(one, own) for one, own in zip(test, examples, strict=True)]
+        if "label" in test[0]:
+            return self.labels(name, model, adapter, prompts, labels, size)
+        pairs = [
+            {"prompt": prompt, "completion": answer(record)}
+            for prompt, record in zip(prompts, test, strict=True)
+        ]
+        return self.answers(name, model, adapter, pairs, size)
 
     def classes(
         self, name: str, model: str, adapter: str | None, test: Sequence[Record], size: int
@@ -116,14 +151,32 @@ def folder_size(folder: str) -> int:
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
-def _class(model: str) -> str:
+def class_of(model: str) -> str:
     """The class that config.json names. Raises OSError and SettingError."""
-    file = Path(model) / "config.json"
+    return str((_json(Path(model) / "config.json").get("architectures") or [""])[0])
+
+
+def positions(model: str, adapter: str | None) -> int | None:
+    """How many tokens of a text a model takes, beside an adapter's virtual ones.
+
+    None where config.json does not say it. Raises OSError and SettingError.
+    """
+    config = _json(Path(model) / "config.json")
+    most = config.get("max_position_embeddings", config.get("n_positions"))
+    own = _json(Path(adapter) / "adapter_config.json") if adapter is not None else {}
+    return int(most) - int(own.get("num_virtual_tokens") or 0) if most else None
+
+
+def _json(file: Path) -> dict[str, Any]:
     try:
-        classes = json.loads(file.read_text("utf-8")).get("architectures") or [""]
-    except ValueError as error:
-        raise SettingError(f"{file} is no JSON: {error}") from None
-    return str(classes[0])
+        return dict(json.loads(file.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise SettingError(f"{file} is no JSON object: {error}") from None
+
+
+def takes_prompts(kind: str) -> bool:
+    """Whether a model of this class is a language model."""
+    return kind.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def ask_all(
@@ -156,7 +209,7 @@ def ask_all(
     left_out: dict[str, str] = {}
     classifies = "label" in test[0]
     labels = sorted({answer(one) for one in train})
-    kind = _class(base)
+    kind = class_of(base)
     if classifies and kind.endswith("ForSequenceClassification"):
         tell("base model")
         try:
@@ -165,22 +218,14 @@ def ask_all(
             left_out["base model"] = str(error)
         del contexts["base model"]
     for name, (examples, extra, bytes_) in contexts.items():
-        if not kind.endswith(("ForCausalLM", "LMHeadModel")):
+        if not takes_prompts(kind):
             left_out[name] = f"{kind} is no language model: it takes no prompt, and has no head"
             if name != "base model":
                 left_out[name] = f"{kind} is no language model: it takes no prompt"
             continue
         tell(name)
-        prompts = [in_context(one, own) for one, own in zip(test, examples, strict=True)]
-        if classifies:
-            one = scorer.labels(name, base, prompts, labels, bytes_)
-        else:
-            pairs = [
-                {"prompt": prompt, "completion": answer(record)}
-                for prompt, record in zip(prompts, test, strict=True)
-            ]
-            one = scorer.answers(name, base, None, pairs, bytes_)
-        said.append(_slower(one, extra))
+        one = scorer.asked(name, base, None, test, examples, labels, bytes_)
+        said.append(replace(one, seconds=one.seconds + extra))
     if classifies:
         count = settings["neighbours"]
         voted = tuple(vote(own[:count]) for own in near)
@@ -198,9 +243,3 @@ def ask_all(
         pairs = [{"prompt": asked(one), "completion": answer(one)} for one in test]
         said.append(scorer.answers("fine-tuned", tuned, adapter, pairs, tuned_size))
     return said, left_out
-
-
-def _slower(said: Said, seconds: float) -> Said:
-    return Said(
-        said.name, said.seconds + seconds, said.size, said.predicted, said.loss, said.tokens
-    )

@@ -13,7 +13,8 @@ def compare_figure(result: CompareResult) -> "Figure":
     """Two panels with one row a contender."""
     contenders = result.contenders
     height = 0.45 * len(contenders) + 1.4
-    figure = figure_class()(figsize=(WIDTH / DPI, height), dpi=DPI, layout="constrained")
+    figure = figure_class()(figsize=(WIDTH / DPI, height), dpi=DPI)
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)  # inches
     left, right = figure.subplots(1, 2, sharey=True)
     for at, one in enumerate(contenders):
         color = ORANGE if one.name == TUNED else BLUE

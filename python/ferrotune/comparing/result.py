@@ -33,7 +33,8 @@ class CompareResult(Result):
     """Contenders on the same `examples`; `measure` is "accuracy" or "loss".
 
     `left_out` says which contenders were not asked, and why; `guide` what the numbers say of
-    fine-tuning against retrieval.
+    fine-tuning against retrieval. `report` is the page of the run that was compared, which has the
+    comparison; None where no run was named.
     """
 
     measure: str
@@ -42,36 +43,52 @@ class CompareResult(Result):
     left_out: dict[str, str]
     guide: str
     output: Path
+    report: Path | None = None
 
     def table(self) -> Table:
         rows = [(one.name, _line(one, self.measure)) for one in self.contenders]
         rows += [(name, f"not measured: {why}") for name, why in self.left_out.items()]
         title = f"{self.measure} on {tables.count(self.examples)} examples"
-        return Table(title, (*rows, ("output", str(self.output))))
+        places = [("output", str(self.output))]
+        if self.report is not None:
+            places.append(("report", str(self.report)))
+        return Table(title, (*rows, *places))
 
-    def markdown(self) -> str:
-        """The report: table, plot and guide."""
-        header = (
-            "", self.measure, "macro-F1", f"{TUNED} minus this", "ms per example", "size"
-        )  # fmt: skip
-        rows = [
+    def header(self) -> tuple[str, ...]:
+        """Of `cells`."""
+        quality = "accuracy" if self.measure == "accuracy" else "loss, nats per token"
+        scores = ("macro-F1",) if self.contenders[-1].macro_f1 else ()
+        return ("", quality, *scores, f"{TUNED} minus this", "ms per example", "size")
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """A row of text a contender."""
+        return [
             (
                 one.name,
                 one.quality.text(),
-                "" if one.macro_f1 is None else one.macro_f1.text(),
+                *(() if one.macro_f1 is None else (one.macro_f1.text(),)),
                 "" if one.difference is None else _signed(one.difference),
                 f"{1000 * one.seconds_per_example:.3g}",
                 tables.size(one.bytes),
             )
             for one in self.contenders
         ]
-        missing = "".join(
-            f"\n- Not measured: {name}, for {why}." for name, why in self.left_out.items()
-        )
+
+    def preface(self) -> str:
         return (
-            f"# Is fine-tuning worth it?\n\nOn {tables.count(self.examples)} test examples; in "
-            "brackets the 95 % intervals of 1,000 bootstrap resamples of them, paired for the "
-            f"differences.\n\n{grid(header, rows)}\n{missing}\n\n![Quality](compare.png)\n\n"
+            f"On {tables.count(self.examples)} test examples; in brackets the 95 % intervals of "
+            "1,000 bootstrap resamples of them, paired for the differences."
+        )
+
+    def missing(self) -> list[str]:
+        return [f"Not measured: {name}, for {why}." for name, why in self.left_out.items()]
+
+    def markdown(self) -> str:
+        """The report: table, plot and guide."""
+        missing = "".join(f"\n- {line}" for line in self.missing())
+        return (
+            f"# Is fine-tuning worth it?\n\n{self.preface()}\n\n"
+            f"{grid(self.header(), self.cells())}\n{missing}\n\n![Quality](compare.png)\n\n"
             f"## Fine-tuning or retrieval\n\n{self.guide}\n"
         )
 

@@ -1,14 +1,16 @@
 //! Records from Arrow's batches, whatever they came from.
 
+use std::collections::BTreeSet;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use arrow_array::cast::AsArray;
-use arrow_array::{Array, ArrayRef, RecordBatch, StringViewArray};
+use arrow_array::{Array, ArrayRef, RecordBatch, StringViewArray, new_empty_array};
 use arrow_cast::{can_cast_types, cast};
 use arrow_json::EncoderOptions;
 use arrow_json::writer::{NullableEncoder, make_encoder};
 use arrow_schema::{ArrowError, DataType, FieldRef, Fields};
+use serde_json::Value;
 
 use super::guarded;
 use crate::data::columns::{Cell, Columns, Role, Selection};
@@ -24,6 +26,8 @@ pub struct Projection {
     selection: Selection,
     /// Indices into the schema, ascending.
     pub columns: Vec<usize>,
+    /// Whether these are all, and each record keeps them.
+    whole: bool,
 }
 
 impl Projection {
@@ -57,16 +61,20 @@ impl Projection {
         if without_label {
             selection.label = None;
         }
-        let mut projected: Vec<usize> = selection
-            .columns()
-            .map(|(_, column)| column.index)
-            .collect();
+        let mut projected: Vec<usize> = if columns.whole {
+            refuse_what_json_lacks(fields)?;
+            (0..fields.len()).collect()
+        } else {
+            let read = selection.columns();
+            read.map(|(_, column)| column.index).collect()
+        };
         projected.sort_unstable();
         projected.dedup();
         selection.reindex(|index| projected.binary_search(&index).unwrap_or_default());
         Ok(Self {
             selection,
             columns: projected,
+            whole: columns.whole,
         })
     }
 
@@ -79,20 +87,33 @@ impl Projection {
             )
         };
         let schema = batch.schema();
-        let fields = schema.fields().iter().zip(batch.columns());
-        let columns: std::result::Result<Vec<Values>, ArrowError> = fields
-            .map(|(field, array)| Values::new(field, array))
+        let fields = || schema.fields().iter().zip(batch.columns());
+        let read = self.selection.columns().map(|(_, column)| column.index);
+        let read: BTreeSet<usize> = read.collect();
+        let columns: std::result::Result<Vec<Option<Values>>, ArrowError> = fields()
+            .enumerate()
+            .map(|(index, (field, array))| {
+                let values = read.contains(&index).then(|| Values::new(field, array));
+                values.transpose()
+            })
             .collect();
-        let mut columns = match columns {
-            Ok(columns) => columns,
-            Err(error) => return vec![Err(fail(&error))],
+        let row_of = if self.whole {
+            let encoders = fields().map(|(field, array)| encoder(field, array));
+            encoders.collect()
+        } else {
+            Ok(Vec::new())
+        };
+        let (mut columns, mut encoders) = match (columns, row_of) {
+            (Ok(columns), Ok(encoders)) => (columns, encoders),
+            (Err(error), _) | (_, Err(error)) => return vec![Err(fail(&error))],
         };
         let mut items = Vec::with_capacity(batch.num_rows());
         for row in 0..batch.num_rows() {
             let number = first + row;
             let mut long = None;
             let item = self.selection.item(number, |column| {
-                let cell = columns[column.index].cell(row);
+                let values = columns[column.index].as_mut();
+                let cell = values.map_or(Cell::Missing, |values| values.cell(row));
                 if let Cell::Text(text) | Cell::Nested(text) = &cell
                     && text.len() > MAX_RECORD_BYTES
                 {
@@ -110,10 +131,56 @@ impl Projection {
                 )));
                 break;
             }
-            items.push(Ok(item));
+            let names = schema.fields().iter().map(|field| field.name());
+            let whole = || json(names.zip(&mut encoders), row);
+            items.push(Ok(item.with_row(self.whole, whole)));
         }
         items
     }
+}
+
+/// # Errors
+/// The column of a type that is no JSON.
+fn refuse_what_json_lacks(fields: &Fields) -> std::result::Result<(), String> {
+    for field in fields {
+        encoder(field, &new_empty_array(field.data_type())).map_err(|_| {
+            format!(
+                "column `{}` holds {}, which JSON has no form for; leave the column out",
+                field.name(),
+                field.data_type()
+            )
+        })?;
+    }
+    Ok(())
+}
+
+/// A row as one JSON object.
+fn json<'a, 'b: 'a>(
+    columns: impl Iterator<Item = (&'a String, &'a mut NullableEncoder<'b>)>,
+    row: usize,
+) -> String {
+    let mut out = Vec::new();
+    for (name, values) in columns {
+        out.push(if out.is_empty() { b'{' } else { b',' });
+        out.extend_from_slice(Value::from(name.as_str()).to_string().as_bytes());
+        out.push(b':');
+        if values.is_null(row) {
+            out.extend_from_slice(b"null");
+        } else {
+            values.encode(row, &mut out);
+        }
+    }
+    out.push(b'}');
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+/// Absent keys of a struct are nulls in its column, and are left out again.
+fn encoder<'a>(
+    field: &'a FieldRef,
+    array: &'a ArrayRef,
+) -> std::result::Result<NullableEncoder<'a>, ArrowError> {
+    static OPTIONS: LazyLock<EncoderOptions> = LazyLock::new(EncoderOptions::default);
+    make_encoder(field, array, &OPTIONS)
 }
 
 enum Values<'a> {
@@ -124,10 +191,7 @@ enum Values<'a> {
 impl<'a> Values<'a> {
     fn new(field: &'a FieldRef, array: &'a ArrayRef) -> std::result::Result<Self, ArrowError> {
         if is_nested(field.data_type()) {
-            // Absent keys of a struct are nulls in its column, and are left out again.
-            static OPTIONS: std::sync::LazyLock<EncoderOptions> =
-                std::sync::LazyLock::new(EncoderOptions::default);
-            return make_encoder(field, array, &OPTIONS).map(Self::Nested);
+            return encoder(field, array).map(Self::Nested);
         }
         let strings = cast(array, &DataType::Utf8View)?;
         Ok(Self::Strings(strings.as_string_view().clone()))

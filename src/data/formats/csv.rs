@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use ::csv::{ByteRecord, ErrorKind, ReaderBuilder};
+use serde_json::{Map, Value};
 
 use super::CONVERT;
 use super::input::{Input, Packing, unreadable};
@@ -24,6 +25,8 @@ pub struct Csv {
     budget: Arc<AtomicUsize>,
     /// `None` for a file of white space only.
     selection: Option<Arc<Selection>>,
+    /// All columns' names, where each record keeps them all.
+    whole: Option<Arc<[String]>>,
     number: usize,
     failed: bool,
 }
@@ -44,10 +47,10 @@ impl Csv {
             .iter()
             .map(|name| String::from_utf8_lossy(name).trim().to_owned())
             .collect();
-        let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        let selection = if names.iter().all(|name| name.is_empty()) {
+        let selection = if names.iter().all(String::is_empty) {
             None
         } else {
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
             let found = columns.select(&names).map_err(|message| {
                 Error::format(path, format!("{message} (line 1 is the header)"))
             })?;
@@ -58,6 +61,7 @@ impl Csv {
             reader,
             budget,
             selection,
+            whole: columns.whole.then(|| names.into()),
             number: 0,
             failed: false,
         })
@@ -92,32 +96,47 @@ impl Blocks for Csv {
         if rows.is_empty() && failed.is_none() {
             return Ok(None);
         }
-        let path = self.path.clone();
+        let (path, whole) = (self.path.clone(), self.whole.clone());
         Ok(Some(Block::Parse(Box::new(move || {
             let rows = rows.iter().zip(first..);
-            let items = rows.map(|(row, number)| item(&path, &selection, row, number));
+            let items =
+                rows.map(|(row, number)| item(&path, &selection, whole.as_deref(), row, number));
             items.chain(failed.map(Err)).collect()
         }))))
     }
 }
 
-fn item(path: &Path, selection: &Selection, row: &ByteRecord, number: usize) -> Result<Item> {
-    for (_, column) in selection.columns() {
-        if let Err(error) = std::str::from_utf8(&row[column.index]) {
+fn item(
+    path: &Path,
+    selection: &Selection,
+    whole: Option<&[String]>,
+    row: &ByteRecord,
+    number: usize,
+) -> Result<Item> {
+    let read = selection.columns();
+    let read = read.map(|(_, column)| (column.name.as_str(), column.index));
+    let all = whole.unwrap_or_default().iter().zip(0..);
+    for (name, index) in read.chain(all.map(|(name, index)| (name.as_str(), index))) {
+        if let Err(error) = std::str::from_utf8(&row[index]) {
             let line = row.position().map_or(0, ::csv::Position::line);
             let start = row.position().map_or(0, ::csv::Position::byte);
             return Err(Error::format(
                 path,
                 format!(
-                    "invalid UTF-8 in column `{}` of the row at line {line} (from byte {start}), {} bytes into the value; {CONVERT}",
-                    column.name,
+                    "invalid UTF-8 in column `{name}` of the row at line {line} (from byte {start}), {} bytes into the value; {CONVERT}",
                     error.valid_up_to()
                 ),
             ));
         }
     }
-    Ok(selection.item(number, |column| {
-        Cell::Text(String::from_utf8_lossy(&row[column.index]).into_owned())
+    let value = |index: usize| String::from_utf8_lossy(&row[index]).into_owned();
+    let item = selection.item(number, |column| Cell::Text(value(column.index)));
+    Ok(item.with_row(whole.is_some(), || {
+        let names = whole.unwrap_or_default().iter().zip(0..);
+        let object: Map<String, Value> = names
+            .map(|(name, index)| (name.clone(), value(index).into()))
+            .collect();
+        Value::Object(object).to_string()
     }))
 }
 

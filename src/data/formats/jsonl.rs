@@ -124,7 +124,11 @@ impl Shared {
             let message = describe(&error, line);
             Error::format(&self.path, format!("line {number}, {message}"))
         })?;
-        self.assemble(number, &values, any).map(Some)
+        let item = self.assemble(number, &values, any)?;
+        // The line itself: numbers keep their digits.
+        Ok(Some(
+            item.with_row(self.columns.whole, || line.trim().to_owned()),
+        ))
     }
 
     fn assemble(&self, number: usize, values: &[Value], any: &mut bool) -> Result<Item> {

@@ -97,6 +97,7 @@ impl Blocks for Text {
                         label: None,
                         group: None,
                         bias: None,
+                        row: None,
                         file: 0,
                         number,
                     }),

@@ -171,6 +171,7 @@ fn data(config: &EvaluateConfig) -> DataConfig {
             label_column: config.label_column.clone(),
             group_column: None,
             bias_column: None,
+            whole: false,
         },
         frames: config.frames.clone(),
         sequence_length: config.sequence_length,

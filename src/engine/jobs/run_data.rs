@@ -71,6 +71,7 @@ pub(super) fn data_config(config: &TrainConfig) -> DataConfig {
             label_column: config.label_column.clone(),
             group_column: config.group.clone(),
             bias_column: config.bias_column.clone(),
+            whole: false,
         },
         frames: config.frames.clone(),
         sequence_length: config.sequence_length,

@@ -262,7 +262,10 @@ fn fit<'a>(
     let faults = faults
         .filter(|finding| finding.severity >= Severity::Warning)
         .map(|finding| format!("data: {}", finding.message));
-    for message in faults.chain(warnings) {
+    let again = config.resume && !folder.resumes();
+    let again =
+        again.then(|| "there is no checkpoint yet: the run begins from its start".to_owned());
+    for message in faults.chain(warnings).chain(again) {
         hooks.on_event(&Event::Warning { message })?;
     }
     judge.before(&*learner, hooks)?;
