@@ -129,6 +129,25 @@ def test_groups(
         agree(x, group, monkeypatch, grads)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("adapter", [BF16, F32])
+def test_ranks_are_those_of_forward(native: Native, adapter: torch.dtype, p: float) -> None:
+    """Without the products; also without an adapter, and of a rank that no kernel takes."""
+    x, seed = random(6, K), torch.tensor([5])
+    projections = [
+        projection("nested", adapter=adapter, p=p, biases=True),
+        Projection(random(N, K), None, None),
+        projection("dense", adapter=adapter, p=p),
+        projection("dense", adapter=adapter, r=512),
+    ]
+    with torch.no_grad():
+        _, want = cuda_lora.forward(x, projections, seed)
+        found = cuda_lora.ranks(x, projections, seed)
+    for one, other in zip(found, want, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
+
+
 def test_plans_are_told_apart(native: Native, monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls that differ in one thing alone, one after the other and again."""
     torch.manual_seed(0)

@@ -79,7 +79,12 @@ def test_every_level_is_exact(name: str) -> None:
     assert not any(
         attribute in module.__dict__
         for module in model.modules()
-        for attribute in ("_gradient_checkpointing_func", recompute.MLP_AGAIN, "_ferrotune_memory")
+        for attribute in (
+            "_gradient_checkpointing_func",
+            "_ferrotune_switch",
+            recompute.MLP_AGAIN,
+            "_ferrotune_memory",
+        )
     )
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -162,10 +167,12 @@ def test_what_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
         assert counts == wanted, level
     ferrotune.unpatch(model)
     ferrotune.patch(model)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    counts.clear()
-    step(model, batch("llama"))
-    assert counts == expected["layer"]
+    model.enable_input_require_grads()
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        counts.clear()
+        step(model, batch("llama"))
+        assert counts == expected["layer"]
 
 
 @pytest.mark.parametrize(
@@ -222,6 +229,8 @@ def test_it_is_settled_by_the_first_and_by_larger_steps() -> None:
     assert (found.batch_size, found.sequence_length) == (18, 12)
     assert [*found.levels] == [f"base_model.model.model.layers.{i}" for i in range(2)]
     assert "18 x 12 tokens" in str(report)
+    assert found.kept is not None
+    assert found.kept.keys() == found.levels.keys()
     assert "recomputes" in report._repr_html_()
     assert report.as_dict()["memory"]["levels"] == found.levels
     again = ferrotune.patch(model)  # keeps the policy
@@ -306,9 +315,11 @@ def test_a_function_of_the_users_own_is_kept() -> None:
     """Checkpointing with other settings than ours runs as it was asked for."""
     ours = functools.partial(checkpoint, use_reentrant=False)
     assert recompute.faster(ours) is recompute.checkpointed
+    older = functools.partial(checkpoint, use_reentrant=True)
+    assert recompute.faster(older) is recompute.reentrant
     for other in (
         checkpoint,
-        functools.partial(checkpoint, use_reentrant=True),
+        functools.partial(checkpoint, use_reentrant=None),
         functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False),
         functools.partial(torch.nn.functional.linear),
     ):
@@ -368,6 +379,15 @@ def test_data_parallel(level: Level) -> None:
     assert_equal(found, expected)
 
 
+def compiled_step(
+    model: Any, inputs: dict[str, Any], fullgraph: bool = True
+) -> dict[str, torch.Tensor]:
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=fullgraph, backend="aot_eager")
+    found = step(compiled, inputs)
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in found.items()}
+
+
 @pytest.mark.slow
 def test_compiled() -> None:
     """One graph, whatever was settled before: torch.compile chooses what it keeps by itself."""
@@ -377,13 +397,20 @@ def test_compiled() -> None:
     # transformers warns of a cache beside recomputation, which breaks the graph.
     inputs = {**batch("llama"), "use_cache": False}
     expected = step(model, inputs)
-    for level in ("keep", "mlp", "layer"):
-        torch._dynamo.reset()
+    for level in ("mlp", "layer"):
         at(model, level)  # type: ignore[arg-type]
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        found = step(compiled, inputs)
-        found = {name.replace("_orig_mod.", ""): tensor for name, tensor in found.items()}
-        assert_agree(expected, found)
+        assert_agree(expected, compiled_step(model, inputs))
+
+
+@pytest.mark.slow
+def test_compiled_with_the_switch_on() -> None:
+    model = made()
+    inputs = {**batch("llama"), "use_cache": False}
+    expected = step(model, inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    ferrotune.patch(model)
+    # The switch makes the embeddings' output require gradients, which breaks the graph.
+    assert_agree(expected, compiled_step(model, inputs, fullgraph=False))
 
 
 def test_draws_are_seen() -> None:
@@ -394,6 +421,7 @@ def test_draws_are_seen() -> None:
         layer = model.base_model.model.model.layers[0]
         assert recompute._draws(functools.partial(type(layer).forward, layer)) is draws
         assert recompute._draws(layer.mlp._run) is draws
+        assert recompute._draws(functools.partial(layer.forward)) is draws
         layer.self_attn.attention_dropout = 0.2
         assert recompute._draws(functools.partial(type(layer).forward, layer))
 
@@ -416,3 +444,17 @@ def test_a_mask_repeats_keys_and_values() -> None:
     report = ferrotune.patch(model, memory=LARGE)
     step(model, batch("llama"))
     assert "without the matrices that eager attention keeps" in str(report)
+
+
+def test_the_trainers_callback() -> None:
+    model: Any = made()
+    callback = ferrotune.TrainerCallback(memory=LARGE, show=False)
+    nothing: Any = None
+    callback.on_train_begin(nothing, nothing, nothing, model=model)
+    step(model, batch("llama"))
+    assert callback.report is not None
+    assert callback.report.memory is not None
+    assert callback.report.memory.levels
+    callback.on_train_end(nothing, nothing, nothing)
+    assert not policy_of(list(model.modules()))
+    assert ferrotune.unpatch(model) == 0

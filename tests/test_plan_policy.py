@@ -95,6 +95,7 @@ def test_plan_says_what_the_policy_would_do(
     assert "memory policy" in text
     assert "policy for 6.00 GiB" in text
     assert all(f"{count} layer" in text for count in found.policy.counts.values())
+    assert sum(found.policy.kept) == found.memory.activations - 2 * 8192 * 4096 * 2
     arguments = ["plan", str(folder), "--batch-size", "4", "--memory", "6 GiB", "--json"]
     assert cli.main(arguments) == 0
     assert json.loads(capsys.readouterr().out) == found.to_dict()

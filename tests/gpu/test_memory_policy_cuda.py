@@ -21,7 +21,7 @@ from ferrotune.patching import memory as policies
 from ferrotune.patching import offload
 from ferrotune.patching.memory import policy_of
 from ferrotune.planning.memory import LEVELS, memory
-from side_by_side import step
+from side_by_side import assert_agree, step
 from test_models_cuda import build
 from test_patch_memory import LARGE, assert_equal, at
 from tiny_models import batch, with_lora
@@ -269,7 +269,8 @@ def test_graphs(large: Any, level: str) -> None:
     del graph
     large.zero_grad(set_to_none=True)
     whole()
-    assert_equal(gradients(large), replayed)
+    # Captured products may run by other kernels than eager ones do, at every level.
+    assert_agree(gradients(large), replayed, torch.bfloat16)
 
 
 def test_compiled(large: Any) -> None:

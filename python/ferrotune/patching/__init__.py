@@ -23,6 +23,7 @@ except ImportError as error:
 from .certificate import Certificate, Difference
 from .comparison import verify
 from .errors import PatchError, UnsupportedLayerError
+from .memory_report import MemoryReport
 from .patcher import patch, unpatch
 from .report import LayerReport, PatchReport
 from .runs import listening
@@ -31,6 +32,7 @@ __all__ = [
     "Certificate",
     "Difference",
     "LayerReport",
+    "MemoryReport",
     "PatchError",
     "PatchReport",
     "UnsupportedLayerError",

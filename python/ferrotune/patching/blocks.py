@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from .given import Part
 
 
+_SWITCH = "_gradient_checkpointing_func"
+# In a layer's `__dict__`: the same, for torch.compile.
+COMPILED_SWITCH = "_ferrotune_switch"
+
+
 class NormForward(Replaced):
     """RMSNorm as one kernel."""
 
@@ -69,17 +74,27 @@ class DecoderForward(Replaced):
     @property
     def _gradient_checkpointing_func(self) -> Any:
         """What transformers, or the user, set; see `recompute.faster`."""
+        if torch.compiler.is_compiling():  # where `__dict__` gives this property again
+            return self._ferrotune_switch
         if _SWITCH not in self.__dict__:
             raise AttributeError(_SWITCH)
         return recompute.faster(self.__dict__[_SWITCH])
 
     @_gradient_checkpointing_func.setter
     def _gradient_checkpointing_func(self, function: Any) -> None:
-        self.__dict__[_SWITCH] = function
+        self.__dict__[_SWITCH] = self.__dict__[COMPILED_SWITCH] = function
 
     @_gradient_checkpointing_func.deleter
     def _gradient_checkpointing_func(self) -> None:
         del self.__dict__[_SWITCH]
+        self.__dict__.pop(COMPILED_SWITCH, None)
+
+    _ferrotune_switch = staticmethod(recompute.plain)
+
+    def take_switch(self) -> None:
+        """For one that was set before the layer was replaced."""
+        if _SWITCH in self.__dict__:
+            self._gradient_checkpointing_func = self.__dict__[_SWITCH]
 
     def forward(
         self,
@@ -123,6 +138,7 @@ class DecoderForward(Replaced):
             normed = second(residual)
         # Nothing keeps what the MLP gives to the sum.
         unused = recompute.is_again() and isinstance(mlp, MlpForward) and not is_bypassed(mlp)
+        unused = unused and not self._forward_hooks  # which some versions run again as well
         with without_output() if unused else nullcontext():
             return residual + mlp(normed)
 
@@ -237,7 +253,6 @@ def takes(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and fused(x) and runs.not_for_ferrotune(x) is None
 
 
-_SWITCH = "_gradient_checkpointing_func"
 _ROPE = "apply_rotary_pos_emb"
 
 

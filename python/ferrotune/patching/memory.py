@@ -17,14 +17,14 @@ from torch import nn
 
 from ..planning import advice
 from ..planning.memory import DTYPES, LEVELS, Setup
-from ..planning.policy import choose
+from ..planning.policy import choose, size_text
 from ..planning.shapes import Linear, Shape, shape_of
 from . import recompute
 from .base import dtype_name, is_4bit, is_instance, quant_of
 from .blocks import MlpForward, NormForward
 from .errors import PatchError
 from .loss import CausalLMForward, is_causal_lm
-from .memory_report import MemoryReport, gib
+from .memory_report import MemoryReport
 
 if TYPE_CHECKING:
     from ..planning.memory import Level
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _SWITCH, _FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
 _HELD = "_ferrotune_memory"
+_INPUTS = ("input_ids", "inputs_embeds", "hidden_states")
 _UNGATED = ("gpt2", "bert", "roberta")
 _MARGIN = 0.03  # of the peak: by what the memory model may be short
 _LEFT = 1 << 29  # bytes that "auto" leaves free
@@ -53,13 +54,16 @@ class MemoryPolicy:
         self.shape, self.named = stack
         self.layers = list(self.named.values())
         self.tokens = 0
-        self.report = MemoryReport("auto" if size is None else gib(size))
+        self.report = MemoryReport("auto" if size is None else size_text(size))
         # What the switch was before, and what this policy made of it.
         self.own: list[tuple[Any, Any]] = [_switched(layer) for layer in self.layers]
         self.set: list[tuple[Any, Any]] = list(self.own)
-        first = self.layers[0]
-        first.__dict__[_HELD] = self
-        self.hook = first.register_forward_pre_hook(self._before, with_kwargs=True)
+        self.layers[0].__dict__[_HELD] = self
+        # What calls the layers one after the other: older versions of transformers look at the
+        # switch before a layer's own hooks run.
+        *above, _, _ = next(iter(self.named)).split(".")
+        self.owner = model.get_submodule(".".join(above))
+        self.hook = self.owner.register_forward_pre_hook(self._before, with_kwargs=True)
 
     def remove(self) -> None:
         """Leaves every layer as it was found, or as it was switched since."""
@@ -71,21 +75,25 @@ class MemoryPolicy:
             for module in layer.modules():
                 module.__dict__.pop(recompute.MLP_AGAIN, None)
 
-    def _before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not layer.training or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    def _before(self, owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or not owner.training or not torch.is_grad_enabled():
             return
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        if not isinstance(hidden, torch.Tensor) or hidden.dim() != 3:
+        given = [*args[:1], *(kwargs.get(name) for name in _INPUTS)]
+        x = next((one for one in given if isinstance(one, torch.Tensor) and one.dim() > 1), None)
+        if x is None:
             return
         changed = self._look()
-        batch, length = hidden.shape[:2]
+        batch, length = x.shape[:2]
         if (batch * length <= self.tokens and not changed) or batch * length == 0:
             return
-        if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         if changed and self.tokens >= batch * length:
             batch, length = self.report.batch_size, self.report.sequence_length
-        self._settle(hidden, batch, length, kwargs.get("attention_mask"))
+        if not x.is_floating_point():
+            x = owner.get_input_embeddings().weight  # type: ignore[operator]
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        self._settle(x.dtype, batch, length, mask)
 
     def _look(self) -> bool:
         """Whether the switch was used since it was set here; takes down how."""
@@ -97,37 +105,38 @@ class MemoryPolicy:
                 changed = True
         return changed
 
-    def _settle(self, hidden: torch.Tensor, batch: int, length: int, mask: Any) -> None:
+    def _settle(self, kind: torch.dtype, batch: int, length: int, mask: Any) -> None:
         self.tokens = max(self.tokens, batch * length)
         report = self.report
         report.batch_size, report.sequence_length = batch, length
         devices = {p.device for layer in self.layers for p in layer.parameters()}
-        dtype = dtype_name(hidden.dtype)
+        dtype = dtype_name(kind)
         if len(devices) != 1 or dtype not in DTYPES:
             where = "on several devices" if len(devices) != 1 else f"in {dtype}"
             report.note = f"left as they were: the model computes {where}"
             return
-        setup = _setup(self.model, batch, length, dtype)
-        lasting = _lasting(self.model, hidden.device)
-        available = self._available(hidden.device)
+        setup, device = _setup(self.model, batch, length, dtype), devices.pop()
+        lasting = _lasting(self.model, device)
+        available = self._available(device)
         if available is None:
             report.note = "all is kept: 'auto' is what a CUDA device has free; give a size here"
             return
         asked = all(own[0] for own in self.own)  # for checkpointing
         shape = self.shape
-        if isinstance(mask, torch.Tensor) and mask.dim() == 4:
-            # transformers then gives every head of queries a copy of its keys and values.
+        window = getattr(self._config(), "sliding_window", None) or length
+        if length > window or (isinstance(mask, torch.Tensor) and not bool(mask.all())):
+            # With a mask transformers gives every head of queries a copy of its keys and values.
             shape = dataclasses.replace(shape, key_value_heads=shape.heads)
-        if any(
-            getattr(config, "_attn_implementation", "") == "eager"
-            for config in (getattr(one, "config", None) for one in self.model.modules())
-        ):
+        if getattr(self._config(), "_attn_implementation", "") == "eager":
             report.left_out = "without the matrices that eager attention keeps"
         policy = choose(shape, setup, available / (1 + _MARGIN), self._ladder(asked), lasting)
         self._apply(policy.levels, asked)
         report.settled(policy, [*self.named], available)
         if not policy.fits:
             self._refuse(setup, policy, available)
+
+    def _config(self) -> Any:
+        return getattr(self.owner, "config", None)
 
     def _ladder(self, asked: bool) -> list[Level]:
         if asked:
@@ -171,7 +180,7 @@ class MemoryPolicy:
     def _refuse(self, setup: Setup, policy: Policy, available: float) -> None:
         text = (
             f"a step of {setup.batch_size} x {setup.sequence_length} tokens takes "
-            f"{gib(policy.peak)} at the least, of {gib(available)}"
+            f"{size_text(policy.peak)} at the least, of {size_text(available)}"
         )
         more = policy.peak - policy.memory.peak
         left = available / (1 + _MARGIN) - more
@@ -290,7 +299,7 @@ def _switched(layer: nn.Module) -> tuple[Any, Any]:
 
 def _set(layer: nn.Module, switched: tuple[Any, Any]) -> None:
     for name, value in zip((_SWITCH, _FUNCTION), switched, strict=True):
-        if value is None:
-            layer.__dict__.pop(name, None)
-        else:
-            layer.__dict__[name] = value
+        if value is not None:
+            setattr(layer, name, value)
+        elif name in layer.__dict__:
+            delattr(layer, name)

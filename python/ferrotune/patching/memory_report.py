@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..planning.policy import size_text
+
 if TYPE_CHECKING:
     from ..planning.memory import Level
     from ..planning.policy import Policy
-
-_GIB = 1 << 30
 
 
 @dataclass(slots=True)
@@ -23,6 +23,8 @@ class MemoryReport:
     """Of the largest step so far: what the policy is for."""
     levels: dict[str, Level] | None = None
     """By the layers' names: "keep", "elementwise", "mlp", "layer" or "offload"; None before."""
+    kept: dict[str, int] | None = None
+    """Predicted bytes that each keeps on the device for backward."""
     policy: Policy | None = None
     available: int = 0
     """Bytes that the model and its step may take."""
@@ -39,11 +41,21 @@ class MemoryReport:
     def settled(self, policy: Policy, names: list[str], available: float) -> None:
         self.policy, self.available = policy, int(available)
         self.levels = dict(zip(names, policy.levels, strict=True))
+        self.kept = dict(zip(names, policy.kept, strict=True))
         self.note = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        names = ("asked", "batch_size", "sequence_length", "levels", "available", "peak", "note")
+        names = (
+            "asked",
+            "batch_size",
+            "sequence_length",
+            "levels",
+            "kept",
+            "available",
+            "peak",
+            "note",
+        )
         host = 0 if self.policy is None else self.policy.memory.host
         return {name: getattr(self, name) for name in names} | {"host": host}
 
@@ -55,13 +67,8 @@ class MemoryReport:
             when = "settled at the first forward of a training step"
             return f"{text}: {when}; torch.compile chooses by itself"
         step = f"{self.batch_size} x {self.sequence_length} tokens"
-        text += f", {step}: {self.policy}; peak {gib(self.policy.peak)} of {gib(self.available)}"
+        peak, available = size_text(self.policy.peak), size_text(self.available)
+        text += f", {step}: {self.policy}; peak {peak} of {available}"
         host = self.policy.memory.host
-        text += f", {gib(host)} on the host" if host else ""
+        text += f", {size_text(host)} on the host" if host else ""
         return f"{text} ({self.left_out})" if self.left_out else text
-
-
-def gib(number: float) -> str:
-    if number < _GIB / 4:
-        return f"{number / (1 << 20):.2f} MiB"
-    return f"{number / _GIB:.2f} GiB"

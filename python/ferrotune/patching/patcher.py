@@ -10,6 +10,7 @@ from torch import nn
 from ..planning.policy import size_of
 from . import runs
 from .base import is_instance
+from .blocks import COMPILED_SWITCH, DecoderForward
 from .classes import Replaced, subclass, without
 from .errors import PatchError
 from .memory import MemoryPolicy, policy_of, stack_of
@@ -90,6 +91,8 @@ def unpatch(model: nn.Module) -> int:
     found = restore(modules)
     for policy in policy_of(modules):
         policy.remove()
+    for module in modules:
+        module.__dict__.pop(COMPILED_SWITCH, None)
     return found
 
 
@@ -135,6 +138,8 @@ def apply(
         report = replace(report, memory=MemoryPolicy(model, stack, size).report)
     for module, made in swaps:
         module.__class__ = made
+        if isinstance(module, DecoderForward):
+            module.take_switch()
     return report, [module for module, _ in swaps]
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     Key = tuple[int, int, torch.dtype]
 
+_REENTRANT = "use_reentrant"
 _CACHE = ("transformers.cache_utils", "Cache")
 # In an MLP's `__dict__`: it keeps its input alone.
 MLP_AGAIN = "_ferrotune_again"
@@ -71,9 +72,17 @@ def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
     return checkpoint(function, *args, use_reentrant=False, context_fn=_contexts, **settings)
 
 
+def plain(function: Callable[..., Any], *args: Any) -> Any:
+    """PyTorch's checkpoint as torch.compile takes it: without contexts."""
+    return checkpoint(function, *args, use_reentrant=False)
+
+
 def _draws(function: Any) -> bool:
     """Whether a layer's forward, or its MLP's, can draw random numbers."""
-    held = function.args if isinstance(function, functools.partial) else (function.__self__,)
+    if isinstance(function, functools.partial):
+        held = (*function.args, getattr(function.func, "__self__", None))
+    else:
+        held = (function.__self__,)
     return any(
         isinstance(value, float) and value > 0 and ("dropout" in name or name == "p")
         for layer in held
@@ -83,12 +92,23 @@ def _draws(function: Any) -> bool:
     )
 
 
+def reentrant(function: Callable[..., Any], *args: Any) -> Any:
+    """`checkpointed` by PyTorch's older way, whose first forward records no gradients."""
+
+    def marked(*given: Any) -> Any:
+        with _Again(torch.is_grad_enabled()):
+            return function(*given)
+
+    return checkpoint(marked, *args, use_reentrant=True)
+
+
 def faster(function: Any) -> Any:
-    """`checkpointed` for a layer's checkpointing function if that does just the same."""
+    """For a layer's checkpointing function one of those above, if it does just the same."""
     if torch.compiler.is_compiling() or type(function) is not functools.partial:
         return function
-    plain = function.func is checkpoint and not function.args
-    return checkpointed if plain and function.keywords == {"use_reentrant": False} else function
+    if function.func is not checkpoint or function.args or [*function.keywords] != [_REENTRANT]:
+        return function
+    return {False: checkpointed, True: reentrant}.get(function.keywords[_REENTRANT], function)
 
 
 class Whole:
@@ -99,11 +119,12 @@ class Whole:
 
     def __init__(self, run: Any, *, offloaded: bool = False) -> None:
         self.run = run
+        self.ours = run is checkpointed or run is reentrant
         self.offloaded = offloaded
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        if torch.compiler.is_compiling():  # which takes no contexts
-            return checkpoint(function, *args, use_reentrant=False)
+        if torch.compiler.is_compiling():
+            return plain(function, *args) if self.ours else self.run(function, *args)
         if not torch.is_grad_enabled():
             return function(*args)
         # What is positional keeps transformers from leaving caches out, which a second forward

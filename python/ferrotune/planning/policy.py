@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from .memory import LEVELS, Level, memory
+from .memory import LEVELS, Level, level_bytes, memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -42,6 +42,8 @@ class Policy:
     """The level of each block, from the first, and the step's memory with them (bytes)."""
 
     levels: tuple[Level, ...]
+    kept: tuple[int, ...]
+    """By each block, on the device, from its forward to its backward."""
     memory: Memory
     peak: int
     available: int
@@ -54,8 +56,10 @@ class Policy:
         return {level: found[level] for level in LEVELS if found[level]}
 
     def __str__(self) -> str:
+        each = dict(zip(self.levels, self.kept, strict=True))
         return "; ".join(
             f"{count} {'layer' if count == 1 else 'layers'}: {_TEXTS[level]}"
+            f" ({size_text(each[level])}{'' if count == 1 else ' each'})"
             for level, count in self.counts.items()
         )
 
@@ -76,6 +80,7 @@ def choose(
         lasting: bytes of weights, adapters and the optimiser's states, and of what is trained, if
             known better than by ``shape`` and ``setup``.
     """
+    each = {level: level_bytes(shape, setup, level)[0] for level in ladder}
     least: Policy | None = None
     for levels in _policies(shape.layers, ladder):
         found = memory(shape, setup, levels)
@@ -85,7 +90,8 @@ def choose(
             found = replace(found, gradients=trained, update=trained)
             more = total - found.weights - found.adapters - found.optimizer
         peak = found.peak + more
-        policy = Policy(levels, found, peak, int(available), peak <= available)
+        kept = tuple(each[level] for level in levels)
+        policy = Policy(levels, kept, found, peak, int(available), peak <= available)
         if policy.fits:
             return policy
         if least is None or peak <= least.peak:
@@ -125,3 +131,9 @@ def size_of(size: str | float) -> int:
     if not (math.isfinite(number) and number >= 1):
         raise ValueError(f"memory must be 'auto' or a size such as '24 GiB' or 20e9, not {size!r}")
     return int(number)
+
+
+def size_text(number: float) -> str:
+    """Bytes as a person reads them."""
+    unit, name = (1 << 30, "GiB") if number >= 1 << 28 else (1 << 20, "MiB")
+    return f"{number / unit:.2f} {name}"
