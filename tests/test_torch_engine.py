@@ -242,7 +242,8 @@ RANKS = """
 import json, sys
 import ferrotune
 result = ferrotune.train(**json.loads(sys.argv[1]))
-print(json.dumps([result.steps, result.heldout_loss_best]))
+# In one write: both processes have the same pipe.
+sys.stdout.write(json.dumps([result.steps, result.heldout_loss_best]) + "\\n")
 """
 
 
