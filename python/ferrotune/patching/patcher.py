@@ -91,8 +91,6 @@ def unpatch(model: nn.Module) -> int:
     found = restore(modules)
     for policy in policy_of(modules):
         policy.remove()
-    for module in modules:
-        module.__dict__.pop(COMPILED_SWITCH, None)
     return found
 
 
@@ -158,6 +156,7 @@ def restore(modules: list[nn.Module]) -> int:
     layers = sum(not module.ferrotune_block for module, _ in replaced)
     for module, stock in replaced:
         module.__class__ = without(type(module), stock)
+        module.__dict__.pop(COMPILED_SWITCH, None)
     return layers
 
 
