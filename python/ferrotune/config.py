@@ -36,7 +36,7 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except RecursionError:
         deep = True
     if deep:
-        raise SettingError(f"{os.fspath(path)}: its values are nested too deeply")
+        raise SettingError(f"{os.fspath(path)}: its keys or values are nested too deeply")
     return settings
 
 
