@@ -12,7 +12,7 @@ import ferrotune
 from ferrotune import cli
 from ferrotune.options import SettingError
 from ferrotune.planning.memory import LEVELS, Setup, block_bytes, level_bytes, memory
-from ferrotune.planning.policy import choose, size_of
+from ferrotune.planning.policy import MARGIN, choose, size_of
 from ferrotune.planning.shapes import shape_of
 
 GIB = 1 << 30
@@ -117,6 +117,15 @@ def test_plan_says_what_the_policy_would_do(
     assert "on the host" in str(hopeless)
     assert hopeless.changes
     assert not [one for one in hopeless.changes if "checkpointing" in one.change]
+
+
+def test_plan_leaves_the_room_that_a_patched_model_leaves(folder: Path) -> None:
+    whole = ferrotune.plan(folder, batch_size=4).peak
+    for part, kept in ((1 + MARGIN + 1e-6, True), (1 + MARGIN - 1e-3, False)):
+        found = ferrotune.plan(folder, batch_size=4, memory=str(int(whole * part)))
+        assert found.policy is not None
+        assert found.fits
+        assert (set(found.policy.levels) == {"keep"}) is kept
 
 
 def test_bad_values(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

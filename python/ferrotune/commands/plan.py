@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,7 @@ from ..options import Option, SettingError, collect
 from ..planning import advice
 from ..planning.memory import LEVELS, Memory, Setup
 from ..planning.memory import memory as memory_of
-from ..planning.policy import Policy, choose, size_of, smallest
+from ..planning.policy import MARGIN, Policy, choose, size_of, smallest
 from ..planning.shapes import Shape, read
 from ..registry import command
 from ..results import Result
@@ -168,7 +169,7 @@ def plan(
     policy = None if limit is None else _policy(shape, setup, limit, available)
     found, least = memory_of(shape, setup), None
     if policy is not None:
-        found, available = policy.memory, policy.available
+        found, available = policy.memory, policy.available / (1 + MARGIN)
         least = smallest(shape.layers)
     fits = None if available is None else found.peak <= available
     frozen = shape.linear_parameters + shape.other_parameters
@@ -206,7 +207,9 @@ def _policy(shape: Shape, setup: Setup, limit: str, available: float | None) -> 
         except ValueError as error:
             raise SettingError(str(error)) from None
         size = size if available is None else min(size, available)
-    return choose(shape, setup, size, LEVELS[3:] if setup.checkpointing else LEVELS)
+    ladder = LEVELS[3:] if setup.checkpointing else LEVELS
+    found = choose(shape, setup, size / (1 + MARGIN), ladder)
+    return dataclasses.replace(found, available=int(size))
 
 
 def _check(settings: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..planning import advice
 from ..planning.memory import DTYPES, LEVELS, Setup
-from ..planning.policy import choose, size_text
+from ..planning.policy import MARGIN, choose, size_text
 from ..planning.shapes import Linear, Shape, shape_of
 from . import recompute
 from .base import dtype_name, is_4bit, is_instance, quant_of
@@ -34,7 +34,6 @@ _SWITCH, _FUNCTION = "gradient_checkpointing", "_gradient_checkpointing_func"
 _HELD = "_ferrotune_memory"
 _INPUTS = ("input_ids", "inputs_embeds", "hidden_states")
 _UNGATED = ("gpt2", "bert", "roberta")
-_MARGIN = 0.03  # of the peak: by what the memory model may be short
 _LEFT = 1 << 29  # bytes that "auto" leaves free
 _log = logging.getLogger("ferrotune")
 
@@ -129,7 +128,7 @@ class MemoryPolicy:
             shape = dataclasses.replace(shape, key_value_heads=shape.heads)
         if getattr(self._config(), "_attn_implementation", "") == "eager":
             report.left_out = "without the matrices that eager attention keeps"
-        policy = choose(shape, setup, available / (1 + _MARGIN), self._ladder(asked), lasting)
+        policy = choose(shape, setup, available / (1 + MARGIN), self._ladder(asked), lasting)
         self._apply(policy.levels, asked)
         report.settled(policy, [*self.named], available)
         if not policy.fits:
@@ -183,7 +182,7 @@ class MemoryPolicy:
             f"{size_text(policy.peak)} at the least, of {size_text(available)}"
         )
         more = policy.peak - policy.memory.peak
-        left = available / (1 + _MARGIN) - more
+        left = available / (1 + MARGIN) - more
         found = advice.changes(self.shape, setup, left, policy.levels)
         if found:
             text += "; try " + ", then ".join(one.change for one in found)

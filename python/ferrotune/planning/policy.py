@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .memory import Memory, Setup
     from .shapes import Shape
 
+MARGIN = 0.03  # of the peak: by what the memory model may be short
 _UNITS = {"": 1, "b": 1} | {
     f"{prefix}{end}": base**power
     for power, prefix in enumerate("kmgt", start=1)
