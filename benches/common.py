@@ -177,15 +177,15 @@ def write(
     verdicts = [{**dataclasses.asdict(bar), "passed": bar.passed} for bar in bars]
     data = {"name": name, **record, "bars": verdicts}
     RESULTS.mkdir(exist_ok=True)
-    _write_atomic(
+    write_atomic(
         RESULTS / f"{name}.json", json.dumps(data, indent=2, default=dataclasses.asdict) + "\n"
     )
-    _write_atomic(RESULTS / f"{name}.md", markdown)
+    write_atomic(RESULTS / f"{name}.md", markdown)
     print(markdown)
     return all(bar.passed for bar in bars)
 
 
-def _write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=".bench-")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

@@ -37,7 +37,9 @@ class Native:
         self.carries = carries
         self.calls: list[str] = []
 
-    def cuda_lora_carries(self, device: int, m: int, w: int, depth: int) -> tuple[bool, bool]:
+    def cuda_lora_carries(
+        self, device: int, m: int, w: int, depth: int, down_rows: bool
+    ) -> tuple[bool, bool]:
         return self.carries, self.carries
 
     def cuda_lora_max_columns(self, device: int, planes: int) -> int:
@@ -92,14 +94,14 @@ class Native:
         assert (at(group[6], dtype, m, planes * columns) == KEPT).all()
         dx = torch.zeros(m, k, dtype=F64)
         for one in given:
-            (A, B, kind, n, r), (scaling, *_), (grad, *_), (grad_A, grad_B), weight = one
+            (A, B, kind, n, r), (scaling, *_), (grad, *_), (grad_A, grad_B, wide), weight = one
             g, mask = at(grad, dtype, m, n).to(F64), self._mask(group, one)
             lora_A, lora_B = at(A, kind, r, k).to(F64), at(B, kind, n, r).to(F64)
             dropped = self._x(group) * mask
             if grad_A:
-                at(grad_A, kind, r, k).copy_(scaling * (g @ lora_B).t() @ dropped)
+                at(grad_A, wide, r, k).copy_(scaling * (g @ lora_B).t() @ dropped)
             if grad_B:
-                at(grad_B, kind, n, r).copy_(scaling * g.t() @ (dropped @ lora_A.t()))
+                at(grad_B, wide, n, r).copy_(scaling * g.t() @ (dropped @ lora_A.t()))
             dx += scaling * mask * (g @ lora_B @ lora_A)
             if weight[0]:
                 assert grad % ALIGNMENT == 0

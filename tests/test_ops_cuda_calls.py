@@ -237,3 +237,21 @@ def test_dropout_wants_a_seed_where_x_is(native: Native) -> None:
     for seed in (None, torch.empty(1, dtype=torch.int64, device="meta")):
         with pytest.raises(ValueError, match="seed on x's device"):
             cuda_lora.forward(random(6, K), [one], seed)
+
+
+@pytest.mark.usefixtures("native")
+def test_cast_adapters_get_gradients_as_wide_as_they_are() -> None:
+    """Under autocast their gradients are not rounded, unless a bias of the other type has one."""
+    x, grad = random(5, K), random(5, N)
+    for biases in (False, True):
+        one = projection("nested", adapter=F32, biases=biases)
+        if biases:
+            one = one._replace(bias=random(N, grad=True), lora_bias=None)
+        with torch.autocast("cpu", BF16):
+            (y,) = ops.lora_linear_group(x, [one])
+        y.backward(grad)
+        for lora in (one.lora_A, one.lora_B):
+            assert lora is not None
+            assert lora.grad is not None
+            assert lora.grad.dtype == F32
+            assert torch.equal(lora.grad, lora.grad.to(BF16).to(F32)) is biases

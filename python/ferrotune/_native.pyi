@@ -35,6 +35,7 @@ __all__ = [
     "cuda_lora_products",
     "cuda_lora_workspace",
     "cuda_prepare",
+    "cuda_product",
     "cuda_quantize_4bit",
     "cuda_quantize_absmax",
     "cuda_rms_norm",
@@ -389,17 +390,30 @@ def cuda_rope(
 # ("written" to y, "added" to it, or "left")
 _GroupInput = tuple[int, int, int, str, int, int, int, int, str, str]
 # (lora_A, lora_B, their dtype, n, r), (scaling, dropout_p, stream, h_column), (y, or its gradient,
-# bias, lora_bias, its dtype), gradients of (lora_A, lora_B), (weight, whether it lies as [k, n],
-# the 4-bit one that it receives first); addresses are 0 for what is not there
+# bias, lora_bias, its dtype), (gradients of lora_A, lora_B, their dtype), (weight, whether it lies
+# as [k, n], the 4-bit one that it receives first); addresses are 0 for what is not there
 _GroupProjection = tuple[
     tuple[int, int, str, int, int],
     tuple[float, float, int, int],
     tuple[int, int, int, str],
-    tuple[int, int],
+    tuple[int, int, str],
     tuple[int, bool, _Weight | None],
 ]
 
-def cuda_lora_carries(device: int, m: int, w: int, depth: int) -> tuple[bool, bool]: ...
+def cuda_lora_carries(
+    device: int, m: int, w: int, depth: int, down_rows: bool
+) -> tuple[bool, bool]: ...
+def cuda_product(
+    device: int,
+    stream: int,
+    dtype: str,
+    x: int,
+    w: int,
+    out: int,
+    sizes: tuple[int, int, int],
+    down_rows: bool,
+    together: int,
+) -> None: ...
 def cuda_lora_max_columns(device: int, planes: int) -> int: ...
 def cuda_lora_workspace(
     device: int, m: int, k: int, planes: int, sizes: list[tuple[int, int]], backward: bool

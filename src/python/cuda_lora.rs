@@ -73,8 +73,8 @@ pub struct GroupProjection(
     (f32, f32, u64, u64),
     // y: forward's output [m, n] or backward's gradient, bias, lora_bias, the dtype of lora_bias
     (u64, u64, u64, String),
-    // gradients of lora_A and lora_B
-    (u64, u64),
+    // gradients of lora_A and lora_B, the dtype of both
+    (u64, u64, String),
     // the frozen weight: 0, or [n, k], or transposed [k, n], contiguous, in x's dtype; the 4-bit one that it receives
     (u64, bool, Option<Weight>),
 );
@@ -84,7 +84,7 @@ impl GroupProjection {
         let (lora_a, lora_b, ref adapter, n, r) = self.0;
         let (scaling, p, stream, h_column) = self.1;
         let (y, bias, lora_bias, ref lora_bias_dtype) = self.2;
-        let (grad_a, grad_b) = self.3;
+        let (grad_a, grad_b, ref grad) = self.3;
         let (weight, weight_transposed, ref quantized) = self.4;
         if !(0.0..=1.0).contains(&p) {
             return Err(Error::argument(format!(
@@ -107,6 +107,7 @@ impl GroupProjection {
             lora_bias_dtype: DType::from_torch_name(lora_bias_dtype)?,
             grad_a,
             grad_b,
+            grad: DType::from_torch_name(grad)?,
             weight,
             weight_transposed,
             quantized: quantized.as_ref().map(Weight::get).transpose()?,
@@ -137,15 +138,59 @@ pub fn cuda_lora_max_columns(device: usize, planes: u64) -> Result<u64> {
     Ok(lora::max_columns(Device::get(device)?, planes))
 }
 
-/// Whether a base product [m, w] over `depth` of 16-bit types can carry its LoRA term on this device, and whether that
+/// Whether a base product [m, w] over `depth` of 16-bit types, W as `[depth, w]` or not, can carry its LoRA term on this device, and whether that
 /// is the faster way.
 #[pyfunction]
-pub fn cuda_lora_carries(device: usize, m: u64, w: u64, depth: u64) -> Result<(bool, bool)> {
+pub fn cuda_lora_carries(
+    device: usize,
+    m: u64,
+    w: u64,
+    depth: u64,
+    down_rows: bool,
+) -> Result<(bool, bool)> {
     let device = Device::get(device)?;
     Ok((
         lora::takes(device, m, w, depth),
-        lora::pays(device, m, w, depth),
+        lora::pays(device, m, w, depth, down_rows),
     ))
+}
+
+/// `out [m, w] = x [m, depth] · Wᵀ` of W `[w, depth]`, or with `down_rows` `x · W` of W `[depth, w]`, by Hopper's product
+/// of ours. `together`: tiles of 256 rows that are taken together, 0 for the measured best.
+#[pyfunction]
+pub fn cuda_product(
+    device: usize,
+    stream: u64,
+    dtype: &str,
+    x: Address,
+    w: Address,
+    out: Address,
+    sizes: (u64, u64, u64),
+    down_rows: bool,
+    together: u32,
+) -> Result<()> {
+    let device = Device::get(device)?;
+    let dtype = Float16::try_from(DType::from_torch_name(dtype)?)?;
+    let (m, columns, depth) = sizes;
+    if !lora::takes(device, m, columns, depth) || [x, w, out].iter().any(|at| at % 16 != 0) {
+        return Err(Error::argument(format!(
+            "no product of ours on this device, or not of [{m}, {columns}] over {depth}: it takes multiples of 8 that \
+             lie on 16 bytes, on Hopper"
+        )));
+    }
+    let (rows, across) = if down_rows {
+        (depth, columns)
+    } else {
+        (columns, depth)
+    };
+    let of = lora::Product {
+        x: lora::Matrix::new(x, m, depth),
+        w: lora::Matrix::new(w, rows, across),
+    };
+    let out = lora::Matrix::new(out, m, columns);
+    // SAFETY: as above.
+    unsafe { lora::product(device, stream, dtype, of, down_rows, out, together) }?;
+    Ok(())
 }
 
 /// Bytes of workspace that a group needs; `sizes` are (n, r) of its projections.

@@ -222,7 +222,10 @@ def test_autocast_is_the_cast_operation(
     assert torch.equal(y, expected)
     for name, tensor in leaves.items():
         assert tensor.grad.dtype == torch.float32
-        assert torch.equal(tensor.grad, cast[name].grad)
+        # Those of adapters are not rounded on their way.
+        assert torch.equal(tensor.grad.to(dtype), cast[name].grad.to(dtype))
+        if device.type == "cuda" and name.startswith("lora_") and tensor.grad.dim() == 2:
+            assert not torch.equal(tensor.grad, cast[name].grad)
 
 
 def test_a_grad_scaler_unscales_and_skips(device: torch.device) -> None:

@@ -40,7 +40,7 @@ class _LoraGroup(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, call: tuple[Tensor | None, Sequence[Projection]], x: Tensor, *_: Tensor | None
+        ctx: Any, call: tuple[Tensor | None, Sequence[Projection]], x: Tensor, *given: Tensor | None
     ) -> tuple[Tensor, ...]:
         seed, projections = call
         backend = choose(x)
@@ -49,7 +49,7 @@ class _LoraGroup(torch.autograd.Function):
         with no_autocast(x):
             ys, hs = backend.forward(laid_out, projections, seed, plan)
         ctx.shape, ctx.backend, ctx.plan = x.shape, backend, plan
-        ctx.save_for_backward(laid_out, seed, *hs, *kept(ctx, projections))
+        ctx.save_for_backward(laid_out, seed, *hs, *kept(ctx, projections, given))
         ctx.set_materialize_grads(False)
         if x.dim() == ys[0].dim():
             return tuple(ys)
@@ -77,12 +77,18 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     return (None, dx, *by_projection(found))
 
 
-def kept(ctx: Any, projections: Sequence[Projection]) -> list[Tensor | None]:
+def kept(
+    ctx: Any, projections: Sequence[Projection], given: Sequence[Tensor | None]
+) -> list[Tensor | None]:
     """The tensors of projections that a node saves; it keeps the rest in ``ctx.frozen``.
+
+    ``given`` are the node's `trained_tensors`, whose type the adapters' gradients may have.
 
     The frozen parts of a 4-bit weight are the layer's own memory. Everything else is saved:
     autograd then sees writes to it, and its hooks (checkpointing, FSDP) may let go of it.
     """
+    asked = {tensor.dtype for tensor in given if tensor is not None and tensor.requires_grad}
+    ctx.grads = torch.float32 if asked == {torch.float32} else None
     ctx.frozen = [(one.quant, one.scaling, one.dropout_p, one.stream) for one in projections]
     found: list[Tensor | None] = []
     for weight, _, bias, lora_A, lora_B, lora_bias, _, _, _ in projections:
@@ -101,7 +107,7 @@ def restored(ctx: Any, saved: Sequence[Tensor | None]) -> tuple[list[Projection]
         )
     _, need_x, *asked = ctx.needs_input_grad
     need = {name: tuple(asked[i :: len(TRAINED)]) for i, name in enumerate(TRAINED)}
-    return projections, Need(need_x, **need)
+    return projections, Need(need_x, **need, grads=ctx.grads)
 
 
 def by_projection(found: Grads) -> list[Tensor | None]:

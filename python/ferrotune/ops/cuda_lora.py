@@ -115,7 +115,12 @@ def ranks(
             continue
         alive: list[Tensor | None] = []
         given: list[Any] = [
-            (*_adapter(projections[i], start, alive), (0, 0, 0, NAMES[x.dtype]), (0, 0), _NO_WEIGHT)
+            (
+                *_adapter(projections[i], start, alive),
+                (0, 0, 0, NAMES[x.dtype]),
+                _NO_GRADS,
+                _NO_WEIGHT,
+            )
             for i, start in zip(one.members, one.starts, strict=True)
         ]
         workspace = _workspace(x, one)
@@ -138,6 +143,7 @@ def _shaped(x: Tensor, y: Tensor | None) -> Tensor | None:
 
 
 _NO_WEIGHT = (0, False, None)
+_NO_GRADS = (0, 0, "float32")
 
 
 def _weight(x: Tensor, projection: Projection, alive: list[Tensor | None]) -> tuple[int, bool, Any]:
@@ -183,7 +189,7 @@ def _run_forward(
             weight = _weight(x, projection, alive)
         outputs = (ys[i].data_ptr(), address(bias), address(lora_bias), NAMES[kind])
         alive += (bias, lora_bias)
-        given.append((*_adapter(projection, start, alive), outputs, (0, 0), weight))
+        given.append((*_adapter(projection, start, alive), outputs, _NO_GRADS, weight))
     workspace = _workspace(x, one)
     group = _input(how, x, seed, one, h, one.terms)
     stream = cuda.raw_stream(how.device)
@@ -263,7 +269,7 @@ def backward(
         part = None
         if need.x:  # PyTorch's products add to rows
             part = x.new_empty(how.m, how.k) if asked.after else torch.empty_like(x)
-        _run_backward(how, grads, x, hs[one.first], projections, seed, one, found, part)
+        _run_backward(how, grads, x, hs[one.first], projections, seed, one, need, found, part)
         dx = _add(dx, part)
     for i, term, biases, base in asked.after:
         grad, projection = grads[i], projections[i]
@@ -341,6 +347,7 @@ def _run_backward(
     projections: Sequence[Projection],
     seed: Tensor | None,
     one: BackwardPass,
+    need: Need,
     found: Grads,
     part: Tensor | None,
 ) -> None:
@@ -355,11 +362,13 @@ def _run_backward(
         lora_A, lora_B = alive[-2:]  # contiguous
         assert lora_A is not None
         assert lora_B is not None
-        found.lora_A[i] = grad_A = torch.empty_like(lora_A) if for_A else None
-        found.lora_B[i] = grad_B = torch.empty_like(lora_B) if for_B else None
+        kind = lora_A.dtype if need.grads is None else need.grads
+        found.lora_A[i] = grad_A = torch.empty_like(lora_A, dtype=kind) if for_A else None
+        found.lora_B[i] = grad_B = torch.empty_like(lora_B, dtype=kind) if for_B else None
+        grads_of = (address(grad_A), address(grad_B), NAMES[kind])
         weight = _weight(x, projection, alive) if based else _NO_WEIGHT
         outputs = (grad.data_ptr(), 0, 0, "float32")
-        given.append((*adapter, outputs, (address(grad_A), address(grad_B)), weight))
+        given.append((*adapter, outputs, grads_of, weight))
     workspace = _workspace(x, one)
     _native.cuda_lora_backward(
         how.device,

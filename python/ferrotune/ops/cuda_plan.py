@@ -144,8 +144,8 @@ def _max_columns(index: int, planes: int) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def _carries(use: str, index: int, m: int, w: int, depth: int) -> bool:
-    can, pays = _native.cuda_lora_carries(index, m, w, depth)
+def _carries(use: str, index: int, m: int, w: int, depth: int, down_rows: bool) -> bool:
+    can, pays = _native.cuda_lora_carries(index, m, w, depth, down_rows)
     return can and use != "never" and (pays or use == "always")
 
 
@@ -203,7 +203,8 @@ def _carried(x: Tensor, m: int, projection: Projection, use: str, *, backward: b
     weight, quant, bias = projection.weight, projection.quant, projection.bias
     n, k = projection.shape
     w, depth = (k, n) if backward else (n, k)
-    if not _carries(use, x.device.index, m, w, depth):
+    turned = weight is not None and not weight.is_contiguous()  # it lies as [k, n]
+    if not _carries(use, x.device.index, m, w, depth, backward != turned):
         return False
     if x.data_ptr() % _ALIGNMENT or (bias is not None and bias.dtype != x.dtype):
         return False

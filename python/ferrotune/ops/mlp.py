@@ -57,7 +57,7 @@ def without_output() -> Iterator[None]:
 
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: Any, x: Tensor, *_: Tensor | None) -> Tensor:
+    def forward(ctx: Any, call: Any, x: Tensor, *given: Tensor | None) -> Tensor:
         seed, projections, activation = call
         backend = choose(x)
         laid_out = backend.laid_out(x)
@@ -77,7 +77,9 @@ class _GatedMlp(torch.autograd.Function):
             (plan, down_plan),
             activation,
         )
-        ctx.save_for_backward(laid_out, seed, gate, up, *hs, *down_hs, *kept(ctx, projections))
+        ctx.save_for_backward(
+            laid_out, seed, gate, up, *hs, *down_hs, *kept(ctx, projections, given)
+        )
         return y if x.dim() == y.dim() else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -107,7 +109,7 @@ class _GatedMlp(torch.autograd.Function):
             elif last.lora_A[0]:
                 hidden = _gated(gate, up, ctx.activation)
             if hidden is not None:
-                early = down(hidden, Need(False, (True,), *((False,),) * 3))
+                early = down(hidden, Need(False, (True,), *((False,),) * 3, need.grads))
                 late = late._replace(lora_A=early.lora_A)
                 del hidden
             if late.x is not None:
@@ -122,8 +124,10 @@ class _GatedMlp(torch.autograd.Function):
 
 def _split(need: Need) -> tuple[Need, Need]:
     """What is asked for of gate and up, and of down: its input's gradient if anything before is."""
-    first = Need(need.x, *(column[:2] for column in need[1:]))
-    return first, Need(need.x or any(map(any, first[1:])), *(column[2:] for column in need[1:]))
+    columns = (need.lora_A, need.lora_B, need.bias, need.lora_bias)
+    first = Need(need.x, *(column[:2] for column in columns), need.grads)
+    any_before = need.x or any(any(column[:2]) for column in columns)
+    return first, Need(any_before, *(column[2:] for column in columns), need.grads)
 
 
 def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:

@@ -164,3 +164,5 @@ class Need(NamedTuple):
     lora_B: tuple[bool, ...]
     bias: tuple[bool, ...]
     lora_bias: tuple[bool, ...]
+    grads: torch.dtype | None = None
+    """Of the adapters' gradients, if it is wider than theirs: a backend may give them in it."""

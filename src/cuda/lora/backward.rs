@@ -187,7 +187,7 @@ fn sums_of(
         column_stride: 1,
         ranges: parts.ranges as u32,
         columns: projection.r as u32,
-        dtype: type_number(projection.adapter),
+        dtype: type_number(projection.grad),
         ..job
     });
     (of_g, of_b)
@@ -245,7 +245,7 @@ unsafe fn grad_a(
                 from_columns: columns as u32,
                 from_column: column,
                 columns: projection.r as u32,
-                dtype: type_number(projection.adapter),
+                dtype: type_number(projection.grad),
                 planes: 1,
                 rows_first: 1,
                 scale: 1.0,
@@ -361,6 +361,7 @@ unsafe fn sum_of_grad_x(
         masked: segments[0],
         bias: 0,
         out: Matrix::new(grad_x, input.m, input.k),
+        together: 0,
     };
     // SAFETY: the caller's promise.
     unsafe { gemm::launch(device, stream, input.dtype, &carried) }

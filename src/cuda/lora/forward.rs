@@ -196,6 +196,7 @@ unsafe fn whole(
         masked: Segment::default(),
         bias: bias_of(projection, layout, workspace, i),
         out: Matrix::new(projection.y, input.m, projection.n),
+        together: 0,
     };
     // SAFETY: the caller's promise.
     unsafe { gemm::launch(device, stream, input.dtype, &carried) }

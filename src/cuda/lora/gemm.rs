@@ -5,8 +5,8 @@ use cudarc::driver::sys;
 use super::super::device::Device;
 use super::super::error::during;
 use super::super::launch::{Address, Grid, Parameters, Stream};
-use super::Float16;
 use super::kernels::{Masks, Segment};
+use super::{Float16, tuned};
 use crate::error::Result;
 
 /// Projections whose products one launch adds up.
@@ -15,6 +15,8 @@ pub const MAX_PROJECTIONS: usize = 4;
 pub const MAX_CHUNKS: usize = 12;
 /// Of a cluster of two blocks.
 const TILE: u64 = 256;
+/// Tiles down that are taken together where nothing was measured.
+const TOGETHER: u32 = 8;
 const THREADS: u32 = 384;
 /// Stages, boxes of the output, masks, barriers, and what aligns them to 1024 bytes.
 const SHARED: u32 = 4 * 49_152 + 16 * 1024 + 2 * 4096 + 64 + 32 + 1024;
@@ -157,6 +159,8 @@ pub struct Carried<'a> {
     /// f32 `[w]`, or 0.
     pub bias: Address,
     pub out: Matrix,
+    /// Tiles of 256 rows that are taken together; 0: as was measured to be best.
+    pub together: u32,
 }
 
 /// Whether a product `[m, w]` over `depth` can run here: on Hopper, where rows start on 16 bytes.
@@ -168,18 +172,25 @@ pub fn takes(device: &Device, m: u64, w: u64, depth: u64) -> bool {
         && m.min(w).min(depth) > 0
 }
 
-/// Whether that is expected to be faster than cuBLAS beside the LoRA term's own kernel: its tiles come in whole waves,
-/// while cuBLAS has smaller ones for what does not fill the device. The rates are an H100's; only their ratios count.
-pub fn pays(device: &Device, m: u64, w: u64, depth: u64) -> bool {
+/// Whether that is expected to be faster than cuBLAS beside the LoRA term's own kernel: by what was measured of the
+/// shape, or because its tiles come in whole waves, while cuBLAS has smaller ones for what does not fill the device. The
+/// rates are an H100's; only their ratios count.
+pub fn pays(device: &Device, m: u64, w: u64, depth: u64, down_rows: bool) -> bool {
     const OURS: f64 = 790e6; // operations a microsecond
     const CUBLAS: f64 = 760e6;
     const BYTES: f64 = 2.2e6; // a microsecond, of the term that cuBLAS accumulates onto
     const LAUNCH: f64 = 3.0; // microseconds
-    let clusters = u64::from(device.multiprocessors) / 2;
-    let waves = (m.div_ceil(TILE) * w.div_ceil(TILE)).div_ceil(clusters);
-    let ours = (waves * clusters * 2 * TILE * TILE * depth) as f64 / OURS;
-    let theirs = (2 * m * w * depth) as f64 / CUBLAS + (2 * m * w) as f64 / BYTES + LAUNCH;
-    ours < theirs
+    let operations = (2 * m * w * depth) as f64;
+    let (ours, theirs) = match tuned::found(m, w, depth, down_rows) {
+        Some(one) => (f64::from(one.ours), f64::from(one.cublas)),
+        None => {
+            let clusters = u64::from(device.multiprocessors) / 2;
+            let waves = (m.div_ceil(TILE) * w.div_ceil(TILE)).div_ceil(clusters);
+            let tiled = (waves * clusters * 2 * TILE * TILE * depth) as f64;
+            (tiled / OURS, operations / CUBLAS)
+        }
+    };
+    ours < theirs + (2 * m * w) as f64 / BYTES + LAUNCH
 }
 
 /// What is multiplied for columns of H and of the panel, 16 each, whose values' parts lie `h_plane` and `panel_plane`
@@ -224,6 +235,13 @@ pub unsafe fn launch(
     dtype: Float16,
     carried: &Carried,
 ) -> Result<()> {
+    let (rows, columns) = (carried.out.rows, carried.out.columns);
+    let depth = carried.products.iter().map(|one| one.x.columns).sum();
+    let together = match carried.together {
+        0 => tuned::found(rows, columns, depth, carried.down_rows)
+            .map_or(TOGETHER, |one| one.together),
+        given => given,
+    };
     let mut p = Gemm {
         x: [TensorMap::default(); MAX_PROJECTIONS],
         w: [TensorMap::default(); MAX_PROJECTIONS],
@@ -239,7 +257,7 @@ pub unsafe fn launch(
         projections: carried.products.len() as u32,
         lower: carried.lower as u32,
         chunks: carried.chunks.len() as u32,
-        rows_together: 8,
+        rows_together: together,
         adapters: u32::from(carried.adapters),
         reserved: 0,
         chunk: [Chunk::default(); MAX_CHUNKS],
@@ -271,4 +289,40 @@ pub unsafe fn launch(
     let kernel = KERNELS[usize::from(carried.down_rows)][dtype as usize];
     // SAFETY: the caller's promise.
     Ok(unsafe { device.launch(kernel, grid, stream, &p) }?)
+}
+
+/// `out = x Wᵀ`, or `x W`, alone.
+///
+/// # Safety
+/// As [`launch`].
+///
+/// # Errors
+/// A launch that failed.
+pub unsafe fn product(
+    device: &Device,
+    stream: Stream,
+    dtype: Float16,
+    product: Product,
+    down_rows: bool,
+    out: Matrix,
+    together: u32,
+) -> Result<()> {
+    let _context = device.enter()?; // matrices are described to the current one's device
+    let nothing = Matrix::new(0, 0, 0);
+    let carried = Carried {
+        products: &[product],
+        down_rows,
+        h: nothing,
+        panels: &[],
+        adapters: false,
+        chunks: &[],
+        lower: 0,
+        masks: Masks::default(),
+        masked: Segment::default(),
+        bias: 0,
+        out,
+        together,
+    };
+    // SAFETY: the caller's promise.
+    unsafe { launch(device, stream, dtype, &carried) }
 }

@@ -13,6 +13,7 @@ mod gemm;
 mod kernels;
 mod outer90;
 mod panels;
+mod tuned;
 
 use super::device::Device;
 use super::launch::{Address, Stream};
@@ -23,7 +24,7 @@ use kernels::{DownOuterPlan, MAX_SEGMENTS, Masks, SEGMENT, Segment};
 
 pub use backward::backward;
 pub use forward::{forward, products};
-pub use gemm::{pays, takes};
+pub use gemm::{Matrix, Product, pays, product, takes};
 
 /// The types that the kernels take; their place among the variants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,9 +126,10 @@ pub struct Projection {
     pub bias: Address,
     pub lora_bias: Address,
     pub lora_bias_dtype: DType,
-    /// Backward: gradients to be written, as the parameters.
+    /// Backward: gradients to be written, as the parameters but of `grad` type.
     pub grad_a: Address,
     pub grad_b: Address,
+    pub grad: DType,
     /// The frozen weight in the input's type, `[n, k]` or, transposed, `[k, n]`, contiguous, of a product that
     /// the device [`takes`]; 0: its product is the caller's.
     pub weight: Address,
