@@ -73,8 +73,9 @@ def test_every_level_is_exact(name: str) -> None:
     for level in LEVELS:
         at(model, level)
         assert_equal(step(model, batch(name)), expected)
-    at(model, ("offload", "mlp"))
-    assert_equal(step(model, batch(name)), expected)
+    for levels in (("offload", "mlp"), ("spill", "layer")):
+        at(model, levels)  # type: ignore[arg-type]
+        assert_equal(step(model, batch(name)), expected)
     ferrotune.unpatch(model)
     assert not any(
         attribute in module.__dict__
@@ -157,6 +158,7 @@ def test_what_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
         "keep": {"products": 8, "norms": 5},
         "elementwise": {"products": 8, "norms": 9},
         "mlp": {"products": 10, "ranks alone": 2, "norms": 9},
+        "spill": {"products": 10, "ranks alone": 2, "norms": 9},
         "layer": {"products": 14, "ranks alone": 2, "norms": 9},
         "offload": {"products": 14, "ranks alone": 2, "norms": 9},
     }

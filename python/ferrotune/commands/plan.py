@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from ..kinds import StrPath
 from ..options import Option, SettingError, collect
 from ..planning import advice
-from ..planning.memory import LEVELS, Memory, Setup
+from ..planning.memory import CHECKPOINTS, LEVELS, Memory, Setup
 from ..planning.memory import memory as memory_of
 from ..planning.policy import MARGIN, Policy, choose, size_of, smallest
 from ..planning.shapes import Shape, read
@@ -207,7 +207,7 @@ def _policy(shape: Shape, setup: Setup, limit: str, available: float | None) -> 
         except ValueError as error:
             raise SettingError(str(error)) from None
         size = size if available is None else min(size, available)
-    ladder = LEVELS[3:] if setup.checkpointing else LEVELS
+    ladder = CHECKPOINTS if setup.checkpointing else LEVELS
     found = choose(shape, setup, size / (1 + MARGIN), ladder)
     return dataclasses.replace(found, available=int(size))
 

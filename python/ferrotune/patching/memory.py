@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..planning import advice
-from ..planning.memory import DTYPES, LEVELS, Setup
+from ..planning.memory import CHECKPOINTS, DTYPES, LEVELS, Setup
 from ..planning.policy import MARGIN, choose, size_text
 from ..planning.shapes import Linear, Shape, shape_of
 from . import recompute
@@ -139,14 +139,14 @@ class MemoryPolicy:
 
     def _ladder(self, asked: bool) -> list[Level]:
         if asked:
-            return ["layer", "offload"]
+            return [*CHECKPOINTS]
         missing: set[Level] = set()
         for layer in self.layers:
             inside = list(layer.modules())
             if not any(isinstance(module, MlpForward) for module in inside):
-                missing.add("mlp")
+                missing |= {"mlp", "spill"}
             if not any(isinstance(module, NormForward) for module in inside):
-                missing |= {"elementwise", "mlp"}
+                missing |= {"elementwise", "mlp", "spill"}
         return [level for level in LEVELS if level not in missing]
 
     def _available(self, device: torch.device) -> float | None:
@@ -163,15 +163,15 @@ class MemoryPolicy:
         for i, (layer, level) in enumerate(zip(self.layers, levels, strict=True)):
             own = self.own[i]
             function: Any = None
-            if level in ("elementwise", "mlp"):
-                function = recompute.Elementwise()
+            if level in ("elementwise", "mlp", "spill"):
+                function = recompute.Elementwise(spilled=level == "spill")
             elif level in ("layer", "offload"):
                 run = recompute.faster(own[1]) if asked else recompute.checkpointed
                 function = recompute.Whole(run, offloaded=level == "offload")
             _set(layer, own if function is None else (True, function))
             self.set[i] = _switched(layer)
             for module in layer.modules():
-                if isinstance(module, MlpForward) and level == "mlp":
+                if isinstance(module, MlpForward) and level in ("mlp", "spill"):
                     module.__dict__[recompute.MLP_AGAIN] = True
                 else:
                     module.__dict__.pop(recompute.MLP_AGAIN, None)

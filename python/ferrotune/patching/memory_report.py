@@ -22,7 +22,7 @@ class MemoryReport:
     sequence_length: int = 0
     """Of the largest step so far: what the policy is for."""
     levels: dict[str, Level] | None = None
-    """By the layers' names: "keep", "elementwise", "mlp", "layer" or "offload"; None before."""
+    """By the layers' names: see `planning.memory.LEVELS`; None before."""
     kept: dict[str, int] | None = None
     """Predicted bytes that each keeps on the device for backward."""
     policy: Policy | None = None

@@ -58,8 +58,9 @@ def patch(
         memory: what each layer keeps for backward and what it recomputes, so that a step fits into
             a size (``"24 GiB"``, ``20e9``; of all tensors of the model and the step) or, "auto",
             into what the device has free, and recomputes as little as possible: first what norms
-            and activations give, then MLPs, then whole layers; then their inputs wait in pinned
-            memory of the host. It is worked out from the input's shape at the first forward of a
+            and activations give, then MLPs; then what else they keep waits in pinned memory of the
+            host, in as many layers as its copies do not hold up; then whole layers, and then their
+            inputs wait there. It is worked out from the input's shape at the first forward of a
             training step, and again when a larger one comes; ``report.memory`` then says what.
             Where transformers' gradient checkpointing is on, every layer recomputes, and its input
             may wait on the host. None changes nothing.

@@ -130,21 +130,34 @@ class Whole:
         # What is positional keeps transformers from leaving caches out, which a second forward
         # would fill again.
         args = tuple(None if is_instance(one, *_CACHE) else one for one in args)
-        with offload.inputs(self.offloaded):
-            return self.run(function, *args)
+        with offload.layer(_first(args), moves=self.offloaded, hooks=True) as outputs:
+            outputs.append(self.run(function, *args))
+        return outputs[0]
+
+
+def _first(args: tuple[Any, ...]) -> Tensor | None:
+    """The first tensor: a layer's input."""
+    return next((one for one in args if isinstance(one, torch.Tensor)), None)
 
 
 class Elementwise:
     """A layer's checkpointing function by which it makes the results of its norms and activations
-    again: those for which it calls `offer`."""
+    again: those for which it calls `offer`. ``spilled``: what else it keeps waits on the host."""
+
+    def __init__(self, *, spilled: bool = False) -> None:
+        self.spilled = spilled
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return function(*args)
         before, _now.offers = _now.offers, {}
         try:
-            with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
-                return function(*args)
+            with (
+                offload.layer(_first(args), moves=self.spilled, hooks=False) as outputs,
+                torch.autograd.graph.saved_tensors_hooks(_pack, _unpack),
+            ):
+                outputs.append(function(*args))
+            return outputs[0]
         finally:
             _now.offers = before
 
@@ -169,14 +182,22 @@ class Recipe(NamedTuple):
     """How to make a result again; autograd holds it in the result's place, with its shape."""
 
     function: Callable[..., Tensor]
-    inputs: tuple[Tensor | None, ...]
+    inputs: tuple[Tensor | offload.Place | None, ...]
     device: str
     autocast: bool
     dtype: torch.dtype
 
+    def kept(self) -> Recipe:
+        """With inputs as the running layer keeps them."""
+        held = tuple(
+            offload.hold(one) if isinstance(one, torch.Tensor) else one for one in self.inputs
+        )
+        return self._replace(inputs=held)
+
     def made(self) -> Tensor:
+        inputs = [None if one is None else offload.given(one) for one in self.inputs]
         with torch.no_grad(), torch.autocast(self.device, dtype=self.dtype, enabled=self.autocast):
-            return self.function(*self.inputs)
+            return self.function(*inputs)
 
 
 def _key(tensor: Tensor) -> Key:
@@ -186,12 +207,12 @@ def _key(tensor: Tensor) -> Key:
 def _pack(tensor: Tensor) -> Any:
     found = None if _now.offers is None else _now.offers.get(_key(tensor))
     if found is None or not tensor.is_contiguous() or tensor._version != found[2]:
-        return tensor if tensor.grad_fn is None else tensor.detach()  # else a node keeps itself
-    return found[0], tensor.shape
+        return offload.hold(tensor)
+    return found[0].kept(), tensor.shape
 
 
 def _unpack(held: Any) -> Tensor:
-    if isinstance(held, torch.Tensor):
-        return held
+    if isinstance(held, (torch.Tensor, offload.Place)):
+        return offload.given(held)
     recipe, shape = held
     return recipe.made().view(shape)  # type: ignore[no-any-return]

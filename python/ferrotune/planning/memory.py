@@ -24,11 +24,13 @@ from typing import Literal, get_args
 from ..chunks import chunk_rows
 from .shapes import Shape
 
-Level = Literal["keep", "elementwise", "mlp", "layer", "offload"]
-"""What a block keeps: all; all but what norms and activations give; neither what the MLP does; its
-input alone; nothing, its input waiting in the host's memory."""
+Level = Literal["keep", "elementwise", "mlp", "spill", "layer", "offload"]
+"""What a block keeps: all; all but what norms and activations give; neither what the MLP does; the
+same, waiting in the host's memory; its input alone; nothing, its input waiting there."""
 LEVELS: tuple[Level, ...] = get_args(Level)
 """In the order of what recomputing costs."""
+CHECKPOINTS: tuple[Level, ...] = ("layer", "offload")
+"""Those of a model that is asked for checkpointing."""
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _WIDE = 4  # bytes of f32
 _ABSMAX_GROUP = 256  # absmax values that share a scale, quantised themselves
@@ -118,7 +120,10 @@ def memory(shape: Shape, setup: Setup, levels: Sequence[Level] | None = None) ->
     entry = setup.tokens * shape.hidden * element
     of = {level: level_bytes(shape, setup, level) for level in set(levels)}
     kept = [of[level][0] for level in levels]
-    most = max(sum_ + of[level][1] for sum_, level in zip(accumulate(kept), levels, strict=True))
+    # What the block before needs first of the host's memory is on its way.
+    ahead = [0, *(entry if one in ("spill", "offload") else 0 for one in levels)]
+    backwards = zip(accumulate(kept), ahead, levels, strict=False)
+    most = max(sum_ + before + of[level][1] for sum_, before, level in backwards)
     # The optimiser's foreach form makes the denominators of all parameters at once.
     update = trained * width if setup.optimizer == "adamw" else 0
     return Memory(
@@ -132,7 +137,7 @@ def memory(shape: Shape, setup: Setup, levels: Sequence[Level] | None = None) ->
         head_gradient=shape.vocabulary * shape.hidden * element if full else 0,
         update=update,
         recomputed=max(0, most - sum(kept)),
-        host=entry * sum(level == "offload" for level in levels),
+        host=sum(host_bytes(shape, setup, level) for level in levels),
     )
 
 
@@ -159,15 +164,34 @@ def level_bytes(shape: Shape, setup: Setup, level: Level) -> tuple[int, int]:
         return block, 0
     if level == "layer":
         return entry, block
-    if level == "offload":  # its own input is back, and the next one's is on its way
-        return 0, block + 2 * entry
+    if level == "offload":  # its input is back
+        return 0, block + entry
     hidden = token * shape.intermediate if keeps_hidden(shape, setup) else 0
     kept = block - 2 * entry - hidden
     if level == "elementwise":  # one at a time
         return kept, max(entry, hidden)
     ranks = 0 if setup.method == "full" else setup.r * _mlp_linears(shape) * setup.tokens * _WIDE
     again = 2 * token * shape.intermediate + ranks
+    if level == "spill":
+        moved = spilled_bytes(shape, setup)
+        return kept - again - moved, again + entry + hidden + moved
     return kept - again, again + entry + hidden
+
+
+def spilled_bytes(shape: Shape, setup: Setup) -> int:
+    """What a block moves to the host at level "spill": its norms' inputs, attention's query, key,
+    value and output, and the f32 of a row and a head of that."""
+    elements = shape.norms * shape.hidden + 2 * shape.queries + 2 * shape.keys
+    if shape.head_norms:
+        elements += shape.queries + shape.keys
+    return setup.tokens * (elements * setup.element + shape.heads * _WIDE)
+
+
+def host_bytes(shape: Shape, setup: Setup, level: Level) -> int:
+    """What a block at a level has in the host's memory."""
+    if level == "spill":
+        return spilled_bytes(shape, setup)
+    return setup.tokens * setup.element * shape.hidden if level == "offload" else 0
 
 
 def keeps_hidden(shape: Shape, setup: Setup) -> bool:

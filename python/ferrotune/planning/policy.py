@@ -3,6 +3,9 @@
 Blocks give up what is cheapest to recompute first, each kind in all blocks before the next kind in
 any (see `memory.LEVELS`). The first blocks come first: their backward is the last, when what the
 others kept is gone, so that what they recompute finds room.
+
+What waits on the host comes and goes while blocks are computed. So that no block waits for it, as
+many blocks spill, evenly spread, as their copies take no longer than the forward.
 """
 
 from __future__ import annotations
@@ -11,10 +14,9 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from .memory import LEVELS, Level, level_bytes, memory
+from .memory import CHECKPOINTS, LEVELS, Level, host_bytes, level_bytes, memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from .shapes import Shape
 
 MARGIN = 0.03  # of the peak: by what the memory model may be short
+# Bytes that move in a block's forward, for an operation of its products: what PCI Express moves
+# while a card computes (H100 and H200: 55 GB/s at 700 TFLOP/s; A100: 25 at 250).
+_MOVED = 7.5e-5
 _UNITS = {"": 1, "b": 1} | {
     f"{prefix}{end}": base**power
     for power, prefix in enumerate("kmgt", start=1)
@@ -33,6 +38,7 @@ _TEXTS: dict[Level, str] = {
     "keep": "keeps all",
     "elementwise": "recomputes norms and activations",
     "mlp": "recomputes its MLP",
+    "spill": "recomputes its MLP, and the rest waits in the host's memory",
     "layer": "recomputes all from its input",
     "offload": "recomputes all from its input, which waits in the host's memory",
 }
@@ -83,7 +89,8 @@ def choose(
     """
     each = {level: level_bytes(shape, setup, level)[0] for level in ladder}
     least: Policy | None = None
-    for levels in _policies(shape.layers, ladder):
+    spilled = _spilled(shape, setup) if "spill" in ladder else []
+    for levels in _policies(shape.layers, ladder, spilled):
         found = memory(shape, setup, levels)
         more = 0
         if lasting is not None:
@@ -107,14 +114,38 @@ def smallest(layers: int) -> tuple[Level, ...]:
     return (least,) * (layers - 1) + (last,)
 
 
-def _policies(layers: int, ladder: Sequence[Level]) -> Iterator[tuple[Level, ...]]:
+def _spilled(shape: Shape, setup: Setup) -> list[int]:
+    """The blocks that may spill; the others' inputs may be moved as well. Not the last block: what
+    it keeps is needed at once, and its way would be waited for."""
+    operations = 2 * setup.tokens * sum(one.n * one.k for one in shape.linears)
+    entry, whole = host_bytes(shape, setup, "offload"), host_bytes(shape, setup, "spill")
+    part = min(1.0, max(0.0, (_MOVED * operations - entry) / (whole - entry)))
+    count = min(shape.layers - 1, int(part * shape.layers))
+    return [i * (shape.layers - 1) // count for i in range(count)]
+
+
+def _policies(
+    layers: int, ladder: Sequence[Level], spilled: Sequence[int]
+) -> Iterator[tuple[Level, ...]]:
     """From the one that keeps the most on, one block further at a time."""
-    yield (ladder[0],) * layers
-    for before, after in pairwise(ladder):
-        for count in range(1, layers + 1):
-            if after == "offload" and count == layers:
-                return  # the last block's input is needed at once: its way would be waited for
-            yield (after,) * count + (before,) * (layers - count)
+    now = [ladder[0]] * layers
+    yield tuple(now)
+    others = [i for i in range(layers) if i not in spilled]
+    for level in ladder[1:]:
+        if level == "spill":
+            chosen = list(spilled)
+        elif level in CHECKPOINTS:  # these reach blocks that spill last
+            chosen = others
+        else:
+            chosen = list(range(layers))
+        for i in chosen:
+            if level == "offload" and i == layers - 1:
+                continue  # as above: its input is needed at once
+            now[i] = level
+            yield tuple(now)
+    for i in spilled:
+        now[i] = "offload"
+        yield tuple(now)
 
 
 def size_of(size: str | float) -> int:
