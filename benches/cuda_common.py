@@ -98,13 +98,14 @@ def graph_times(
     return {name: _summary(values) for name, values in found.items()}
 
 
-def _event() -> torch.cuda.Event:
+def event() -> torch.cuda.Event:
+    """That a time is read from."""
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _replay(graph: torch.cuda.CUDAGraph) -> float:
     """Microseconds between events around a replay."""
-    start, end = _event(), _event()
+    start, end = event(), event()
     start.record()
     graph.replay()
     end.record()
@@ -127,7 +128,7 @@ def eager_times(
             torch.cuda.synchronize()
             for i in range(calls):
                 flush()
-                start, end = _event(), _event()
+                start, end = event(), event()
                 start.record()
                 work(i)
                 end.record()
@@ -153,7 +154,7 @@ def call_times(
             for i in range(calls):
                 flush()
                 torch.cuda.synchronize()
-                start, end = _event(), _event()
+                start, end = event(), event()
                 start.record()
                 work(i)
                 end.record()

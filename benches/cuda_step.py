@@ -3,7 +3,7 @@
 ``python benches/cuda_step.py --peers FOLDER`` writes results/cuda_step.{md,json}. The model has
 random weights, which it writes once and every contender loads in NF4 (double-quantised); LoRA
 r = 16 on all seven projections, bf16 autocast, AdamW. Each contender has a process of its own.
-``--profile`` prints where ferrotune's step spends its time.
+``--profile`` writes where ferrotune's step spends its time, results/cuda_step_profile.md.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import timeline
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPES: dict[str, dict[str, Any]] = {
@@ -39,7 +41,10 @@ CONTENDERS = ("ferrotune", "Unsloth", "PEFT + bitsandbytes")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One configuration; ``least`` is what Unsloth's tokens/s are multiplied by for the bar."""
+    """One configuration; ``least`` is what Unsloth's tokens/s are multiplied by for the bar.
+
+    With ``memory`` ferrotune runs under that policy, and what is beside it as without.
+    """
 
     layers: int
     batch: int
@@ -53,7 +58,9 @@ class Case:
     def __str__(self) -> str:
         kept = "with" if self.checkpointing else "without"
         dropped = f", dropout {self.dropout:g}" if self.dropout else ""
-        what = f"policy {self.memory}" if self.memory else f"{kept} checkpointing"
+        what = f"{kept} checkpointing"
+        if self.memory:
+            what = f"policy {self.memory}" + (f" beside {what}" if self.checkpointing else "")
         return (
             f"{self.shape}, {self.layers} layers, {self.batch}x{self.length} tokens, "
             f"{what}{dropped}"
@@ -61,18 +68,20 @@ class Case:
 
 
 CASES = [
-    Case(8, 4, True, 1.2),
+    Case(8, 4, True, None),
     Case(8, 4, False, 1.2),
     Case(8, 1, False, 1.3),
     Case(8, 4, False, None, dropout=0.05),
     Case(16, 4, False, None, "llama-3.2-1b"),
     Case(8, 4, False, None, "qwen2.5-7b"),
-    Case(32, 2, True, 1.25),
+    Case(32, 2, True, None),
     Case(32, 2, False, 1.3),
     Case(32, 2, False, None, memory="auto"),
     Case(8, 4, False, None, memory="9 GiB"),
     Case(8, 4, False, None, memory="7 GiB"),
     Case(8, 4, False, None, memory="5 GiB"),
+    Case(8, 4, True, 1.2, memory="5.2 GiB"),
+    Case(32, 2, True, 1.25, memory="7.05 GiB"),
 ]
 
 
@@ -89,7 +98,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=12, help="of which four warm up")
     parser.add_argument("--name", default="cuda_step", help="name of the result files")
     parser.add_argument("--resume", action="store_true", help="keep the file's other figures")
-    parser.add_argument("--profile", action="store_true", help="print kernels; write no results")
+    parser.add_argument("--profile", action="store_true", help="write where the time goes instead")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -116,7 +125,8 @@ def compare(options: argparse.Namespace) -> int:
     chosen = [CASES[int(number)] for number in options.cases.split(",")]
     passed = True
     for case in chosen:
-        names = ["ferrotune"] if case.memory else options.contenders.split(",")
+        alone = case.memory and not case.checkpointing
+        names = ["ferrotune"] if alone else options.contenders.split(",")
         found = {name: run(name, case, options) for name in names}
         kept = record["results"].setdefault(str(case), {})
         kept |= {name: one for name, one in found.items() if one}
@@ -124,7 +134,45 @@ def compare(options: argparse.Namespace) -> int:
         record["planned_gib"][str(case)] = ours.get("policy_gib") or planned_gib(case)
         if not options.profile:
             passed = write(options.name, record)
+    if options.profile:
+        write_profile(record)
     return 0 if passed else 1
+
+
+def write_profile(record: dict[str, Any]) -> None:
+    """Each case's time line by family, beside what could not take less."""
+    import common
+
+    parts = [f"{record['machine']['device']}, driver for {record['machine']['driver']}."]
+    for case in (one for one in CASES if str(one) in record["results"]):
+        for name, found in record["results"][str(case)].items():
+            parts.append(profile_of(case, name, found))
+    method = (
+        "One step of each, its kernels' times without overlaps; floors are operations over what "
+        "cuBLAS sustains and bytes over what a copy does, here, of a step that recomputes nothing."
+    )
+    body = "\n\n".join(parts)
+    common.write("cuda_step_profile", "Where a step's time goes", record, body, [], method)
+
+
+def profile_of(case: Case, name: str, found: dict[str, Any]) -> str:
+    import common
+
+    operations, copied = found["rates"]
+    work = timeline.floors(SHAPES[case.shape], case.layers, case.batch * case.length, case.length)
+    least = {part: -one / operations if one < 0 else one / copied for part, one in work.items()}
+    whole = sum(spent for spent, _ in found["shares"].values())
+    rows: list[list[object]] = []
+    for part, (spent, kernels) in found["shares"].items():
+        floor = f"{least.pop(part):.1f}" if part in least else ""
+        rows.append([part, f"{spent:.1f}", f"{100 * spent / whole:.1f} %", kernels or "", floor])
+    products = least.pop("products")
+    rows.append(["all products", "", "", "", f"{products:.1f}"])
+    text = common.table(["what", "ms", "of the step", "kernels", "floor, ms"], rows)
+    return (
+        f"## {case}, {name}: {whole:.1f} ms (unprofiled {found['step_ms']:.1f})\n\n"
+        f"cuBLAS sustains {operations / 1e9:.0f} TFLOP/s, a copy {copied / 1e9:.2f} TB/s.\n\n{text}"
+    )
 
 
 def write(name: str, record: dict[str, Any]) -> bool:
@@ -203,6 +251,8 @@ def worker(given: dict[str, Any], options: argparse.Namespace) -> None:
     if not (folder / "config.json").is_file():
         make(case, folder)
     model = load(name, case, folder)
+    if name != "ferrotune":
+        case = dataclasses.replace(case, memory=None)
     print(json.dumps(train(model, case, options)), flush=True)
 
 
@@ -258,7 +308,8 @@ def load(name: str, case: Case, folder: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": 0}
     )
-    return adapted(name, model, settings, case.checkpointing, case.memory)
+    checkpointing = case.checkpointing and not (name == "ferrotune" and case.memory)
+    return adapted(name, model, settings, checkpointing, case.memory)
 
 
 def adapted(
@@ -343,9 +394,10 @@ def train(model: Any, case: Case, options: argparse.Namespace) -> dict[str, Any]
             torch.cuda.reset_peak_memory_stats()
     seconds = statistics.median(times[4:])
     planned = policy_gib(model, case)
-    if options.profile:
-        profile(step)
+    shares = timeline.shares(timeline.recorded(step)) if options.profile else {}
     return {
+        "shares": shares,
+        "rates": timeline.rates() if options.profile else (),
         "step_ms": seconds * 1e3,
         "spread_ms": [min(times[4:]) * 1e3, max(times[4:]) * 1e3],
         "tokens_per_second": case.batch * case.length / seconds,
@@ -354,19 +406,6 @@ def train(model: Any, case: Case, options: argparse.Namespace) -> dict[str, Any]
         "losses": losses,
         "trained": sum(parameter.numel() for parameter in trained),
     }
-
-
-def profile(step: Any) -> None:
-    import torch
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
-
-    with profiler(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
-        step()
-        torch.cuda.synchronize()
-    averages = found.key_averages()
-    print(averages.table(sort_by="self_cuda_time_total", row_limit=32, max_name_column_width=60))
-    print(averages.table(sort_by="self_cpu_time_total", row_limit=24, max_name_column_width=60))
 
 
 if __name__ == "__main__":
