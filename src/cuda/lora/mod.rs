@@ -13,6 +13,7 @@ mod gemm;
 mod kernels;
 mod outer90;
 mod panels;
+pub mod small;
 
 use super::device::Device;
 use super::launch::{Address, Stream};
