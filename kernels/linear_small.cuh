@@ -43,6 +43,7 @@ static_assert(sizeof(LinearSmall) == 176, "src/cuda/lora/small.rs lays it out al
 constexpr int SMALL_DEPTH = 128;     // of a unit: what the four lanes of a row load at once
 constexpr int SMALL_ROW_TILES = 2;   // of sixteen, of a unit
 constexpr int SMALL_COPIES = 16;     // of the table of pairs: lanes i and i + 16 have one, in two banks of their own
+constexpr int SMALL_AHEAD = 3;       // groups of rows that are on their way to L2
 constexpr int SMALL_STRIDE = 256;    // bytes from one byte's copies to the next one's, which one permutation multiplies by
 
 // Where the parts of a block's shared memory lie, in bytes; src/cuda/lora/small.rs adds up the same.
@@ -52,7 +53,7 @@ struct SmallShared {
     static constexpr uint32_t FRAGMENT = 32 * sizeof(float4);  // of 16 x 8 sums
     uint32_t x, sums, ranks, h, stage;
     __device__ __forceinline__ SmallShared(const LinearSmall& p) {
-        stage = p.m * p.stage_k * 2;
+        stage = (TILES == 1 ? p.m : 8 * TILES) * p.stage_k * 2;
         x = PAIRS;
         const uint32_t stages = stage * (p.stage_k < p.block_k ? 2 : 1);
         const uint32_t all_sums = WARPS * SMALL_ROW_TILES * p.groups * TILES * FRAGMENT;
@@ -91,6 +92,13 @@ __device__ __forceinline__ void splits_sync([[maybe_unused]] uint32_t splits) {
     __syncthreads();
 }
 
+// Has a multiple of sixteen bytes brought to L2, which holds for whoever writes there later, too.
+__device__ __forceinline__ void prefetch_row([[maybe_unused]] const void* from, [[maybe_unused]] uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+
 // A place of a row of x in shared memory: pieces of sixteen bytes are mixed so that two rows and the four lanes of each,
 // 64 bytes apart, hit other banks.
 __device__ __forceinline__ uint32_t small_place(uint32_t row, uint32_t piece) {
@@ -110,6 +118,18 @@ __device__ __forceinline__ void load_small_x(const LinearSmall& p, unsigned char
         }
     }
 }
+
+// Where a lane's token of each tile lies in shared memory. Of tokens from m on the sums are of no use, whatever is there;
+// with a few at most they are the last one's again, which costs no bandwidth.
+template <int TILES>
+struct SmallToken {
+    uint32_t first, step;
+    __device__ __forceinline__ SmallToken(uint32_t m, uint32_t pitch) : step(8 * pitch) {
+        const uint32_t token = threadIdx.x % 32 / 4;
+        first = (TILES == 1 ? min(token, m - 1) : token) * pitch;
+    }
+    __device__ __forceinline__ uint32_t operator()(int tile) const { return first + tile * step; }
+};
 
 // What a lane loads of a unit: of rows lane / 4 + 8i of each row tile.
 template <bool NESTED>
@@ -153,6 +173,7 @@ __device__ __forceinline__ void small_ranks(const LinearSmall& p, const unsigned
     const uint32_t mixed = quad / 2 ^ (lane / 4 & 1) << 1;
     const uint32_t first[2] = {row * p.k + column, (row + 8) * p.k + column};
     const uint32_t x_place = unit * (SMALL_DEPTH * 2) + quad * 64;
+    const SmallToken<TILES> token_place(p.m, pitch);
     float sums[TILES][4] = {};
     if (!p.wide) {
 #pragma unroll 1
@@ -167,8 +188,7 @@ __device__ __forceinline__ void small_ranks(const LinearSmall& p, const unsigned
             const Fragments high = {{raw[0].z, raw[1].z, raw[0].w, raw[1].w}};
 #pragma unroll
             for (int t = 0; t < TILES; ++t) {
-                const uint32_t token = min(8 * t + lane / 4, p.m - 1);
-                const uint4 b = load_small_piece(x, token * pitch + x_place + (piece ^ mixed) * 16);
+                const uint4 b = load_small_piece(x, token_place(t) + x_place + (piece ^ mixed) * 16);
                 multiply<T>(sums[t], low, b.x, b.y);
                 multiply<T>(sums[t], high, b.z, b.w);
             }
@@ -187,8 +207,7 @@ __device__ __forceinline__ void small_ranks(const LinearSmall& p, const unsigned
             // Tensor cores cut their sums off: those of the parts are kept apart for sixteen products.
 #pragma unroll
             for (int t = 0; t < TILES; ++t) {
-                const uint32_t token = min(8 * t + lane / 4, p.m - 1);
-                const uint2 b = *reinterpret_cast<const uint2*>(x + token * pitch + x_place + (four / 2 ^ mixed) * 16 +
+                const uint2 b = *reinterpret_cast<const uint2*>(x + token_place(t) + x_place + (four / 2 ^ mixed) * 16 +
                                                                 four % 2 * 8);
                 float few[4] = {};
 #pragma unroll
@@ -265,7 +284,21 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
     const SmallShared<TILES> place(p);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4;
 
+    const uint32_t rank = blockIdx.x % p.splits, k_warp = warp % p.k_warps, row_warp = warp / p.k_warps;
+    const uint32_t row_warps = WARPS / p.k_warps;
+    const uint32_t row0 = blockIdx.x / p.splits * row_warps * p.groups * (16 * ROW_TILES);
+    const uint32_t column0 = rank * p.block_k;
+    // A lane has one of the rows of its warp's group brought: the part of its depth that falls to this warp.
+    const auto prefetch = [&](uint32_t group) {
+        const uint32_t row = row0 + (group * row_warps + row_warp) * (16 * ROW_TILES) + lane;
+        const uint32_t columns = p.block_k / p.k_warps, column = column0 + k_warp * columns;
+        if (group < p.groups && row < p.n && column < p.k) {
+            prefetch_row(p.quant.packed + (static_cast<uint64_t>(row) * p.k + column) / 2, min(columns, p.k - column) / 2);
+        }
+    };
+
     // Nothing of this depends on the kernel before.
+    for (uint32_t group = 0; group < SMALL_AHEAD; ++group) prefetch(group);
     for (int i = threadIdx.x; i < 256 * SMALL_COPIES / 2; i += THREADS) {
         const int byte = i / (SMALL_COPIES / 2), copy = i % (SMALL_COPIES / 2);
         const float high = CODEBOOKS[p.quant.fp4][byte / 16], low = CODEBOOKS[p.quant.fp4][byte % 16];
@@ -273,10 +306,6 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
     }
     begin();
 
-    const uint32_t rank = blockIdx.x % p.splits, k_warp = warp % p.k_warps, row_warp = warp / p.k_warps;
-    const uint32_t row_warps = WARPS / p.k_warps;
-    const uint32_t row0 = blockIdx.x / p.splits * row_warps * p.groups * (16 * ROW_TILES);
-    const uint32_t column0 = rank * p.block_k;
     const uint32_t depth_units = p.block_k / (SMALL_DEPTH * p.k_warps);  // of a warp and group
     const uint32_t units = depth_units * p.groups;
     const uint32_t row_chunks = p.k / 32;  // a lane's codes of a unit and row
@@ -317,6 +346,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
     }
 
     const uint32_t pitch = p.stage_k * 2;
+    const SmallToken<TILES> token_place(p.m, pitch);
     const uint32_t mixed = quad / 2 ^ (lane / 4 & 1) << 1;
     const uint32_t pair_place = lane % SMALL_COPIES * sizeof(float2);
     uint32_t group = 0, depth = 0;
@@ -335,6 +365,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
                 sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
             }
         depth = 0;
+        prefetch(group + SMALL_AHEAD);
         ++group;
     };
 
@@ -363,8 +394,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
                 }
 #pragma unroll
             for (int t = 0; t < TILES; ++t) {
-                const uint32_t token = min(8 * t + lane / 4, p.m - 1);
-                const uint4 b = load_small_piece(x, token * pitch + (word ^ mixed) * 16);
+                const uint4 b = load_small_piece(x, token_place(t) + (word ^ mixed) * 16);
 #pragma unroll
                 for (int tile = 0; tile < ROW_TILES; ++tile) multiply<T>(sums[tile][t], a[tile][0], b.x, b.y);
 #pragma unroll

@@ -156,7 +156,7 @@ impl Sizes {
         let limit = u64::from(device.shared).saturating_sub(STATIC);
         // A multiprocessor has 1 KiB more than the most of a block, and takes as much for each.
         let fits = |blocks: u64| (u64::from(device.shared) + 1024) / blocks - 1024 - STATIC;
-        let row = 2 * self.m;
+        let row = 2 * if tiles == 1 { self.m } else { tokens };
         let whole = beside(row * block_k);
         let (stage_k, shared) = if whole <= limit {
             (block_k, whole)
