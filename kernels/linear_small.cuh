@@ -45,6 +45,7 @@ constexpr int SMALL_ROW_TILES = 2;   // of sixteen, of a unit
 constexpr int SMALL_COPIES = 16;     // of the table of pairs: lanes i and i + 16 have one, in two banks of their own
 constexpr int SMALL_AHEAD = 3;       // groups of rows that are on their way to L2
 constexpr int SMALL_STRIDE = 256;    // bytes from one byte's copies to the next one's, which one permutation multiplies by
+constexpr int SMALL_GAPS = 64;       // fragments of sums that lie in the other halves of the strides
 
 // Where the parts of a block's shared memory lie, in bytes; src/cuda/lora/small.rs adds up the same.
 template <int TILES>
@@ -55,11 +56,15 @@ struct SmallShared {
     __device__ __forceinline__ SmallShared(const LinearSmall& p) {
         stage = (TILES == 1 ? p.m : 8 * TILES) * p.stage_k * 2;
         x = PAIRS;
-        const uint32_t stages = stage * (p.stage_k < p.block_k ? 2 : 1);
-        const uint32_t all_sums = WARPS * SMALL_ROW_TILES * p.groups * TILES * FRAGMENT;
-        sums = p.groups > 1 ? x + stages : x;  // of one group: once x is of no more use
-        ranks = p.groups > 1 ? sums + all_sums : x + max(stages, all_sums);
+        sums = x + stage * (p.stage_k < p.block_k ? 2 : 1);
+        const uint32_t fragments = WARPS * SMALL_ROW_TILES * p.groups * TILES;
+        ranks = sums + (fragments - min(fragments, SMALL_GAPS)) * FRAGMENT;
         h = ranks + (p.r != 0 ? WARPS * TILES * FRAGMENT : 0);
+    }
+    // Of a lane's sums, counted in lanes and fragments.
+    __device__ __forceinline__ uint32_t sum(uint32_t i) const {
+        return i < SMALL_GAPS * 32 ? i / 8 * SMALL_STRIDE + SMALL_STRIDE / 2 + i % 8 * 16
+                                   : sums + (i - SMALL_GAPS * 32) * 16;
     }
 };
 
@@ -291,7 +296,8 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
     // A lane has one of the rows of its warp's group brought: the part of its depth that falls to this warp.
     const auto prefetch = [&](uint32_t group) {
         const uint32_t row = row0 + (group * row_warps + row_warp) * (16 * ROW_TILES) + lane;
-        const uint32_t columns = p.block_k / p.k_warps, column = column0 + k_warp * columns;
+        const uint32_t columns = p.block_k / p.k_warps;
+        const uint32_t column = blockIdx.x % p.splits * p.block_k + threadIdx.x / 32 % p.k_warps * columns;
         if (group < p.groups && row < p.n && column < p.k) {
             prefetch_row(p.quant.packed + (static_cast<uint64_t>(row) * p.k + column) / 2, min(columns, p.k - column) / 2);
         }
@@ -354,14 +360,14 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
 
     // Sums of a whole group, to shared memory.
     const auto flush = [&]() {
-        float4* to = reinterpret_cast<float4*>(shared + place.sums) + lane +
-                     ((k_warp * p.groups + group) * row_warps + row_warp) * (ROW_TILES * TILES * 32);
+        const uint32_t to = lane + ((k_warp * p.groups + group) * row_warps + row_warp) * (ROW_TILES * TILES * 32);
 #pragma unroll
         for (int tile = 0; tile < ROW_TILES; ++tile)
 #pragma unroll
             for (int t = 0; t < TILES; ++t) {
                 float(&sum)[4] = sums[tile][t];
-                to[(tile * TILES + t) * 32] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+                *reinterpret_cast<float4*>(shared + place.sum(to + (tile * TILES + t) * 32)) =
+                    make_float4(sum[0], sum[1], sum[2], sum[3]);
                 sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
             }
         depth = 0;
@@ -370,7 +376,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
     };
 
     // `x`: of depth 0 of this lane's columns.
-    const auto multiply_unit = [&](const SmallUnit<NESTED>& unit, const unsigned char* x) {
+    const auto multiply_unit = [&](const SmallUnit<NESTED>& unit, uint32_t x) {
         float scales[ROW_TILES][2];
 #pragma unroll
         for (int tile = 0; tile < ROW_TILES; ++tile)
@@ -394,14 +400,14 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
                 }
 #pragma unroll
             for (int t = 0; t < TILES; ++t) {
-                const uint4 b = load_small_piece(x, token_place(t) + (word ^ mixed) * 16);
+                const uint4 b = load_small_piece(shared, x + token_place(t) + (word ^ mixed) * 16);
 #pragma unroll
                 for (int tile = 0; tile < ROW_TILES; ++tile) multiply<T>(sums[tile][t], a[tile][0], b.x, b.y);
 #pragma unroll
                 for (int tile = 0; tile < ROW_TILES; ++tile) multiply<T>(sums[tile][t], a[tile][1], b.z, b.w);
             }
         }
-        if (++depth == depth_units && p.groups > 1) flush();
+        if (++depth == depth_units) flush();
     };
 
     // With several stages there is one group; a stage is an even number of units.
@@ -412,7 +418,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
         // The stage has come for all, and all have left the other one.
         wait_copies(0);
         __syncthreads();
-        const unsigned char* x = shared + place.x + (stage & 1) * place.stage;
+        uint32_t x = place.x + (stage & 1) * place.stage;
         if (begins + p.stage_k < p.block_k) {
             load_small_x(p, shared + place.x + (~stage & 1) * place.stage, column0 + begins + p.stage_k, p.stage_k);
             commit_copies();
@@ -421,11 +427,10 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
             const uint32_t of_x = min(p.stage_k, p.block_k - begins) / SMALL_DEPTH;
 #pragma unroll 1
             for (uint32_t unit = warp / rank_tiles; unit < of_x; unit += rank_slots) {
-                small_ranks<T, TILES>(p, x, pitch, unit, column0 + begins, warp % rank_tiles, my_ranks);
+                small_ranks<T, TILES>(p, shared + x, pitch, unit, column0 + begins, warp % rank_tiles, my_ranks);
             }
         }
-        x += k_warp * (SMALL_DEPTH * 2) + quad * 64;
-        x -= begins * 2;
+        x += k_warp * (SMALL_DEPTH * 2) + quad * 64 - begins * 2;
         const uint32_t after = p.stage_k < p.block_k ? left - min(left, stage_units) : 0;
 #pragma unroll 1
         while (left > after) {
@@ -440,22 +445,17 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
         }
     }
     __syncthreads();
-    if (p.groups == 1) {
-        flush();
-        __syncthreads();
-    }
 
     // The block's own sums, over the warps that share its depth.
     const uint32_t fragments = p.groups * row_warps * ROW_TILES * TILES;
-    float4* const block_sums = reinterpret_cast<float4*>(shared + place.sums);
     if (p.k_warps > 1) {
         for (uint32_t i = threadIdx.x; i < fragments * 32; i += THREADS) {
-            float4 sum = block_sums[i];
+            float4 sum = *reinterpret_cast<const float4*>(shared + place.sum(i));
             for (uint32_t j = 1; j < p.k_warps; ++j) {
-                const float4 more = block_sums[j * fragments * 32 + i];
+                const float4 more = *reinterpret_cast<const float4*>(shared + place.sum(j * fragments * 32 + i));
                 sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
             }
-            block_sums[i] = sum;
+            *reinterpret_cast<float4*>(shared + place.sum(i)) = sum;
         }
     }
     float4* const block_ranks = reinterpret_cast<float4*>(shared + place.ranks);
@@ -498,7 +498,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
     T* const y = static_cast<T*>(p.y);
     for (uint32_t i = rank + p.splits * warp; i < fragments; i += p.splits * WARPS) {
         const uint32_t row = row0 + i / TILES * 16, token0 = i % TILES * 8;
-        const float4 total = small_total(shared_address(block_sums + i * 32 + lane), p.splits);
+        const float4 total = small_total(shared_address(shared + place.sum(i * 32 + lane)), p.splits);
         float out[4] = {total.x, total.y, total.z, total.w};
         for (int segment = 0; segment < rank_tiles; ++segment) {
             const uint32_t* h = reinterpret_cast<const uint32_t*>(h_tile + (token0 + lane / 4) * h_width + segment * 16) + quad;
@@ -531,6 +531,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
         }
     }
     // No block leaves while another reads its sums.
+    __syncwarp();
     if (p.splits > 1) splits_sync(p.splits);
 }
 

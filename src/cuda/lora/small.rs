@@ -24,6 +24,8 @@ const UNIT_DEPTH: u64 = 128;
 /// Bytes of the table of pairs, and of 16 x 8 sums.
 const PAIRS: u64 = 256 * 256;
 const FRAGMENT: u64 = 512;
+/// Sums that the table has room for.
+const GAPS: u64 = 64;
 /// What a block has beside its dynamic shared memory.
 const STATIC: u64 = 2048;
 
@@ -150,14 +152,13 @@ impl Sizes {
             let width = self.planes * SEGMENT * self.rank_tiles() + 8;
             fixed += WARPS * tiles * FRAGMENT + 2 * tokens * width;
         }
-        let sums = WARPS * (UNIT_ROWS / 16) * groups * tiles * FRAGMENT;
-        // The sums of one group lie where x was.
-        let beside = |x: u64| fixed + if groups > 1 { x + sums } else { x.max(sums) };
+        let sums = WARPS * (UNIT_ROWS / 16) * groups * tiles;
+        fixed += sums.saturating_sub(GAPS) * FRAGMENT;
         let limit = u64::from(device.shared).saturating_sub(STATIC);
         // A multiprocessor has 1 KiB more than the most of a block, and takes as much for each.
         let fits = |blocks: u64| (u64::from(device.shared) + 1024) / blocks - 1024 - STATIC;
         let row = 2 * if tiles == 1 { self.m } else { tokens };
-        let whole = beside(row * block_k);
+        let whole = fixed + row * block_k;
         let (stage_k, shared) = if whole <= limit {
             (block_k, whole)
         } else {
@@ -170,7 +171,7 @@ impl Sizes {
                 return None;
             }
             let stage_k = stage_k.min(1024.max(step));
-            (stage_k, beside(2 * row * stage_k))
+            (stage_k, fixed + 2 * row * stage_k)
         };
         let most = BLOCKS[variant(self.m)];
         let rows = WARPS / k_warps * UNIT_ROWS * groups;
