@@ -189,6 +189,7 @@ impl Sizes {
         const ISSUE: f64 = 530.0; // of a unit with few tokens
         const LATENCY: f64 = 1200.0; // of a unit, where few warps run
         const START: f64 = 2500.0;
+        const ONE_BLOCK: f64 = 0.8; // of what more than one gets out of a multiprocessor
         let tiles = TOKENS[variant(self.m)] / 8;
         let multiprocessors = u64::from(device.multiprocessors);
         let units = (division.groups * placed.block_k / (UNIT_DEPTH * division.k_warps)) as f64;
@@ -198,7 +199,8 @@ impl Sizes {
         let start = START + if division.splits > 1 { 700.0 } else { 0.0 };
         let wave = |blocks: u64| {
             let each = blocks.div_ceil(multiprocessors) as f64;
-            let work = (each * WARPS as f64 / 4.0 * issue).max(LATENCY) * units;
+            let busy = if each > 1.0 { 1.0 } else { ONE_BLOCK };
+            let work = (each * WARPS as f64 / 4.0 * issue / busy).max(LATENCY) * units;
             let ranks = ranks * (150.0 + 60.0 * tiles as f64) * self.planes as f64 * each * 2.0;
             start + work + ranks + rows * each
         };
