@@ -299,17 +299,22 @@ def load(name: str, case: Case, folder: Path) -> Any:
         return FastLanguageModel.get_peft_model(
             model, **settings, use_gradient_checkpointing=checkpointing, random_state=0
         )
+    checkpointing = case.checkpointing and not (name == "ferrotune" and case.memory)
+    return adapted(name, base_model(folder), settings, checkpointing, case.memory)
+
+
+def base_model(folder: Path) -> Any:
+    """The model in bitsandbytes' NF4, double-quantised."""
+    import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=quantization, dtype=torch.bfloat16, device_map={"": 0}
     )
-    checkpointing = case.checkpointing and not (name == "ferrotune" and case.memory)
-    return adapted(name, model, settings, checkpointing, case.memory)
 
 
 def adapted(

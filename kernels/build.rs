@@ -6,7 +6,7 @@
 //! An image is named by a hash of all that it is made from and kept in `kernels/` of cargo's target folder: whatever
 //! profile, features or environment builds next, it is compiled once.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -84,19 +84,15 @@ fn compile(folder: &Path, sources: &[PathBuf], out: &Path) -> Result<Vec<PathBuf
     let mut shared = DefaultHasher::new();
     version.hash(&mut shared);
     env::var_os("NVCC_APPEND_FLAGS").hash(&mut shared); // nvcc reads it: `-lineinfo` for profilers, say
-    for header in [folder.join("common"), folder.to_path_buf()] {
-        for header in files(&header, "cuh")? {
-            header.strip_prefix(folder)?.hash(&mut shared);
-            fs::read(header)?.hash(&mut shared);
-        }
-    }
     let mut images = Vec::new();
     let mut stale = Vec::new();
     for source in sources {
         let arguments = arguments(source);
         let mut hash = shared.clone();
         arguments.hash(&mut hash);
-        fs::read(source)?.hash(&mut hash);
+        let mut read = BTreeMap::new();
+        read_with_headers(folder, source, &mut read)?;
+        read.hash(&mut hash);
         let image = kept.join(format!("{}-{:016x}.fatbin", stem(source), hash.finish()));
         if !image.is_file() {
             stale.push((source, arguments, image.clone()));
@@ -133,6 +129,28 @@ fn compile(folder: &Path, sources: &[PathBuf], out: &Path) -> Result<Vec<PathBuf
     } else {
         Err(failures.join("\n").into())
     }
+}
+
+/// What a file and the headers in `folder` that it includes, and those that they do, hold.
+fn read_with_headers(
+    folder: &Path,
+    file: &Path,
+    read: &mut BTreeMap<PathBuf, String>,
+) -> Result<()> {
+    let name = file.strip_prefix(folder)?.to_path_buf();
+    if read.contains_key(&name) {
+        return Ok(());
+    }
+    let text = fs::read_to_string(file)?;
+    let headers: Vec<_> = text
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("#include \"")?.strip_suffix('"'))
+        .map(|header| folder.join(header))
+        .collect();
+    read.insert(name, text);
+    headers
+        .iter()
+        .try_for_each(|header| read_with_headers(folder, header, read))
 }
 
 /// Paths are relative to `kernels`, where nvcc runs: it writes the source's into the image.

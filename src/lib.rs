@@ -59,6 +59,9 @@ mod native {
         cuda_lora_backward, cuda_lora_carries, cuda_lora_forward, cuda_lora_max_columns,
         cuda_lora_products, cuda_lora_workspace, cuda_product,
     };
+    #[cfg(feature = "cuda")]
+    #[pymodule_export]
+    use crate::python::cuda_small::{cuda_small_division, cuda_small_linear};
     #[cfg(feature = "engine")]
     #[pymodule_export]
     use crate::python::engine::{audit, compute, evaluate, generate, merge, records, split, train};

@@ -31,10 +31,14 @@ def at(address: int, dtype: str, *shape: int) -> Tensor:
 
 
 class Native:
-    """``calls``: each with what is asked of it. `cuda_lora_carries` answers ``carries``."""
+    """``calls``: each with what is asked of it. `cuda_lora_carries` answers ``carries``.
 
-    def __init__(self, carries: bool) -> None:
+    With ``few`` there is a kernel of few rows.
+    """
+
+    def __init__(self, carries: bool, few: bool) -> None:
         self.carries = carries
+        self.few = few
         self.calls: list[str] = []
 
     def cuda_lora_carries(
@@ -109,6 +113,36 @@ class Native:
         if grad_x:
             at(grad_x, dtype, m, k).copy_(dx)
 
+    def cuda_small_division(self, _: Any, sizes: Any) -> tuple[int, int, int] | None:
+        m, _, k, r, _ = sizes
+        return (1, 2, 3) if self.few and m <= 64 and k % 32 == 0 and r <= 64 else None
+
+    def cuda_small_linear(
+        self, _: Any, stream: int, dtype: str, sizes: Any, how: Any, out: Any, weight: Any, one: Any
+    ) -> None:
+        assert how == (1, 2, 3)
+        m, n, k, r, planes = sizes
+        x, y, bias = out
+        assert (x | weight[0]) % ALIGNMENT == 0
+        self.calls.append(f"few, {n} by {r}")
+        dense = torch.empty(n, k, dtype=getattr(torch, dtype))
+        self._dequantize(weight, dense)
+        rows = at(x, dtype, m, k).to(F64)
+        total = rows @ dense.to(F64).t()
+        if bias:
+            total += at(bias, dtype, n).to(F64)
+        if one is not None:
+            (A, B), (lora_bias, kind), scaling, (h, stride, plane) = one
+            adapter = dtype if planes == 1 else "float32"
+            lora_A, lora_B = at(A, adapter, r, k).to(F64), at(B, adapter, n, r).to(F64)
+            total += scaling * (rows @ lora_A.t() @ lora_B.t())
+            if lora_bias:
+                total += scaling * at(lora_bias, kind, n).to(F64)
+            for part in range(planes):
+                for row in range(m if h else 0):
+                    at(h + 2 * (row * stride + part * plane), dtype, -(-r // 16) * 16).fill_(KEPT)
+        at(y, dtype, m, n).copy_(total)
+
     def _x(self, group: Any) -> Tensor:
         return at(group[0], group[3], group[1], group[2]).to(F64)
 
@@ -145,17 +179,29 @@ class Native:
         )  # fmt: skip
 
 
-def install(patch: pytest.MonkeyPatch, carries: bool) -> Native:
-    """The CUDA backend for CPU tensors, on a `Native` of its own."""
-    from ferrotune.ops import autograd, cuda, cuda_lora, cuda_plan, products, reference
+def forget() -> None:
+    """What was worked out by the native calls that were there before."""
+    from ferrotune.ops import cuda_plan, cuda_small
 
-    native = Native(carries)
+    for cached in (
+        cuda_plan._carries,
+        cuda_plan._max_columns,
+        cuda_plan._workspace_bytes,
+        cuda_small._division,
+    ):
+        cached.cache_clear()
+    cuda_plan._plans.clear()
+
+
+def install(patch: pytest.MonkeyPatch, carries: bool, few: bool = False) -> Native:
+    """The CUDA backend for CPU tensors, on a `Native` of its own."""
+    from ferrotune.ops import autograd, cuda, cuda_lora, products, reference
+
+    native = Native(carries, few)
     for name in dir(native):
         if name.startswith("cuda_"):
             patch.setattr(_native, name, getattr(native, name), raising=False)
-    for cached in (cuda_plan._carries, cuda_plan._max_columns, cuda_plan._workspace_bytes):
-        cached.cache_clear()
-    cuda_plan._plans.clear()
+    forget()
     patch.setattr(cuda, "_ready", lambda index: None)
     patch.setattr(cuda, "_raw_stream", lambda index: 0)
     patch.setattr(autograd, "choose", lambda x: cuda_lora)

@@ -18,12 +18,11 @@ BF16, F32 = torch.bfloat16, torch.float32
 N, K, R = 48, 32, 8
 
 
-@pytest.fixture(params=[True, False], ids=["own product", "PyTorch's"])
+@pytest.fixture(params=["own product", "PyTorch's", "few rows"])
 def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Native]:
-    yield native_lora.install(monkeypatch, request.param)
-    cuda_plan._plans.clear()
-    for cached in (cuda_plan._carries, cuda_plan._max_columns, cuda_plan._workspace_bytes):
-        cached.cache_clear()
+    few = request.param == "few rows"
+    yield native_lora.install(monkeypatch, request.param != "PyTorch's", few)
+    native_lora.forget()
 
 
 def random(*shape: int, dtype: torch.dtype = BF16, grad: bool = False) -> Tensor:

@@ -43,6 +43,8 @@ __all__ = [
     "cuda_rms_norm_partial_rows",
     "cuda_rope",
     "cuda_scale_gradient",
+    "cuda_small_division",
+    "cuda_small_linear",
     "dequantize_4bit",
     "dequantize_4bit_at",
     "dropout_at",
@@ -439,4 +441,17 @@ def cuda_lora_backward(
     projections: list[_GroupProjection],
     workspace: int,
     grad_x: int,
+) -> None: ...
+def cuda_small_division(
+    device: int, sizes: tuple[int, int, int, int, int]
+) -> tuple[int, int, int] | None: ...
+def cuda_small_linear(
+    device: int,
+    stream: int,
+    dtype: str,
+    sizes: tuple[int, int, int, int, int],
+    division: tuple[int, int, int],
+    x_y_bias: tuple[int, int, int],
+    weight: tuple[int, int, int, int, int, str, int, int],
+    adapter: tuple[tuple[int, int], tuple[int, str], float, tuple[int, int, int]] | None,
 ) -> None: ...

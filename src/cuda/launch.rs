@@ -59,16 +59,45 @@ impl Device {
         stream: Stream,
         parameters: &P,
     ) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_clusters(name, grid, 1, stream, parameters) }
+    }
+
+    /// [`Device::launch`] of blocks of which each `cluster` in a row run together, which takes compute capability 9.0
+    /// for more than one; theirs is a multiple of it, and the kernel has no size of its own.
+    ///
+    /// # Safety
+    /// As there.
+    pub(super) unsafe fn launch_clusters<P: Parameters>(
+        &self,
+        name: &str,
+        grid: Grid,
+        cluster: u32,
+        stream: Stream,
+        parameters: &P,
+    ) -> Result<()> {
         let function = self.function(name)?;
         let _context = self.enter()?;
         let mut arguments = [std::ptr::from_ref(parameters).cast_mut().cast::<c_void>()];
-        let mut early = sys::CUlaunchAttribute {
+        let early = sys::CUlaunchAttribute {
             id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
             pad: [0; 4],
             value: sys::CUlaunchAttributeValue {
                 programmaticStreamSerializationAllowed: 1,
             },
         };
+        let together = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue {
+                clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
+                    x: cluster,
+                    y: 1,
+                    z: 1,
+                },
+            },
+        };
+        let mut attributes = [early, together];
         let config = sys::CUlaunchConfig {
             gridDimX: grid.blocks.0,
             gridDimY: grid.blocks.1,
@@ -78,8 +107,8 @@ impl Device {
             blockDimZ: 1,
             sharedMemBytes: grid.shared,
             hStream: stream as sys::CUstream,
-            attrs: &raw mut early,
-            numAttrs: u32::from(self.capability >= (9, 0)),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: u32::from(self.capability >= (9, 0)) + u32::from(cluster > 1),
         };
         // SAFETY: the driver copies the structures before it returns and does not write to them; the rest is the
         // caller's promise.

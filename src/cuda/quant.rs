@@ -35,7 +35,7 @@ pub struct Nested {
 /// `kernels/common/quant.cuh`'s `Quant4bit`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
-struct Quant4bit {
+pub(super) struct Quant4bit {
     packed: Address,
     absmax: Address,
     nested_absmax: Address,
@@ -49,7 +49,7 @@ struct Quant4bit {
 const _: () = assert!(size_of::<Quant4bit>() == 56);
 
 impl Quant4bit {
-    fn new(weight: &Quantized) -> std::result::Result<Self, Error> {
+    pub(super) fn new(weight: &Quantized) -> std::result::Result<Self, Error> {
         let nested = weight.nested.unwrap_or(Nested {
             absmax: 0,
             code: 0,

@@ -18,6 +18,8 @@ pub mod cuda_blocks;
 pub mod cuda_cross_entropy;
 #[cfg(feature = "cuda")]
 pub mod cuda_lora;
+#[cfg(feature = "cuda")]
+pub mod cuda_small;
 #[cfg(feature = "engine")]
 pub mod engine;
 #[cfg(feature = "engine")]

@@ -106,6 +106,7 @@ def work() -> None:
         for i, settings in enumerate(cases):
             tools.run(build(**settings, seed=i).to(device), tools.ours)
     cuda_lora.hopper = "auto"
+    few_rows(device)
     for dtype in floats:
         between(dtype, device)
     for i, name in enumerate(GROUPS):
@@ -124,6 +125,25 @@ def work() -> None:
                 losses.run(losses.make(shape, classes, device="cuda", **settings), losses.ours)
     torch.cuda.synchronize()
     print(DONE, flush=True)
+
+
+def few_rows(device: Any) -> None:
+    """Every variant of the kernel of few rows, with depths of one block and of several."""
+    import torch
+
+    import lora_cases as tools
+
+    for i, (m, n, k, r) in enumerate(
+        ((3, 65, 96, 16), (16, 7, 2080, 3), (31, 300, 544, 40), (64, 72, 4096, 64))
+    ):
+        for dtype in (torch.float16, torch.bfloat16):
+            for nested in (False, True):
+                adapter = torch.float32 if (i + nested) % 2 else dtype
+                settings = {"dtype": dtype, "adapter_dtype": adapter, "double_quant": nested}
+                case = tools.make(
+                    (m, k), n, r, quant_type=("nf4", "fp4")[i % 2], bias=True, **settings
+                )
+                tools.run(case.to(device), tools.ours)
 
 
 def between(dtype: Any, device: Any) -> None:

@@ -130,7 +130,21 @@ def apply(
     ``given`` are the projections whose tensors get the gradients: ``projections`` themselves, or
     what those were cast from; autograd casts the gradients back.
     """
+    if not torch.is_grad_enabled():  # no node: its making takes longer than a small product
+        return _values(x, projections, seed)
     return _LoraGroup.apply((seed, projections), x, *trained_tensors(given))  # type: ignore[no-any-return]
+
+
+def _values(
+    x: Tensor, projections: Sequence[Projection], seed: Tensor | None
+) -> tuple[Tensor, ...]:
+    backend = choose(x)
+    laid_out = backend.laid_out(x)
+    with no_autocast(x):
+        ys, _ = backend.forward(laid_out, projections, seed, backend.plan(laid_out, projections))
+    if x.dim() == ys[0].dim():
+        return tuple(ys)
+    return tuple([y.view(*x.shape[:-1], y.shape[1]) for y in ys])
 
 
 def trained_tensors(projections: Sequence[Projection]) -> list[Tensor | None]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import _native
-from . import cuda, reference
+from . import cuda, cuda_small, reference
 from .cuda import NAMES, address, dequantize_4bit, quantize_4bit
 from .cuda_plan import passes, planned, planned_backward
 from .types import Grads, Need, Projection
@@ -43,6 +43,10 @@ __all__ = [
 # "auto", where they are the faster ones; "always", where they can run at all; "never".
 hopper = "auto"
 
+# Where few rows go through the kernel that dequantises a 4-bit weight within the product (see
+# `cuda_small`): "auto", where it is the faster one; "always", where it can run at all; "never".
+small = "auto"
+
 
 def laid_out(x: Tensor) -> Tensor:
     """Contiguous, of any number of dimensions."""
@@ -51,7 +55,7 @@ def laid_out(x: Tensor) -> Tensor:
 
 def plan(x: Tensor, projections: Sequence[Projection]) -> Plan:
     """How ``forward`` runs, and its ``backward``."""
-    return planned(x, projections, hopper)
+    return planned(x, projections, hopper, small)
 
 
 def saved(
@@ -80,6 +84,9 @@ def forward(
     ys: list[Any] = [None] * len(projections)
     hs: list[Tensor | None] = [None] * len(projections)
     before = x.shape[:-1]
+    for i, division in how.small.items():
+        ys[i] = x.new_empty(*before, projections[i].shape[0])
+        cuda_small.run(x, how.m, projections[i], division, ys[i])
     for one in how.passes:
         hs[one.members[0]] = h = x.new_empty(how.m, one.planes * one.columns)
         for i in one.members:
@@ -87,7 +94,10 @@ def forward(
                 ys[i] = _shaped(x, reference.base(_rows(how, x), projections[i]))
             else:
                 ys[i] = x.new_empty(*before, projections[i].shape[0])
-        if how.m:
+        if one.small:
+            for i, start, division in zip(one.members, one.starts, one.small, strict=True):
+                cuda_small.run(x, how.m, projections[i], division, ys[i], h, start, one.columns)
+        elif how.m:
             _run_forward(how, x, projections, seed, one, ys, h)
         if one.terms == "written":
             for i in one.members:
@@ -111,6 +121,11 @@ def ranks(
     hs: list[Tensor | None] = [None] * len(projections)
     for one in how.passes:
         hs[one.members[0]] = h = x.new_empty(how.m, one.planes * one.columns)
+        if one.small:
+            for i, start, division in zip(one.members, one.starts, one.small, strict=True):
+                y, at = x.new_empty(how.m), (h, start, one.columns)
+                cuda_small.run(x, how.m, projections[i], division, y, *at, ranks_alone=True)
+            continue
         if how.m == 0:
             continue
         alive: list[Tensor | None] = []

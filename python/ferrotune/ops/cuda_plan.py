@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .. import _native
+from . import cuda_small
 from .cuda import NAMES, address
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from .cuda_small import Division
     from .types import Need, Projection
 
 _HALVES = (torch.float16, torch.bfloat16)
@@ -37,6 +39,7 @@ class Pass(NamedTuple):
     terms: str = "written"  # what forward does with them, as native calls name it
     dropped: bool = False
     workspace: int = 0  # bytes, of forward
+    small: tuple[Division, ...] = ()  # a member's each: forward is a kernel of few rows for each
 
 
 class Live(NamedTuple):
@@ -83,20 +86,22 @@ class Plan(NamedTuple):
     k: int
     passes: list[Pass]
     by_pytorch: list[int]  # projections that no kernel takes
+    small: dict[int, Division]  # those without adapter that the kernel of few rows takes
     backward: dict[Hashable, BackwardPlan]
 
 
 _plans: dict[Hashable, Plan] = {}
 
 
-def planned(x: Tensor, projections: Sequence[Projection], use: str) -> Plan:
-    """The plan for contiguous x ``[..., k]``; ``use`` is ``cuda_lora.hopper``."""
-    key = (use, x.shape, x.dtype, x.device, x.data_ptr() % _ALIGNMENT, *map(_facts, projections))
+def planned(x: Tensor, projections: Sequence[Projection], use: str, small: str) -> Plan:
+    """The plan for contiguous x ``[..., k]``; the rest are ``cuda_lora.hopper`` and ``small``."""
+    place = x.data_ptr() % _ALIGNMENT
+    key = (use, small, x.shape, x.dtype, x.device, place, *map(_facts, projections))
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
-        plan = _plans[key] = _plan(x, projections, use)
+        plan = _plans[key] = _plan(x, projections, use, small)
     return plan
 
 
@@ -107,9 +112,14 @@ def _facts(projection: Projection) -> Hashable:
         weight is not None
         and (weight.shape, weight.stride(), weight.dtype, weight.data_ptr() % _ALIGNMENT),
         quant is not None
-        and (quant.shape, quant.dtype, *[part is not None and part.device for part in quant[:5]]),
+        and (
+            quant.shape,
+            quant.dtype,
+            quant.packed.data_ptr() % _ALIGNMENT,
+            *[part is not None and part.device for part in quant[:5]],
+        ),
         bias is not None and bias.dtype,
-        lora_A is not None and (lora_A.shape, lora_A.dtype),
+        lora_A is not None and (lora_A.shape, lora_A.dtype, lora_A.data_ptr() % _ALIGNMENT),
         lora_B is not None and (lora_B.shape, lora_B.dtype),
         lora_bias is not None and lora_bias.dtype,
         dropout_p > 0,
@@ -117,7 +127,7 @@ def _facts(projection: Projection) -> Hashable:
     )
 
 
-def _plan(x: Tensor, projections: Sequence[Projection], use: str) -> Plan:
+def _plan(x: Tensor, projections: Sequence[Projection], use: str, small: str) -> Plan:
     index = x.device.index
     k = x.shape[-1]
     m = x.shape[:-1].numel()
@@ -126,16 +136,28 @@ def _plan(x: Tensor, projections: Sequence[Projection], use: str) -> Plan:
         members = [projections[i] for i in one.members]
         carried = all(_carried(x, m, member, use, backward=False) for member in members)
         sizes = tuple((member.shape[0], member.rank) for member in members)
+        divisions = [cuda_small.division(x, m, member, small) for member in members]
+        few = tuple(found for found in divisions if found is not None)
+        if len(few) < len(members):
+            few = ()
+        terms = "small" if few else "left" if carried else "added" if one.onto else "written"
         taken.append(
             one._replace(
-                terms="left" if carried else "added" if one.onto else "written",
+                terms=terms,
+                small=few,
                 dropped=any(member.dropout_p for member in members),
                 workspace=_workspace_bytes(index, m, k, one.planes, sizes, False) if m else 0,
             )
         )
     done = {i for one in taken for i in one.members}
-    rest = [i for i in range(len(projections)) if i not in done]
-    return Plan(use, index, m, k, taken, rest, {})
+    bare: dict[int, Division] = {}
+    for i, projection in enumerate(projections):
+        if projection.lora_A is None:
+            found = cuda_small.division(x, m, projection, small)
+            if found is not None:
+                bare[i] = found
+    rest = [i for i in range(len(projections)) if i not in done and i not in bare]
+    return Plan(use, index, m, k, taken, rest, bare, {})
 
 
 @functools.cache

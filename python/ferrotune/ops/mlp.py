@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from .backend import Backend
     from .types import Projection
 
 
@@ -33,6 +34,9 @@ def apply(
 
     ``given`` is as for `autograd.apply`.
     """
+    if not torch.is_grad_enabled():  # no node, as in `autograd.apply`
+        y = _forward(choose(x), x, projections, activation, seed)[0]
+        return y if x.dim() == y.dim() else y.view(*x.shape[:-1], y.shape[-1])
     call = (seed, projections, activation)
     return _GatedMlp.apply(call, x, *trained_tensors(given))  # type: ignore[no-any-return]
 
@@ -55,31 +59,36 @@ def without_output() -> Iterator[None]:
         _now.output = before
 
 
+def _forward(
+    backend: Backend,
+    x: Tensor,
+    projections: Sequence[Projection],
+    activation: str,
+    seed: Tensor | None,
+) -> tuple[Tensor, tuple[Any, Any], list[Tensor | None]]:
+    """y; the plans of gate and up, and of down; x as it is kept, gate, up, every H."""
+    laid_out = backend.laid_out(x)
+    plan = backend.plan(laid_out, projections[:2])
+    with no_autocast(x):
+        (gate, up), hs = backend.forward(laid_out, projections[:2], seed, plan)
+        hidden = _gated(gate, up, activation)
+        down_plan = backend.plan(hidden, projections[2:])
+        if _now.output:
+            (y,), down_hs = backend.forward(hidden, projections[2:], seed, down_plan)
+        else:
+            down_hs = backend.ranks(hidden, projections[2:], seed, down_plan)
+            y = hidden.new_zeros(()).expand(*hidden.shape[:-1], projections[2].shape[0])
+    return y, (plan, down_plan), [laid_out, gate, up, *hs, *down_hs]
+
+
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Any, x: Tensor, *given: Tensor | None) -> Tensor:
         seed, projections, activation = call
         backend = choose(x)
-        laid_out = backend.laid_out(x)
-        plan = backend.plan(laid_out, projections[:2])
-        with no_autocast(x):
-            (gate, up), hs = backend.forward(laid_out, projections[:2], seed, plan)
-            hidden = _gated(gate, up, activation)
-            down_plan = backend.plan(hidden, projections[2:])
-            if _now.output:
-                (y,), down_hs = backend.forward(hidden, projections[2:], seed, down_plan)
-            else:
-                down_hs = backend.ranks(hidden, projections[2:], seed, down_plan)
-                y = hidden.new_zeros(()).expand(*hidden.shape[:-1], projections[2].shape[0])
-        ctx.shape, ctx.backend, ctx.plans, ctx.activation = (
-            x.shape,
-            backend,
-            (plan, down_plan),
-            activation,
-        )
-        ctx.save_for_backward(
-            laid_out, seed, gate, up, *hs, *down_hs, *kept(ctx, projections, given)
-        )
+        y, plans, (laid_out, *between) = _forward(backend, x, projections, activation, seed)
+        ctx.shape, ctx.backend, ctx.plans, ctx.activation = x.shape, backend, plans, activation
+        ctx.save_for_backward(laid_out, seed, *between, *kept(ctx, projections, given))
         return y if x.dim() == y.dim() else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod

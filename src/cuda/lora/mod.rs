@@ -13,6 +13,7 @@ mod gemm;
 mod kernels;
 mod outer90;
 mod panels;
+pub mod small;
 mod tuned;
 
 use super::device::Device;

@@ -1,0 +1,24 @@
+#include "linear_small.cuh"
+
+// linear_small[_nested]_{f16,bf16}_{8,16,32,64}: the most tokens; src/cuda/lora/small.rs knows the blocks a multiprocessor.
+// Of 16 tokens there are registers for two from sm_90 on.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define BLOCKS_OF_16 1
+#else
+#define BLOCKS_OF_16 2
+#endif
+#define LINEAR_SMALL(suffix, T, nested, tiles, blocks)                                \
+    extern "C" __global__ void __launch_bounds__(256, blocks)                         \
+        linear_small_##suffix(const __grid_constant__ ferrotune::LinearSmall p) {     \
+        ferrotune::linear_small<T, nested, tiles>(p);                                 \
+    }
+#define LINEAR_SMALL_TOKENS(suffix, T, nested)          \
+    LINEAR_SMALL(suffix##_8, T, nested, 1, 2)           \
+    LINEAR_SMALL(suffix##_16, T, nested, 2, BLOCKS_OF_16) \
+    LINEAR_SMALL(suffix##_32, T, nested, 4, 1)          \
+    LINEAR_SMALL(suffix##_64, T, nested, 8, 1)
+
+LINEAR_SMALL_TOKENS(f16, ferrotune::f16, false)
+LINEAR_SMALL_TOKENS(bf16, ferrotune::bf16, false)
+LINEAR_SMALL_TOKENS(nested_f16, ferrotune::f16, true)
+LINEAR_SMALL_TOKENS(nested_bf16, ferrotune::bf16, true)
