@@ -1,9 +1,10 @@
-"""QLoRA's forward and backward on CPUs with a tile unit (AMX): ferrotune's own base products.
+"""QLoRA's forward and backward on CPUs where ferrotune's own base products are the fastest.
 
-The product of a 4-bit weight, the LoRA term's and the biases are one native call with sums in
-float32, rounded once; the weight never lies in memory dequantised. The small products of the rank
-are PyTorch's. What the native product does not take (dense weights, float16, float32 values
-that it would not be exact for) goes the way of `reference`.
+Those have a tile unit (AMX), or AVX2 and no wider vectors. The product of a 4-bit weight, the LoRA
+term's and the biases are one native call with sums in float32, rounded once; the weight never lies
+in memory dequantised. The small products of the rank are PyTorch's; in vectors they are part of the
+call, where they are float32 and nothing is dropped. What the native product does not take (dense
+weights, float16, float32 values that tiles would not be exact for) goes the way of `reference`.
 """
 
 from __future__ import annotations
@@ -37,17 +38,25 @@ __all__ = [
     "usable",
 ]
 
-# Elements of W up to which six products of 16-bit parts beat PyTorch's own in float32: they did at
-# 1024x1024, and did not at 2048x5632 (benches/lora_cpu.py).
+# Elements of W up to which, in tiles, six products of 16-bit parts beat PyTorch's own in float32:
+# they did at 1024x1024, and did not at 2048x5632 (benches/lora_cpu.py).
 _MOST_IN_F32 = 1 << 22
 _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-@functools.cache
 def usable() -> bool:
-    """Whether the native product runs on this CPU."""
-    available = getattr(_native, "cpu_product_available", None)
-    return available is not None and bool(available())
+    """Whether the native product runs on this CPU, and faster than PyTorch's."""
+    return _unit() is not None
+
+
+@functools.cache
+def _unit() -> str | None:
+    """What the native product runs on: "tiles" or "vectors"."""
+    find = getattr(_native, "cpu_product_units", None)  # not in builds for other processors
+    units: list[str] = [] if find is None else find()
+    # Of AVX-512 PyTorch's products have twice the width of the native vectors.
+    narrow = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return next((unit for unit in units if unit == "tiles" or narrow), None)
 
 
 def forward(
@@ -60,6 +69,11 @@ def forward(
     hs: list[Tensor | None] = []
     for projection in projections:
         h = None
+        if _is_whole(x, projection):
+            y, h = _whole_forward(x, projection)
+            ys.append(y)
+            hs.append(h)
+            continue
         if projection.lora_A is not None:
             h = down(x, projection, term_dtype(x, projection.lora_A), seed)
         y = x.new_empty(x.shape[0], projection.shape[0])
@@ -89,6 +103,11 @@ def backward(
         if grad is None:
             continue
         reference.bias_grads(found, grad, projection, need, i)
+        if h is not None and _is_whole(x, projection):
+            onto = dx is not None
+            dx = torch.empty_like(x) if dx is None and need.x else dx
+            _whole_backward(dx, grad, x, h, projection, found, need, i, onto)
+            continue
         g = None
         lora_A, lora_B = projection.lora_A, projection.lora_B
         if lora_A is not None and lora_B is not None and h is not None:
@@ -122,9 +141,102 @@ def _takes(x: Tensor, projection: Projection) -> bool:
         return False
     if x.shape[0] == 0 or 0 in quant.shape:
         return False
-    if x.dtype == torch.float32 and quant.shape[0] * quant.shape[1] > _MOST_IN_F32:
+    in_parts = x.dtype == torch.float32 and _unit() == "tiles"
+    if in_parts and quant.shape[0] * quant.shape[1] > _MOST_IN_F32:
         return False
     return lora_A is None or (lora_A.shape[0] > 0 and term_dtype(x, lora_A) in _NAMES)
+
+
+def _is_whole(x: Tensor, projection: Projection) -> bool:
+    """Whether the products of the rank are part of the native call."""
+    lora_A = projection.lora_A
+    return (
+        lora_A is not None
+        and not projection.dropout_p
+        and _unit() == "vectors"
+        and term_dtype(x, lora_A) == torch.float32
+    )
+
+
+def _whole_forward(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
+    """y, and h in float32."""
+    y = x.new_empty(x.shape[0], projection.shape[0])
+    h = x.new_empty(x.shape[0], projection.rank, dtype=torch.float32)
+    _whole(y, x, h, projection, [], bias=_bias(projection))
+    return y, h
+
+
+def _whole_backward(
+    dx: Tensor | None,
+    grad: Tensor,
+    x: Tensor,
+    h: Tensor,
+    projection: Projection,
+    found: Grads,
+    need: Need,
+    i: int,
+    accumulate: bool,
+) -> None:
+    """Writes, or adds to, ``dx``, if there is one, and fills in the gradients of i's A and B."""
+    lora_A, lora_B = projection.lora_A, projection.lora_B
+    assert lora_A is not None
+    assert lora_B is not None
+    g = torch.empty_like(h)
+    outer = []
+    grad_A = grad_B = None
+    if need.lora_A[i]:
+        grad_A = h.new_empty(lora_A.shape)
+        outer.append((g.data_ptr(), x.data_ptr(), x.shape[1], grad_A.data_ptr(), False))
+    if need.lora_B[i]:
+        grad_B = h.new_empty(lora_B.shape)
+        outer.append((h.data_ptr(), grad.data_ptr(), grad.shape[1], grad_B.data_ptr(), True))
+    if dx is not None or outer:
+        _whole(dx, grad, g, projection, outer, backward=True, accumulate=accumulate)
+    if grad_A is not None:
+        found.lora_A[i] = grad_A.to(lora_A.dtype)
+    if grad_B is not None:
+        found.lora_B[i] = grad_B.to(lora_B.dtype)
+
+
+def _whole(
+    out: Tensor | None,
+    rows: Tensor,
+    narrow: Tensor,
+    projection: Projection,
+    outer: list[tuple[int, int, int, int, bool]],
+    *,
+    bias: Tensor | None = None,
+    backward: bool = False,
+    accumulate: bool = False,
+) -> None:
+    """`_product` with the term, and ``narrow = scaling·rows·Aᵀ``, backward ``scaling·rows·B``."""
+    quant, lora_A, lora_B = projection.quant, projection.lora_A, projection.lora_B
+    assert quant is not None
+    assert lora_A is not None
+    assert lora_B is not None
+    first, second = lora_A.float().contiguous(), lora_B.float().contiguous()
+    by, wide = (second, first) if backward else (first, second)
+    if bias is not None:
+        bias = bias.contiguous()
+    threads.share_with_torch()
+    _native.cpu_lora_at(
+        backward,
+        (rows.shape[0], quant.shape[0], quant.shape[1]),
+        _NAMES[rows.dtype],
+        rows.data_ptr(),
+        _weight(quant),
+        (
+            narrow.shape[1],
+            narrow.data_ptr(),
+            wide.data_ptr(),
+            by.data_ptr(),
+            float(projection.scaling),
+        ),
+        outer,
+        0 if bias is None else bias.data_ptr(),
+        accumulate,
+        0 if out is None else out.data_ptr(),
+    )
 
 
 def _bias(projection: Projection) -> Tensor | None:
@@ -162,8 +274,11 @@ def _product(
         term = (names, narrow.shape[1], narrow.data_ptr(), wide.data_ptr())
     if bias is not None:
         bias = bias.contiguous()
+    unit = _unit()
+    assert unit is not None
     threads.share_with_torch()
     return _native.cpu_product_at(
+        unit,
         backward,
         (rows.shape[0], quant.shape[0], quant.shape[1]),
         _NAMES[rows.dtype],
