@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from ferrotune import _native, ops  # noqa: E402
-from ferrotune.ops import backend, cpu_lora, reference  # noqa: E402
+from ferrotune.ops import backend, cpu_lora, cpu_products, reference  # noqa: E402
 from lora_cases import Case, error, make, ours, peft, run, truth  # noqa: E402
 
 UNITS = getattr(_native, "cpu_product_units", list)()
@@ -53,7 +53,8 @@ def declined(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every unit that this CPU has, and not its fastest alone."""
     found: str = request.param
-    monkeypatch.setattr(cpu_lora, "_unit", lambda: found)
+    for module in (cpu_lora, cpu_products):
+        monkeypatch.setattr(module, "unit", lambda: found)
     monkeypatch.setattr(backend, "_on_cpu", lambda: cpu_lora)
     return found
 
@@ -64,7 +65,7 @@ def test_tiles_are_chosen_and_vectors_where_pytorch_has_no_wider_ones(
     monkeypatch.undo()
     narrow = torch.backends.cpu.get_cpu_capability() == "AVX2"
     wanted = "tiles" if "tiles" in UNITS else "vectors" if narrow else None
-    assert cpu_lora._unit() == wanted
+    assert cpu_lora.unit() == wanted
     assert (backend.choose(torch.zeros(1)) is cpu_lora) == (wanted is not None)
 
 
@@ -141,6 +142,22 @@ def test_only_what_is_asked_for_has_a_gradient(declined: list[str]) -> None:
             assert (tensor.grad is not None) == (name == wanted)
         assert torch.equal(leaves[wanted].grad, full[wanted])
     assert not declined
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_ranks_alone_are_those_of_forward(dtype: torch.dtype) -> None:
+    case = make((33, 64), 40, 4, dtype=dtype, quant_type="nf4")
+    projections = [
+        ops.Projection(None, case.quant, None, case.lora_A, case.lora_B, None, 2.0, p)
+        for p in (0.0, 0.5)
+    ]
+    seed = torch.tensor([5])
+    for some in (projections, projections[:1]):
+        _, hs = cpu_lora.forward(case.x, some, seed)
+        alone = cpu_lora.ranks(case.x, some, seed)
+        for first, second in zip(hs, alone, strict=True):
+            assert first is not None
+            assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
