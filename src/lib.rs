@@ -35,7 +35,7 @@ mod native {
     use crate::python::adapter::{match_targets, read_adapter, write_adapter};
     #[cfg(target_arch = "x86_64")]
     #[pymodule_export]
-    use crate::python::cpu_lora::{cpu_product_at, cpu_product_available};
+    use crate::python::cpu_lora::{cpu_lora_at, cpu_product_at, cpu_product_units};
     #[cfg(feature = "cuda")]
     #[pymodule_export]
     use crate::python::cuda::{

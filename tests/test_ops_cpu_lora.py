@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from ferrotune import ops  # noqa: E402
-from ferrotune.ops import backend, cpu_lora, reference  # noqa: E402
+from ferrotune import _native, ops  # noqa: E402
+from ferrotune.ops import backend, cpu_lora, cpu_products, reference  # noqa: E402
 from lora_cases import Case, error, make, ours, peft, run, truth  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not cpu_lora.usable(), reason="this CPU has no tile unit")
+UNITS = getattr(_native, "cpu_product_units", list)()
+
+pytestmark = pytest.mark.skipif(not UNITS, reason="this CPU has no unit for native products")
 
 TINY = 4 * torch.finfo(torch.float32).eps
 TYPES = [
@@ -46,8 +49,24 @@ def declined(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-def test_it_is_chosen() -> None:
-    assert backend.choose(torch.zeros(1)) is cpu_lora
+@pytest.fixture(params=UNITS, autouse=True)
+def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every unit that this CPU has, and not its fastest alone."""
+    found: str = request.param
+    for module in (cpu_lora, cpu_products):
+        monkeypatch.setattr(module, "unit", lambda: found)
+    monkeypatch.setattr(backend, "_on_cpu", lambda: cpu_lora)
+    return found
+
+
+def test_tiles_are_chosen_and_vectors_where_pytorch_has_no_wider_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.undo()
+    narrow = torch.backends.cpu.get_cpu_capability() == "AVX2"
+    wanted = "tiles" if "tiles" in UNITS else "vectors" if narrow else None
+    assert cpu_lora.unit() == wanted
+    assert (backend.choose(torch.zeros(1)) is cpu_lora) == (wanted is not None)
 
 
 @pytest.mark.parametrize(("dtype", "adapter"), TYPES)
@@ -126,6 +145,42 @@ def test_only_what_is_asked_for_has_a_gradient(declined: list[str]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_ranks_alone_are_those_of_forward(dtype: torch.dtype) -> None:
+    case = make((33, 64), 40, 4, dtype=dtype, quant_type="nf4")
+    projections = [
+        ops.Projection(None, case.quant, None, case.lora_A, case.lora_B, None, 2.0, p)
+        for p in (0.0, 0.5)
+    ]
+    seed = torch.tensor([5])
+    for some in (projections, projections[:1]):
+        _, hs = cpu_lora.forward(case.x, some, seed)
+        alone = cpu_lora.ranks(case.x, some, seed)
+        for first, second in zip(hs, alone, strict=True):
+            assert first is not None
+            assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_rows_than_lie_packed_at_a_time(dtype: torch.dtype, declined: list[str]) -> None:
+    case = make((2, 555, 64), 40, 5, dtype=dtype, quant_type="nf4", bias=True)
+    found, stock, true = run(case, ours), run(case, peft), truth(case)
+    for name, tensor in found.items():
+        assert error(tensor, true[name]) <= max(1.1 * error(stock[name], true[name]), TINY), name
+    assert not declined
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_several_threads_at_once(dtype: torch.dtype) -> None:
+    cases = [make((70, 96), 48, 8, dtype=dtype, quant_type="nf4", seed=i) for i in range(4)]
+    alone = [run(case, ours) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        together = [pool.map(lambda case: run(case, ours), cases) for _ in range(5)]
+        for results in together:
+            for first, second in zip(alone, results, strict=True):
+                assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_bits_at_every_run_and_of_every_row_alone(dtype: torch.dtype) -> None:
     case = make((40, 96), 48, 8, dtype=dtype, quant_type="nf4")
     first, second = run(case, ours), run(case, ours)
@@ -134,11 +189,11 @@ def test_the_same_bits_at_every_run_and_of_every_row_alone(dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("scale", [1e-36, 1e-25, 1e30])
-def test_magnitudes_that_the_product_declines(scale: float, declined: list[str]) -> None:
+def test_magnitudes_that_tiles_decline(scale: float, declined: list[str], unit: str) -> None:
     case = make((9, 64), 40, 4, quant_type="nf4")
     case = replace(case, x=case.x * scale, grad=case.grad / scale)
     found, stock, true = run(case, ours), run(case, peft), truth(case)
-    assert declined
+    assert bool(declined) == (unit == "tiles")
     for name, tensor in found.items():
         assert error(tensor, true[name]) <= max(1.5 * error(stock[name], true[name]), TINY), name
 

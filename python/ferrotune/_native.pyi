@@ -17,8 +17,9 @@ __all__ = [
     "__version__",
     "audit",
     "compute",
+    "cpu_lora_at",
     "cpu_product_at",
-    "cpu_product_available",
+    "cpu_product_units",
     "cuda_cross_entropy",
     "cuda_cross_entropy_prepare",
     "cuda_dequantize_4bit",
@@ -219,25 +220,44 @@ def dequantize_4bit_at(
 ) -> None: ...
 def dropout_at(values: int, out: int, len: int, p: float, seed: int, stream: int) -> None: ...
 
-# A product with a 4-bit weight `[n, k]`; sizes are (m, n, k), addresses 0 for what is not there.
-# False, and `out` unspecified, where it would not be exact. On x86-64 alone.
-def cpu_product_available() -> bool: ...
+# Products with a 4-bit weight `[n, k]`; sizes are (m, n, k), addresses 0 for what is not there. On
+# x86-64 alone. What they can run on here, the fastest first: "tiles", "vectors".
+def cpu_product_units() -> list[str]: ...
+
+_FourBit = tuple[
+    tuple[int, int],  # packed: address, bytes
+    tuple[int, int],  # absmax: address, length
+    tuple[int, int, int, float, int],  # nested: absmax, length, code, offset, blocksize
+    tuple[str, int, str],  # quant_type, blocksize, dtype
+]
+
+# False, and `out` unspecified, where it would not be exact.
 def cpu_product_at(
+    unit: str,
     backward: bool,
     sizes: tuple[int, int, int],
     dtype: str,
     input: int,
-    weight: tuple[
-        tuple[int, int],  # packed: address, bytes
-        tuple[int, int],  # absmax: address, length
-        tuple[int, int, int, float, int],  # nested: absmax, length, code, offset, blocksize
-        tuple[str, int, str],  # quant_type, blocksize, dtype
-    ],
+    weight: _FourBit,
     term: tuple[str, int, int, int] | None,  # dtype, r, [m, r], [n, r] or [r, k]
     bias: int,
     accumulate: bool,
     out: int,
 ) -> bool: ...
+
+# In vectors: the term's [m, r] is written, and sums over rows are computed beside it.
+def cpu_lora_at(
+    backward: bool,
+    sizes: tuple[int, int, int],
+    dtype: str,
+    input: int,
+    weight: _FourBit,
+    adapter: tuple[int, int, int, int, float],  # r, [m, r], [n, r] or [r, k], A or B; scaling
+    outer: list[tuple[int, int, int, int, bool]],  # [m, r], [m, columns], columns, out, transposed
+    bias: int,
+    accumulate: bool,
+    out: int,
+) -> None: ...
 
 # ---- threads
 # Addresses of libgomp's functions of these names.

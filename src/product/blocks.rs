@@ -2,11 +2,12 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::amx::{Segment, Tiles, available, multiply};
+use super::amx::{Segment, Tiles, multiply};
 use super::output::{Block, Output};
 use super::parts::Planes;
 use super::tiles::{Dense, Operand, Source};
 use super::weight::FourBit;
+use super::{Unit, vectors};
 use crate::parallel;
 use crate::scratch::Scratch;
 
@@ -74,21 +75,59 @@ impl Part<'_> {
 }
 
 impl Product<'_> {
+    /// Elements of each sum.
+    pub const fn inner(&self) -> usize {
+        match self.direction {
+            Direction::Forward => self.k,
+            Direction::Backward => self.n,
+        }
+    }
+
+    /// Of the term; 0 without one.
+    pub const fn rank(&self) -> usize {
+        match self.term {
+            Some(term) => term.r,
+            None => 0,
+        }
+    }
+
+    /// Of the output.
+    pub const fn columns(&self) -> usize {
+        match self.direction {
+            Direction::Forward => self.n,
+            Direction::Backward => self.k,
+        }
+    }
+
     /// Writes the product to `out`; false, with `out` unspecified, where a matrix is one that this code is not exact
     /// for (see the module).
     ///
     /// # Safety
-    /// [`available`]; `out` has the output's elements, which nothing else uses.
+    /// `unit` is available; `out` has the output's elements, which nothing else uses.
     ///
     /// # Panics
     /// If sizes do not fit.
-    pub unsafe fn run(&self, out: Output) -> bool {
-        assert!(available(), "no tile unit");
-        let (inner, columns) = match self.direction {
-            Direction::Forward => (self.k, self.n),
-            Direction::Backward => (self.n, self.k),
-        };
-        assert!(self.bias.is_none_or(|bias| bias.len() == columns), "bias");
+    pub unsafe fn run(&self, unit: Unit, out: Output) -> bool {
+        assert!(
+            self.bias.is_none_or(|bias| bias.len() == self.columns()),
+            "bias"
+        );
+        // SAFETY: the caller's.
+        unsafe {
+            match unit {
+                Unit::Tiles => self.run_in_tiles(out),
+                Unit::Vectors => {
+                    vectors::run(self, None, Some(out));
+                    true
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As `run`.
+    unsafe fn run_in_tiles(&self, out: Output) -> bool {
+        let (inner, columns) = (self.inner(), self.columns());
         let base = (self.input, Source::FourBit(&self.weight), inner);
         let term = self
             .term
@@ -318,7 +357,7 @@ impl Range {
 }
 
 /// Bytes from a multiple of 64 on, with unspecified content, which tasks write through [`Self::at`], each its own part.
-struct Buffer {
+pub struct Buffer {
     start: *mut u8,
     bytes: usize,
     _memory: Scratch,
@@ -330,7 +369,7 @@ unsafe impl Send for Buffer {}
 unsafe impl Sync for Buffer {}
 
 impl Buffer {
-    fn new(bytes: usize) -> Self {
+    pub fn new(bytes: usize) -> Self {
         let mut memory = Scratch::dirty(bytes.div_ceil(4) + 16);
         let start = memory.as_mut_ptr().cast::<u8>();
         Self {
@@ -340,7 +379,16 @@ impl Buffer {
         }
     }
 
-    fn at(&self, offset: usize) -> *mut u8 {
+    pub fn floats(count: usize) -> Self {
+        Self::new(4 * count)
+    }
+
+    /// Where the float of this index lies, as `at`.
+    pub fn float(&self, index: usize) -> *mut f32 {
+        self.at(4 * index).cast()
+    }
+
+    pub fn at(&self, offset: usize) -> *mut u8 {
         debug_assert!(offset < self.bytes, "{offset} of {}", self.bytes);
         self.start.wrapping_add(offset)
     }

@@ -1,5 +1,7 @@
 //! Products beside float64, over sizes that are no multiples of tiles and blocks that straddle rows.
 
+mod adapter;
+
 use half::{bf16, f16};
 
 use super::*;
@@ -70,6 +72,8 @@ fn values(weight: &Quantized4bit) -> Vec<f32> {
 struct Sums {
     exact: Vec<f64>,
     chain: Vec<f64>,
+    /// Of the squares of the terms of all sums.
+    squares: f64,
 }
 
 impl Sums {
@@ -77,6 +81,7 @@ impl Sums {
         let exact: Vec<_> = (0..len).map(|i| f64::from(start(i))).collect();
         Self {
             chain: exact.clone(),
+            squares: exact.iter().map(|x| x * x).sum(),
             exact,
         }
     }
@@ -95,11 +100,19 @@ impl Sums {
             let mut sum = *chain as f32;
             for l in 0..inner {
                 let (x, y) = (left[i * inner + l], right[at(l, j)]);
-                *exact += f64::from(x) * f64::from(y);
+                let term = f64::from(x) * f64::from(y);
+                *exact += term;
+                self.squares += term * term;
                 sum = x.mul_add(y, sum);
             }
             *chain = f64::from(sum);
         }
+    }
+
+    /// How much larger than what is left of them terms are that cancel.
+    fn cancelled(&self) -> f64 {
+        let norm: f64 = self.exact.iter().map(|x| x * x).sum();
+        (self.squares / norm).sqrt().max(1.0)
     }
 
     fn error(&self, found: impl Iterator<Item = f64>) -> f64 {
@@ -115,6 +128,7 @@ impl Sums {
 }
 
 struct Case {
+    unit: Unit,
     sizes: (usize, usize, usize),
     r: usize,
     direction: Direction,
@@ -219,7 +233,7 @@ impl Case {
         let (error, limit) = if small {
             let mut out = narrow(&poison);
             // SAFETY: the CPU has the unit; `out` has m·columns elements.
-            assert!(unsafe { product.run(Output::Bf16(out.as_mut_ptr())) });
+            assert!(unsafe { product.run(self.unit, Output::Bf16(out.as_mut_ptr())) });
             let rounded = sums.exact.iter().map(|x| bf16::from_f64(*x).to_f64());
             let once = sums.error(rounded.collect::<Vec<_>>().into_iter());
             (
@@ -229,14 +243,16 @@ impl Case {
         } else {
             let mut out = poison;
             // SAFETY: as above.
-            assert!(unsafe { product.run(Output::F32(out.as_mut_ptr())) });
+            assert!(unsafe { product.run(self.unit, Output::F32(out.as_mut_ptr())) });
             let chain = sums.error(sums.chain.iter().copied());
             let error = sums.error(out.into_iter().map(f64::from));
-            (error, chain.max(1.2 * f64::from(f32::EPSILON)))
+            let least = 1.2 * f64::from(f32::EPSILON) * sums.cancelled();
+            (error, chain.max(least))
         };
         assert!(
             error <= limit,
-            "{:?} {:?} r={} {:?} {:?}: {error:e}, limit {limit:e}",
+            "{:?} {:?} {:?} r={} {:?} {:?}: {error:e}, limit {limit:e}",
+            self.unit,
             self.sizes,
             self.direction,
             self.r,
@@ -248,9 +264,6 @@ impl Case {
 
 #[test]
 fn sums_of_all_forms_agree_with_float64() {
-    if !available() {
-        return; // the callers' fallback is tested elsewhere
-    }
     let shapes = [
         (1, 1, 1),
         (3, 33, 31),
@@ -258,6 +271,7 @@ fn sums_of_all_forms_agree_with_float64() {
         (33, 64, 96),
         (40, 17, 2049),
         (530, 31, 70),
+        (9, 320, 288),
     ];
     let ranks = [0, 1, 16, 33, 256];
     let dtypes = [DType::F32, DType::BF16];
@@ -267,7 +281,8 @@ fn sums_of_all_forms_agree_with_float64() {
             for direction in [Direction::Forward, Direction::Backward] {
                 for blocksize in [32, 64, 4096] {
                     at += 1;
-                    Case {
+                    let case = |unit| Case {
+                        unit,
                         sizes,
                         r: ranks[at % 5],
                         direction,
@@ -284,8 +299,9 @@ fn sums_of_all_forms_agree_with_float64() {
                             if at % 7 == 0 { DType::F16 } else { dtype },
                         ),
                         accumulate: at % 5 == 0,
-                    }
-                    .check();
+                    };
+                    // Without units, the callers' fallback is tested elsewhere.
+                    Unit::available().for_each(|unit| case(unit).check());
                 }
             }
         }
@@ -293,8 +309,8 @@ fn sums_of_all_forms_agree_with_float64() {
 }
 
 #[test]
-fn values_that_it_is_not_exact_for_are_refused() {
-    if !available() {
+fn values_that_tiles_are_not_exact_for_are_refused() {
+    if !Unit::available().any(|unit| unit == Unit::Tiles) {
         return;
     }
     let (m, n, k) = (4, 8, 64);
@@ -316,7 +332,7 @@ fn values_that_it_is_not_exact_for_are_refused() {
             accumulate: false,
         };
         // SAFETY: as above.
-        unsafe { product.run(Output::F32(out.as_mut_ptr())) }
+        unsafe { product.run(Unit::Tiles, Output::F32(out.as_mut_ptr())) }
     };
     let good = numbers(m * k, 2);
     assert!(run(&good, &weight(1.0)));
@@ -334,16 +350,12 @@ fn values_that_it_is_not_exact_for_are_refused() {
 
 #[test]
 fn infinities_and_nan_of_bf16_spread_as_in_any_product() {
-    if !available() {
-        return;
-    }
     let (m, n, k) = (3, 8, 40);
     let dense: Vec<_> = numbers(n * k, 1).into_iter().map(bf16::from_f32).collect();
     let weight = quantize_4bit(&dense, &[n, k], QuantType::Nf4, 64, true).unwrap();
     let mut x = narrow(&numbers(m * k, 2));
     x[k] = bf16::INFINITY.to_bits();
     x[2 * k] = bf16::NAN.to_bits();
-    let mut out = vec![0_u16; m * n];
     let product = Product {
         direction: Direction::Forward,
         m,
@@ -355,10 +367,13 @@ fn infinities_and_nan_of_bf16_spread_as_in_any_product() {
         bias: None,
         accumulate: false,
     };
-    // SAFETY: as above.
-    assert!(unsafe { product.run(Output::Bf16(out.as_mut_ptr())) });
-    let out = wide(&out);
-    assert!(out[..n].iter().all(|y| y.is_finite()));
-    assert!(out[n..2 * n].iter().all(|y| !y.is_finite()));
-    assert!(out[2 * n..].iter().all(|y| y.is_nan()));
+    for unit in Unit::available() {
+        let mut out = vec![0_u16; m * n];
+        // SAFETY: as above.
+        assert!(unsafe { product.run(unit, Output::Bf16(out.as_mut_ptr())) });
+        let out = wide(&out);
+        assert!(out[..n].iter().all(|y| y.is_finite()));
+        assert!(out[n..2 * n].iter().all(|y| !y.is_finite()));
+        assert!(out[2 * n..].iter().all(|y| y.is_nan()));
+    }
 }

@@ -19,6 +19,12 @@ pub enum Dense<'a> {
     Bf16(&'a [u16]),
 }
 
+impl Dense<'_> {
+    pub const fn is_bf16(self) -> bool {
+        matches!(self, Self::Bf16(_))
+    }
+}
+
 /// Where rows come from.
 #[derive(Clone, Copy)]
 pub enum Source<'a> {

@@ -23,7 +23,7 @@ pub enum Scales<'a> {
 impl Scales<'_> {
     /// Two roundings, never fused.
     #[inline(always)]
-    fn get(&self, block: usize) -> f32 {
+    pub fn get(&self, block: usize) -> f32 {
         match self {
             Self::Plain(absmax) => absmax[block],
             Self::Nested {

@@ -5,7 +5,9 @@ use pyo3::prelude::*;
 use super::memory::at;
 use crate::dtype::{DType, QuantType};
 use crate::error::{Error, Result};
-use crate::product::{Dense, Direction, FourBit, Output, Product, Scales, Term};
+use crate::product::{
+    Adapter, Dense, Direction, FourBit, Outer, Output, Product, Scales, Term, Unit,
+};
 use crate::quant::{BLOCKSIZES, Codebook};
 
 /// A 4-bit weight `[n, k]` where it lies.
@@ -81,10 +83,10 @@ unsafe fn dense<'a>(dtype: &str, address: usize, len: usize) -> Result<Dense<'a>
     }
 }
 
-/// Whether this CPU and system have what [`cpu_product_at`] runs on.
+/// What [`cpu_product_at`] can run on here, the fastest first: "tiles" (AMX) and "vectors" (AVX2).
 #[pyfunction]
-pub fn cpu_product_available() -> bool {
-    crate::product::available()
+pub fn cpu_product_units() -> Vec<&'static str> {
+    Unit::available().map(Unit::name).collect()
 }
 
 /// Forward: `out` `[m, n]` = `input` `[m, k]` · Wᵀ + term + `bias` (f32 `[n]`, or address 0). Backward: `out` `[m, k]` =
@@ -93,6 +95,7 @@ pub fn cpu_product_available() -> bool {
 #[pyfunction]
 pub fn cpu_product_at(
     py: Python<'_>,
+    unit: &str,
     backward: bool,
     sizes: (usize, usize, usize),
     dtype: &str,
@@ -104,9 +107,9 @@ pub fn cpu_product_at(
     out: usize,
 ) -> PyResult<bool> {
     let (m, n, k) = sizes;
-    if !crate::product::available() {
-        return Err(Error::unsupported("this CPU has no tile unit for products").into());
-    }
+    let Some(unit) = Unit::available().find(|one| one.name() == unit) else {
+        return Err(Error::unsupported(format!("this CPU has no {unit} for products")).into());
+    };
     let (inner, columns) = if backward { (n, k) } else { (k, n) };
     // SAFETY: `ferrotune.ops.cpu_lora` passes addresses and sizes of contiguous tensors that it holds on to during the
     // call, and a new `out` or one that it adds to.
@@ -120,11 +123,7 @@ pub fn cpu_product_at(
             }),
         };
         let product = Product {
-            direction: if backward {
-                Direction::Backward
-            } else {
-                Direction::Forward
-            },
+            direction: direction(backward),
             m,
             n,
             k,
@@ -134,10 +133,92 @@ pub fn cpu_product_at(
             bias: (bias != 0).then(|| at(bias, columns)),
             accumulate,
         };
-        let out = match product.input {
-            Dense::F32(_) => Output::F32(out as *mut f32),
-            Dense::Bf16(_) => Output::Bf16(out as *mut u16),
-        };
-        Ok(py.detach(|| product.run(out)))
+        let out = output(&product, out);
+        Ok(py.detach(|| product.run(unit, out)))
     }
+}
+
+const fn direction(backward: bool) -> Direction {
+    if backward {
+        Direction::Backward
+    } else {
+        Direction::Forward
+    }
+}
+
+const fn output(product: &Product<'_>, address: usize) -> Output {
+    match product.input {
+        Dense::F32(_) => Output::F32(address as *mut f32),
+        Dense::Bf16(_) => Output::Bf16(address as *mut u16),
+    }
+}
+
+/// An adapter in f32: r, the addresses of `[m, r]`, of the term's `[n, r]` (backward `[r, k]`) and of what makes its other
+/// side, forward A, backward B; the scaling.
+type AdapterAddresses = (usize, usize, usize, usize, f32);
+
+/// A sum over rows, `leftᵀ·right`: the addresses of `left`, f32 `[m, r]`, and of `right` `[m, columns]`; the columns; the
+/// address of f32 `[r, columns]`, or `[columns, r]` if the last is true.
+type OuterAddresses = (usize, usize, usize, usize, bool);
+
+/// As [`cpu_product_at`] in vectors, where the term's `[m, r]` is written, not read: `scaling · input · by`, forward
+/// `byᵀ`. `outer` are computed beside it, of matrices in `dtype`. At address 0 there is no `out`.
+#[pyfunction]
+pub fn cpu_lora_at(
+    py: Python<'_>,
+    backward: bool,
+    sizes: (usize, usize, usize),
+    dtype: &str,
+    input: usize,
+    weight: Weight,
+    adapter: AdapterAddresses,
+    outer: Vec<OuterAddresses>,
+    bias: usize,
+    accumulate: bool,
+    out: usize,
+) -> PyResult<()> {
+    let (m, n, k) = sizes;
+    if !Unit::available().any(|unit| unit == Unit::Vectors) {
+        return Err(Error::unsupported("this CPU has no vectors for products").into());
+    }
+    let (inner, columns) = if backward { (n, k) } else { (k, n) };
+    let (r, narrow, right, by, scaling) = adapter;
+    // SAFETY: as in `cpu_product_at`; what is written is new.
+    unsafe {
+        let product = Product {
+            direction: direction(backward),
+            m,
+            n,
+            k,
+            input: dense(dtype, input, m * inner)?,
+            weight: weight.get(n * k)?,
+            term: Some(Term {
+                r,
+                left: Dense::F32(&[]), // made
+                right: Dense::F32(at(right, columns * r)),
+            }),
+            bias: (bias != 0).then(|| at(bias, columns)),
+            accumulate,
+        };
+        let outer = outer
+            .into_iter()
+            .map(|(left, right, columns, out, across)| {
+                Ok(Outer {
+                    left: left as *const f32,
+                    right: dense(dtype, right, m * columns)?,
+                    columns,
+                    out: out as *mut f32,
+                    across,
+                })
+            });
+        let adapter = Adapter {
+            by: at(by, inner * r),
+            scaling,
+            narrow: narrow as *mut f32,
+            outer: outer.collect::<Result<_>>()?,
+        };
+        let out = (out != 0).then(|| output(&product, out));
+        py.detach(|| product.run_with(&adapter, out));
+    }
+    Ok(())
 }

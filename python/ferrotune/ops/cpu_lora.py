@@ -1,27 +1,26 @@
-"""QLoRA's forward and backward on CPUs with a tile unit (AMX): ferrotune's own base products.
+"""QLoRA's forward and backward on CPUs where ferrotune's own base products are the fastest.
 
-The product of a 4-bit weight, the LoRA term's and the biases are one native call with sums in
-float32, rounded once; the weight never lies in memory dequantised. The small products of the rank
-are PyTorch's. What the native product does not take (dense weights, float16, float32 values
-that it would not be exact for) goes the way of `reference`.
+Those have a tile unit (AMX), or AVX2 and no wider vectors. The product of a 4-bit weight, the LoRA
+term's and the biases are one native call with sums in float32, rounded once; the weight never lies
+in memory dequantised. The small products of the rank are PyTorch's; in vectors they are part of the
+call, where they are float32 and nothing is dropped. What the native product does not take (dense
+weights, float16, float32 values that tiles would not be exact for) goes the way of `reference`.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import torch
 
-from .. import _native, threads
 from . import dropout, reference
+from .cpu_products import NAMES, bias_of, product, unit, whole
 from .products import down, down_backward, term_dtype, up_backward
-from .reference import dequantize_4bit, laid_out, plan, quantize_4bit, ranks, saved
-from .types import Grads, Need, Projection, Quant4bit
+from .reference import dequantize_4bit, laid_out, plan, quantize_4bit, saved
+from .types import Grads, Need, Projection
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any
 
     from torch import Tensor
 
@@ -37,17 +36,14 @@ __all__ = [
     "usable",
 ]
 
-# Elements of W up to which six products of 16-bit parts beat PyTorch's own in float32: they did at
-# 1024x1024, and did not at 2048x5632 (benches/lora_cpu.py).
+# Elements of W up to which, in tiles, six products of 16-bit parts beat PyTorch's own in float32:
+# they did at 1024x1024, and did not at 2048x5632 (benches/lora_cpu.py).
 _MOST_IN_F32 = 1 << 22
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
-@functools.cache
 def usable() -> bool:
-    """Whether the native product runs on this CPU."""
-    available = getattr(_native, "cpu_product_available", None)
-    return available is not None and bool(available())
+    """Whether the native product runs on this CPU, and faster than PyTorch's."""
+    return unit() is not None
 
 
 def forward(
@@ -60,14 +56,36 @@ def forward(
     hs: list[Tensor | None] = []
     for projection in projections:
         h = None
+        if _is_whole(x, projection):
+            y, h = _whole_forward(x, projection)
+            ys.append(y)
+            hs.append(h)
+            continue
         if projection.lora_A is not None:
             h = down(x, projection, term_dtype(x, projection.lora_A), seed)
         y = x.new_empty(x.shape[0], projection.shape[0])
-        if not _product(y, x, projection, h, bias=_bias(projection)):
+        if not product(y, x, projection, h, bias=bias_of(projection)):
             return reference.forward(x, projections, seed)
         ys.append(y)
         hs.append(h)
     return ys, hs
+
+
+def ranks(
+    x: Tensor, projections: Sequence[Projection], seed: Tensor | None, how: None = None
+) -> list[Tensor | None]:
+    """As ``reference.ranks``: what ``forward`` returns, to the bit."""
+    if not all(_takes(x, projection) for projection in projections):
+        return reference.ranks(x, projections, seed)
+    hs: list[Tensor | None] = []
+    for projection in projections:
+        if _is_whole(x, projection):
+            h = x.new_empty(x.shape[0], projection.rank, dtype=torch.float32)
+            whole(None, x, h, projection, [])
+            hs.append(h)
+        else:
+            hs += reference.ranks(x, [projection], seed)
+    return hs
 
 
 def backward(
@@ -89,6 +107,11 @@ def backward(
         if grad is None:
             continue
         reference.bias_grads(found, grad, projection, need, i)
+        if h is not None and _is_whole(x, projection):
+            onto = dx is not None
+            dx = torch.empty_like(x) if dx is None and need.x else dx
+            _whole_backward(dx, grad, x, h, projection, found, need, i, onto)
+            continue
         g = None
         lora_A, lora_B = projection.lora_A, projection.lora_B
         if lora_A is not None and lora_B is not None and h is not None:
@@ -104,7 +127,7 @@ def backward(
         onto = dx is not None
         dx = torch.empty_like(x) if dx is None else dx
         fused = None if projection.dropout_p else g
-        if not _product(dx, grad, projection, fused, backward=True, accumulate=onto):
+        if not product(dx, grad, projection, fused, backward=True, accumulate=onto):
             return reference.backward(grads, x, hs, projections, seed, need)
         if g is not None and lora_A is not None and projection.dropout_p:
             term = g @ lora_A.to(g.dtype)
@@ -118,77 +141,62 @@ def backward(
 def _takes(x: Tensor, projection: Projection) -> bool:
     """Whether shapes and types are those of the native product."""
     quant, lora_A = projection.quant, projection.lora_A
-    if quant is None or x.dtype not in _NAMES or quant.packed.device != x.device:
+    if quant is None or x.dtype not in NAMES or quant.packed.device != x.device:
         return False
     if x.shape[0] == 0 or 0 in quant.shape:
         return False
-    if x.dtype == torch.float32 and quant.shape[0] * quant.shape[1] > _MOST_IN_F32:
+    in_parts = x.dtype == torch.float32 and unit() == "tiles"
+    if in_parts and quant.shape[0] * quant.shape[1] > _MOST_IN_F32:
         return False
-    return lora_A is None or (lora_A.shape[0] > 0 and term_dtype(x, lora_A) in _NAMES)
+    return lora_A is None or (lora_A.shape[0] > 0 and term_dtype(x, lora_A) in NAMES)
 
 
-def _bias(projection: Projection) -> Tensor | None:
-    """Both biases together, in float32."""
-    bias, lora_bias = projection.bias, projection.lora_bias
-    total = None if bias is None else bias.float()
-    if lora_bias is not None and projection.lora_A is not None:
-        scaled = lora_bias.float() * projection.scaling
-        total = scaled if total is None else total + scaled
-    return total
-
-
-def _product(
-    out: Tensor,
-    rows: Tensor,
-    projection: Projection,
-    narrow: Tensor | None,
-    *,
-    bias: Tensor | None = None,
-    backward: bool = False,
-    accumulate: bool = False,
-) -> bool:
-    """``rows·Wᵀ + narrow·Bᵀ + bias``, or backward ``rows·W + narrow·A``, to ``out``.
-
-    False where the native product declines the values: ``out`` is then unspecified.
-    """
-    quant = projection.quant
-    assert quant is not None
-    term = None
-    if narrow is not None:
-        wide = projection.lora_A if backward else projection.lora_B
-        assert wide is not None
-        wide, narrow = wide.to(narrow.dtype).contiguous(), narrow.contiguous()
-        names = _NAMES[narrow.dtype]
-        term = (names, narrow.shape[1], narrow.data_ptr(), wide.data_ptr())
-    if bias is not None:
-        bias = bias.contiguous()
-    threads.share_with_torch()
-    return _native.cpu_product_at(
-        backward,
-        (rows.shape[0], quant.shape[0], quant.shape[1]),
-        _NAMES[rows.dtype],
-        rows.data_ptr(),
-        _weight(quant),
-        term,
-        0 if bias is None else bias.data_ptr(),
-        accumulate,
-        out.data_ptr(),
-    )
-
-
-def _weight(quant: Quant4bit) -> Any:
-    absmax, nested, code, offset = quant.absmax, quant.nested_absmax, quant.nested_code, 0.0
-    if quant.nested_offset is not None:
-        offset = quant.nested_offset.item()
+def _is_whole(x: Tensor, projection: Projection) -> bool:
+    """Whether the products of the rank are part of the native call."""
+    lora_A = projection.lora_A
     return (
-        (quant.packed.data_ptr(), quant.packed.numel() * quant.packed.element_size()),
-        (absmax.data_ptr(), absmax.numel()),
-        (
-            0 if nested is None else nested.data_ptr(),
-            0 if nested is None else nested.numel(),
-            0 if code is None else code.data_ptr(),
-            offset,
-            quant.nested_blocksize,
-        ),
-        (quant.quant_type, quant.blocksize, str(quant.dtype).removeprefix("torch.")),
+        lora_A is not None
+        and not projection.dropout_p
+        and unit() == "vectors"
+        and term_dtype(x, lora_A) == torch.float32
     )
+
+
+def _whole_forward(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
+    """y, and h in float32."""
+    y = x.new_empty(x.shape[0], projection.shape[0])
+    h = x.new_empty(x.shape[0], projection.rank, dtype=torch.float32)
+    whole(y, x, h, projection, [], bias=bias_of(projection))
+    return y, h
+
+
+def _whole_backward(
+    dx: Tensor | None,
+    grad: Tensor,
+    x: Tensor,
+    h: Tensor,
+    projection: Projection,
+    found: Grads,
+    need: Need,
+    i: int,
+    accumulate: bool,
+) -> None:
+    """Writes, or adds to, ``dx``, if there is one, and fills in the gradients of i's A and B."""
+    lora_A, lora_B = projection.lora_A, projection.lora_B
+    assert lora_A is not None
+    assert lora_B is not None
+    g = torch.empty_like(h)
+    outer = []
+    grad_A = grad_B = None
+    if need.lora_A[i]:
+        grad_A = h.new_empty(lora_A.shape)
+        outer.append((g.data_ptr(), x.data_ptr(), x.shape[1], grad_A.data_ptr(), False))
+    if need.lora_B[i]:
+        grad_B = h.new_empty(lora_B.shape)
+        outer.append((h.data_ptr(), grad.data_ptr(), grad.shape[1], grad_B.data_ptr(), True))
+    if dx is not None or outer:
+        whole(dx, grad, g, projection, outer, backward=True, accumulate=accumulate)
+    if grad_A is not None:
+        found.lora_A[i] = grad_A.to(lora_A.dtype)
+    if grad_B is not None:
+        found.lora_B[i] = grad_B.to(lora_B.dtype)
