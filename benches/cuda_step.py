@@ -3,7 +3,7 @@
 ``python benches/cuda_step.py --peers FOLDER`` writes results/cuda_step.{md,json}. The model has
 random weights, which it writes once and every contender loads in NF4 (double-quantised); LoRA
 r = 16 on all seven projections, bf16 autocast, AdamW. Each contender has a process of its own.
-``--profile`` writes where ferrotune's step spends its time, results/cuda_step_profile.md.
+``--profile`` also writes where a step's time goes, results/cuda_step_profile.{md,json}.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=12, help="of which four warm up")
     parser.add_argument("--name", default="cuda_step", help="name of the result files")
     parser.add_argument("--resume", action="store_true", help="keep the file's other figures")
-    parser.add_argument("--profile", action="store_true", help="write where the time goes instead")
+    parser.add_argument("--profile", action="store_true", help="write where the time goes, too")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -124,18 +124,24 @@ def compare(options: argparse.Namespace) -> int:
         record |= {name: earlier[name] for name in ("results", "planned_gib")}
     chosen = [CASES[int(number)] for number in options.cases.split(",")]
     passed = True
+    profiled = {"machine": record["machine"], "results": {}}
     for case in chosen:
         alone = case.memory and not case.checkpointing
         names = ["ferrotune"] if alone else options.contenders.split(",")
         found = {name: run(name, case, options) for name in names}
         kept = record["results"].setdefault(str(case), {})
+        profiled["results"][str(case)] = {
+            name: {"step_ms": one["step_ms"]}
+            | {part: one.pop(part) for part in ("shares", "rates") if part in one}
+            for name, one in found.items()
+            if one
+        }
         kept |= {name: one for name, one in found.items() if one}
         ours = found.get("ferrotune") or {}
         record["planned_gib"][str(case)] = ours.get("policy_gib") or planned_gib(case)
-        if not options.profile:
-            passed = write(options.name, record)
-    if options.profile:
-        write_profile(record)
+        passed = write(options.name, record)
+        if options.profile:
+            write_profile(profiled)
     return 0 if passed else 1
 
 
@@ -398,19 +404,19 @@ def train(model: Any, case: Case, options: argparse.Namespace) -> dict[str, Any]
         if i == 3:
             torch.cuda.reset_peak_memory_stats()
     seconds = statistics.median(times[4:])
-    planned = policy_gib(model, case)
-    shares = timeline.shares(timeline.recorded(step)) if options.profile else {}
-    return {
-        "shares": shares,
-        "rates": timeline.rates() if options.profile else (),
+    figures = {
         "step_ms": seconds * 1e3,
         "spread_ms": [min(times[4:]) * 1e3, max(times[4:]) * 1e3],
         "tokens_per_second": case.batch * case.length / seconds,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "policy_gib": planned,
+        "policy_gib": policy_gib(model, case),
         "losses": losses,
         "trained": sum(parameter.numel() for parameter in trained),
     }
+    if options.profile:
+        figures["shares"] = timeline.shares(timeline.recorded(step))
+        figures["rates"] = timeline.rates()
+    return figures
 
 
 if __name__ == "__main__":

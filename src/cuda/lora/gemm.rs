@@ -181,14 +181,13 @@ pub fn pays(device: &Device, m: u64, w: u64, depth: u64, down_rows: bool) -> boo
     const BYTES: f64 = 2.2e6; // a microsecond, of the term that cuBLAS accumulates onto
     const LAUNCH: f64 = 3.0; // microseconds
     let operations = (2 * m * w * depth) as f64;
-    let (ours, theirs) = match tuned::found(m, w, depth, down_rows) {
-        Some(one) => (f64::from(one.ours), f64::from(one.cublas)),
-        None => {
-            let clusters = u64::from(device.multiprocessors) / 2;
-            let waves = (m.div_ceil(TILE) * w.div_ceil(TILE)).div_ceil(clusters);
-            let tiled = (waves * clusters * 2 * TILE * TILE * depth) as f64;
-            (tiled / OURS, operations / CUBLAS)
-        }
+    let (ours, theirs) = if let Some(one) = tuned::found(m, w, depth, down_rows) {
+        (f64::from(one.ours), f64::from(one.cublas))
+    } else {
+        let clusters = u64::from(device.multiprocessors) / 2;
+        let waves = (m.div_ceil(TILE) * w.div_ceil(TILE)).div_ceil(clusters);
+        let tiled = (waves * clusters * 2 * TILE * TILE * depth) as f64;
+        (tiled / OURS, operations / CUBLAS)
     };
     ours < theirs + (2 * m * w) as f64 / BYTES + LAUNCH
 }
