@@ -175,7 +175,12 @@ def measure(model: Any, options: argparse.Namespace) -> dict[str, Any]:
         assert out.shape[1] == PROMPT + NEW
         tokens = out[0, PROMPT:].tolist()
     if options.profile:
-        cuda_step.profile(generate)
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+            generate()
+        for column in ("self_cuda_time_total", "self_cpu_time_total"):
+            print(found.key_averages().table(sort_by=column, row_limit=24))
     seconds = statistics.median(times)
     return {
         "tokens_per_second": NEW / seconds,

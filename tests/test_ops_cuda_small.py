@@ -49,6 +49,7 @@ def test_what_it_takes(native: Native) -> None:
         assert few(x.view(1, 3, K), one) == 1
     assert few(x.to(F16), projection(F16, F16)) == 1
     assert few(random(64, K), projection()) == 1
+    assert few(random(32, K), projection(r=0)) == 1
     biased = projection()._replace(bias=random(N), lora_bias=random(N, dtype=F32))
     assert few(x, biased) == 1
 
@@ -68,6 +69,7 @@ def test_what_it_does_not_take(native: Native) -> None:
     ):
         assert few(x, other) == 0
     assert few(random(65, K), one) == 0
+    assert few(random(33, K), projection(r=0)) == 0  # of a small weight
     assert few(random(0, K), one) == 0
     assert few(random(3, 48), projection(k=48)) == 0
     assert few(random(3 * K + 1)[1:].view(3, K), one) == 0

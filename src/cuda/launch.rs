@@ -86,18 +86,7 @@ impl Device {
                 programmaticStreamSerializationAllowed: 1,
             },
         };
-        let together = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
-            pad: [0; 4],
-            value: sys::CUlaunchAttributeValue {
-                clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
-                    x: cluster,
-                    y: 1,
-                    z: 1,
-                },
-            },
-        };
-        let mut attributes = [early, together];
+        let mut attributes = [early, together(cluster)];
         let config = sys::CUlaunchConfig {
             gridDimX: grid.blocks.0,
             gridDimY: grid.blocks.1,
@@ -122,5 +111,48 @@ impl Device {
         }
         .result()
         .map_err(during(name))
+    }
+
+    /// How many clusters of so many blocks of kernel `name` the device has room for at a time.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(super) fn clusters(&self, name: &str, grid: Grid, cluster: u32) -> Result<u32> {
+        let function = self.function(name)?;
+        let _context = self.enter()?;
+        let mut attributes = [together(cluster)];
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid.blocks.0,
+            gridDimY: grid.blocks.1,
+            gridDimZ: grid.blocks.2,
+            blockDimX: grid.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: grid.shared,
+            hStream: std::ptr::null_mut(),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: 1,
+        };
+        let mut found = 0;
+        // SAFETY: the driver reads the structures and writes the number.
+        unsafe { sys::cuOccupancyMaxActiveClusters(&raw mut found, function, &raw const config) }
+            .result()
+            .map_err(during(name))?;
+        Ok(u32::try_from(found).unwrap_or(0))
+    }
+}
+
+/// Each `cluster` blocks in a row run together.
+fn together(cluster: u32) -> sys::CUlaunchAttribute {
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+        pad: [0; 4],
+        value: sys::CUlaunchAttributeValue {
+            clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
+                x: cluster,
+                y: 1,
+                z: 1,
+            },
+        },
     }
 }

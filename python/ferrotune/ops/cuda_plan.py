@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from .. import _native
-from . import cuda_small
+from . import cuda, cuda_small
 from .cuda import NAMES, address
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _facts(projection: Projection) -> Hashable:
 
 
 def _plan(x: Tensor, projections: Sequence[Projection], use: str, small: str) -> Plan:
-    index = x.device.index
+    index, _ = cuda.prepared_stream(x)
     k = x.shape[-1]
     m = x.shape[:-1].numel()
     taken: list[Pass] = []

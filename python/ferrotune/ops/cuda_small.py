@@ -24,7 +24,11 @@ Division = tuple[int, int, int]  # as native calls take it
 
 _ALIGNMENT = 16  # bytes, of what the kernel loads at once
 _HALVES = (torch.float16, torch.bfloat16)
-_MOST_ROWS = 64  # of x: up to so many the kernel was the faster one wherever it was measured
+
+# Rows of x up to which the kernel was the faster one, beside dequantising and a dense product; the
+# second without an adapter, for which there are launches more, and of weights of fewer elements.
+_LARGE = 1 << 25
+_MOST_ROWS, _MOST_ROWS_OF_SMALL = 64, 32
 
 # (n, k) of weights for which it is up to another number; benches/cuda_small.py --tune prints it.
 CROSSOVERS: dict[tuple[int, int], int] = {}
@@ -42,7 +46,9 @@ def division(x: Tensor, m: int, projection: Projection, use: str) -> Division | 
     if quant.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         return None
     n, k = projection.shape
-    if use == "auto" and m > CROSSOVERS.get((n, k), _MOST_ROWS):
+    large = projection.lora_A is not None or n * k >= _LARGE
+    most = _MOST_ROWS if large else _MOST_ROWS_OF_SMALL
+    if use == "auto" and m > CROSSOVERS.get((n, k), most):
         return None
     planes = parts_of_adapter(x, projection)
     if planes == 0 or (x.data_ptr() | quant.packed.data_ptr()) % _ALIGNMENT:

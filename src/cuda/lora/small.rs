@@ -114,6 +114,16 @@ struct Placed {
     per_multiprocessor: u64,
 }
 
+impl Placed {
+    fn grid(&self) -> Grid {
+        Grid {
+            blocks: (self.blocks as u32, 1, 1),
+            threads: THREADS,
+            shared: self.shared as u32,
+        }
+    }
+}
+
 fn variant(m: u64) -> usize {
     TOKENS.iter().position(|&most| m <= most).unwrap_or(0)
 }
@@ -185,7 +195,7 @@ impl Sizes {
     }
 
     /// Clock cycles, roughly: only comparisons of divisions count.
-    fn cost(&self, device: &Device, division: Division, placed: &Placed) -> f64 {
+    fn cost(&self, device: &Device, kernel: &str, division: Division, placed: &Placed) -> f64 {
         const ISSUE: f64 = 530.0; // of a unit with few tokens
         const LATENCY: f64 = 1200.0; // of a unit, where few warps run
         const START: f64 = 2500.0;
@@ -204,7 +214,16 @@ impl Sizes {
             let ranks = ranks * (150.0 + 60.0 * tiles as f64) * self.planes as f64 * each * 2.0;
             start + work + ranks + rows * each
         };
-        let places = multiprocessors * placed.per_multiprocessor;
+        let places = if division.splits > 1 {
+            // Clusters are of one of the chip's groups of multiprocessors, which they may not fill.
+            let cluster = division.splits as u32;
+            match device.clusters(kernel, placed.grid(), cluster) {
+                Ok(clusters) if clusters > 0 => u64::from(clusters) * division.splits,
+                _ => return f64::INFINITY,
+            }
+        } else {
+            multiprocessors * placed.per_multiprocessor
+        };
         let (full, last) = (placed.blocks / places, placed.blocks % places);
         full as f64 * wave(places) + if last > 0 { wave(last) } else { 0.0 }
     }
@@ -215,6 +234,7 @@ pub fn division(device: &Device, sizes: &Sizes) -> Option<Division> {
     if !sizes.take() {
         return None;
     }
+    let kernel = KERNELS[1][1][variant(sizes.m)]; // all of so many tokens take the same
     let clusters = matches!(device.capability.0, 9 | 10);
     let splits = if clusters { 0..4 } else { 0..1 };
     let all = splits.flat_map(|splits| {
@@ -226,9 +246,14 @@ pub fn division(device: &Device, sizes: &Sizes) -> Option<Division> {
             })
         })
     });
-    all.filter_map(|one| Some((one, sizes.cost(device, one, &sizes.place(device, one)?))))
-        .min_by(|one, other| one.1.total_cmp(&other.1))
-        .map(|found| found.0)
+    all.filter_map(|one| {
+        Some((
+            one,
+            sizes.cost(device, kernel, one, &sizes.place(device, one)?),
+        ))
+    })
+    .min_by(|one, other| one.1.total_cmp(&other.1))
+    .map(|found| found.0)
 }
 
 const KERNELS: [[[&str; 4]; 2]; 2] = [
@@ -309,11 +334,7 @@ pub unsafe fn launch(
         stage_k: placed.stage_k as u32,
         reserved: 0,
     };
-    let grid = Grid {
-        blocks: (placed.blocks as u32, 1, 1),
-        threads: THREADS,
-        shared: placed.shared as u32,
-    };
+    let grid = placed.grid();
     let nested = usize::from(small.weight.nested.is_some());
     let kernel = KERNELS[nested][small.dtype as usize][variant(sizes.m)];
     let cluster = division.splits as u32;
