@@ -185,7 +185,7 @@ __device__ __forceinline__ void small_ranks(const LinearSmall& p, const unsigned
     const SmallToken<TILES> token_place(p.m, pitch);
     float sums[TILES][4] = {};
     if (!p.wide) {
-        constexpr int TOGETHER = TILES > 4 ? 2 : 4;  // under way before the first is used, as registers allow
+        constexpr int TOGETHER = 2;  // under way before the first is used, as registers allow
 #pragma unroll 1
         for (int start = 0; start < 4; start += TOGETHER) {
             uint4 raw[TOGETHER][2];
