@@ -40,7 +40,7 @@ COLUMNS = [
     "ferrotune", "ferrotune LoRA", "kernel", "kernel LoRA", "dequantise + GEMM",
     "dequantise + GEMM, LoRA", "bitsandbytes", "gemm_4bit", "PEFT + bitsandbytes",
 ]  # fmt: skip
-COPIED = 512 << 20
+COPIED = 256 << 20
 _BEYOND_L2 = 3  # sets of inputs, which rotate
 
 

@@ -167,7 +167,7 @@ def profile_of(case: Case, name: str, found: dict[str, Any]) -> str:
     operations, copied = found["rates"]
     work = timeline.floors(SHAPES[case.shape], case.layers, case.batch * case.length, case.length)
     least = {part: -one / operations if one < 0 else one / copied for part, one in work.items()}
-    whole = sum(spent for spent, _ in found["shares"].values())
+    whole = sum(one[0] for part, one in found["shares"].items() if part != timeline.COPIES)
     rows: list[list[object]] = []
     for part, (spent, kernels) in found["shares"].items():
         floor = f"{least.pop(part):.1f}" if part in least else ""

@@ -2,7 +2,8 @@
 
 Kernels that start before the one before them ends overlap, and their durations count time twice.
 Here the device's time line is divided: a kernel has what lies between the end of all before it, or
-its own start, and its own end; what lies before its start is idle.
+its own start, and its own end; what lies before its start is idle. Copies to and from the host run
+beside kernels: theirs is what they take, and no part of the time line.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+COPIES = "copies to and from the host, beside"
 FAMILIES = {
     "products of ours, with their LoRA terms": r"^gemm_n",
     "cuBLAS's products": r"nvjet|cublas|cutlass|gemm",
@@ -22,7 +24,7 @@ FAMILIES = {
     "RMSNorm": r"^rms_norm",
     "rotary positions": r"^rope",
     "cross-entropy": r"^(cross_entropy|scale_gradient)",
-    "copies to and from the host": r"HtoD|DtoH",
+    COPIES: r"HtoD|DtoH",
     "PyTorch's own: casts, sums, AdamW": r"",
 }
 
@@ -66,9 +68,12 @@ def shares(kernels: Sequence[Kernel]) -> dict[str, Share]:
 
     end = min(kernel.start for kernel in kernels)
     for kernel in sorted(kernels, key=lambda kernel: kernel.end):
+        family = next(name for name, like in FAMILIES.items() if re.search(like, kernel.name))
+        if family == COPIES:
+            add(family, kernel.end - kernel.start, 1)
+            continue
         add("idle", max(0.0, kernel.start - end), 0)
-        own = max(0.0, kernel.end - max(kernel.start, end))
-        add(next(name for name, like in FAMILIES.items() if re.search(like, kernel.name)), own, 1)
+        add(family, max(0.0, kernel.end - max(kernel.start, end)), 1)
         end = max(end, kernel.end)
     return found
 

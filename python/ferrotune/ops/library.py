@@ -148,8 +148,10 @@ def _group_backward_fake(
 
 def _need(flags: Sequence[bool], count: int) -> Need:
     """x, then by projection lora_A, lora_B, bias and lora_bias."""
-    columns = [tuple(flags[1 + i * count : 1 + (i + 1) * count]) for i in range(4)]
-    return Need(flags[0], *columns)
+    lora_A, lora_B, bias, lora_bias = (
+        tuple(flags[1 + i * count : 1 + (i + 1) * count]) for i in range(4)
+    )
+    return Need(flags[0], lora_A, lora_B, bias, lora_bias)
 
 
 def _group_setup(

@@ -133,10 +133,20 @@ class _GatedMlp(torch.autograd.Function):
 
 def _split(need: Need) -> tuple[Need, Need]:
     """What is asked for of gate and up, and of down: its input's gradient if anything before is."""
-    columns = (need.lora_A, need.lora_B, need.bias, need.lora_bias)
-    first = Need(need.x, *(column[:2] for column in columns), need.grads)
-    any_before = need.x or any(any(column[:2]) for column in columns)
-    return first, Need(any_before, *(column[2:] for column in columns), need.grads)
+
+    def part(which: slice, x: bool) -> Need:
+        return Need(
+            x,
+            need.lora_A[which],
+            need.lora_B[which],
+            need.bias[which],
+            need.lora_bias[which],
+            need.grads,
+        )
+
+    first = part(slice(2), need.x)
+    before = (first.lora_A, first.lora_B, first.bias, first.lora_bias)
+    return first, part(slice(2, None), need.x or any(map(any, before)))
 
 
 def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
