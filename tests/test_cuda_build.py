@@ -58,7 +58,7 @@ HOPPERS_OWN = ("90a", {"HGMMA", "UTMALDG"})
     ("file", "how"),
     [
         *[(file, MMA_SYNC) for file in ("lora_down", "lora_up", "lora_outer", "lora_down_outer")],
-        ("linear_small", ("90", {"HMMA", "LDGSTS"})),
+        ("linear_small_sm90a", ("90a", {"HMMA", "LDGSTS"})),
         *[(file, HOPPERS_OWN) for file in ("gemm_sm90a", "lora_down_sm90a", "lora_outer_sm90a")],
     ],
 )

@@ -15,6 +15,11 @@ from ferrotune.ops import cuda_lora, cuda_small
 from ferrotune.ops.types import Projection
 from lora_cases import Case, error, make, ours, run, truth
 
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
+    reason="the kernel is built for Hopper",
+)
+
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 TYPES = [(F16, F16), (F16, F32), (BF16, BF16), (BF16, F32)]  # of x, of the adapter
 IDS = [f"{str(x)[6:]}-adapter-{str(adapter)[6:]}" for x, adapter in TYPES]

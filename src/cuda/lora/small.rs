@@ -229,15 +229,13 @@ impl Sizes {
     }
 }
 
-/// How a product of these sizes is divided here; None where the kernel does not take it.
+/// How a product of these sizes is divided here; None where the kernel does not take it, and on any chip but Hopper.
 pub fn division(device: &Device, sizes: &Sizes) -> Option<Division> {
-    if !sizes.take() {
+    if device.capability != (9, 0) || !sizes.take() {
         return None;
     }
     let kernel = KERNELS[1][1][variant(sizes.m)]; // all of so many tokens take the same
-    let clusters = matches!(device.capability.0, 9 | 10);
-    let splits = if clusters { 0..4 } else { 0..1 };
-    let all = splits.flat_map(|splits| {
+    let all = (0..4).flat_map(|splits| {
         (0..4).flat_map(move |k_warps| {
             (1..=8).map(move |groups| Division {
                 splits: 1 << splits,
