@@ -128,7 +128,9 @@ def _facts(projection: Projection) -> Hashable:
 
 
 def _plan(x: Tensor, projections: Sequence[Projection], use: str, small: str) -> Plan:
-    index, _ = cuda.prepared_stream(x)
+    index = x.device.index
+    if x.is_cuda:
+        cuda.prepared_stream(x)  # the device is asked below
     k = x.shape[-1]
     m = x.shape[:-1].numel()
     taken: list[Pass] = []
