@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -90,15 +89,9 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any] | None:
     arguments += ["--rounds", str(options.rounds)]
     arguments += ["--peers", options.peers] if options.peers else []
     arguments += ["--profile"] if options.profile else []
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    *said, last = done.stdout.splitlines() or [""]
-    print("\n".join(said), flush=True)
-    try:
-        found: dict[str, Any] = json.loads(last)
-    except json.JSONDecodeError:
-        print(f"without {name}:\n{done.stdout[-500:]}{done.stderr[-1500:]}", flush=True)
-        return None
-    print(f"{name}: {found['tokens_per_second']:.1f} tokens/s", flush=True)
+    found = cuda_step.last_line(arguments, name)
+    if found is not None:
+        print(f"{name}: {found['tokens_per_second']:.1f} tokens/s", flush=True)
     return found
 
 

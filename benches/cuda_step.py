@@ -227,15 +227,22 @@ def run(name: str, case: Case, options: argparse.Namespace) -> dict[str, Any] | 
     arguments += ["--steps", str(options.steps)]
     arguments += ["--peers", options.peers] if options.peers else []
     arguments += ["--profile"] if options.profile else []
+    found = last_line(arguments, f"{case}: {name}")
+    if found is not None:
+        print(f"{case}: {name} {found['step_ms']:.1f} ms, {found['peak_gib']:.2f} GiB", flush=True)
+    return found
+
+
+def last_line(arguments: list[str], what: str) -> dict[str, Any] | None:
+    """The JSON that a process ends its output with, and shows the rest of; None if it failed."""
     done = subprocess.run(arguments, capture_output=True, text=True)
     *said, last = done.stdout.splitlines() or [""]
     print("\n".join(said), flush=True)
     try:
         found: dict[str, Any] = json.loads(last)
     except json.JSONDecodeError:
-        print(f"{case}: without {name}:\n{done.stdout[-500:]}{done.stderr[-1500:]}", flush=True)
+        print(f"without {what}:\n{done.stdout[-500:]}{done.stderr[-1500:]}", flush=True)
         return None
-    print(f"{case}: {name} {found['step_ms']:.1f} ms, {found['peak_gib']:.2f} GiB", flush=True)
     return found
 
 

@@ -1,7 +1,7 @@
 #include "linear_small.cuh"
 
 // linear_small[_nested]_{f16,bf16}_{8,16,32,64}: the most tokens; src/cuda/lora/small.rs knows the blocks a multiprocessor.
-// Nothing in it is Hopper's own, but there alone it was measured, and a wheel has a limit.
+// Older chips have no clusters; on newer ones it was not measured, and a wheel has a limit.
 #define LINEAR_SMALL(suffix, T, nested, tiles, blocks)                                \
     extern "C" __global__ void __launch_bounds__(256, blocks)                         \
         linear_small_##suffix(const __grid_constant__ ferrotune::LinearSmall p) {     \

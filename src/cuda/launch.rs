@@ -37,6 +37,26 @@ impl Grid {
             shared: 0,
         }
     }
+
+    /// As the driver takes it; it holds the address of the attributes.
+    fn config(
+        self,
+        stream: Stream,
+        attributes: &mut [sys::CUlaunchAttribute],
+    ) -> sys::CUlaunchConfig {
+        sys::CUlaunchConfig {
+            gridDimX: self.blocks.0,
+            gridDimY: self.blocks.1,
+            gridDimZ: self.blocks.2,
+            blockDimX: self.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: self.shared,
+            hStream: stream as sys::CUstream,
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
+        }
+    }
 }
 
 /// A kernel's one argument, a structure passed by value (`__grid_constant__`).
@@ -87,18 +107,8 @@ impl Device {
             },
         };
         let mut attributes = [early, together(cluster)];
-        let config = sys::CUlaunchConfig {
-            gridDimX: grid.blocks.0,
-            gridDimY: grid.blocks.1,
-            gridDimZ: grid.blocks.2,
-            blockDimX: grid.threads,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: grid.shared,
-            hStream: stream as sys::CUstream,
-            attrs: attributes.as_mut_ptr(),
-            numAttrs: u32::from(self.capability >= (9, 0)) + u32::from(cluster > 1),
-        };
+        let count = usize::from(self.capability >= (9, 0)) + usize::from(cluster > 1);
+        let config = grid.config(stream, &mut attributes[..count]);
         // SAFETY: the driver copies the structures before it returns and does not write to them; the rest is the
         // caller's promise.
         unsafe {
@@ -121,18 +131,7 @@ impl Device {
         let function = self.function(name)?;
         let _context = self.enter()?;
         let mut attributes = [together(cluster)];
-        let config = sys::CUlaunchConfig {
-            gridDimX: grid.blocks.0,
-            gridDimY: grid.blocks.1,
-            gridDimZ: grid.blocks.2,
-            blockDimX: grid.threads,
-            blockDimY: 1,
-            blockDimZ: 1,
-            sharedMemBytes: grid.shared,
-            hStream: std::ptr::null_mut(),
-            attrs: attributes.as_mut_ptr(),
-            numAttrs: 1,
-        };
+        let config = grid.config(0, &mut attributes);
         let mut found = 0;
         // SAFETY: the driver reads the structures and writes the number.
         unsafe { sys::cuOccupancyMaxActiveClusters(&raw mut found, function, &raw const config) }

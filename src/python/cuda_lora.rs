@@ -138,8 +138,8 @@ pub fn cuda_lora_max_columns(device: usize, planes: u64) -> Result<u64> {
     Ok(lora::max_columns(Device::get(device)?, planes))
 }
 
-/// Whether a base product [m, w] over `depth` of 16-bit types, W as `[depth, w]` or not, can carry its LoRA term on this device, and whether that
-/// is the faster way.
+/// Whether a base product [m, w] over `depth` of 16-bit types, W as `[depth, w]` with `down_rows`, can carry its LoRA term
+/// on this device, and whether that is the faster way.
 #[pyfunction]
 pub fn cuda_lora_carries(
     device: usize,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from .backend import Backend
     from .types import Grads
 
 __all__ = [
@@ -35,6 +36,19 @@ __all__ = [
 TRAINED = ("bias", "lora_A", "lora_B", "lora_bias")
 
 
+def _forward(
+    backend: Backend, x: Tensor, projections: Sequence[Projection], seed: Tensor | None
+) -> tuple[tuple[Tensor, ...], Any, Tensor, list[Tensor | None]]:
+    """``y`` of every projection; the plan; x as it is kept, and every H."""
+    laid_out = backend.laid_out(x)
+    plan = backend.plan(laid_out, projections)
+    with no_autocast(x):
+        ys, hs = backend.forward(laid_out, projections, seed, plan)
+    if x.dim() != ys[0].dim():
+        ys = [y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+    return tuple(ys), plan, laid_out, hs
+
+
 class _LoraGroup(torch.autograd.Function):
     """Takes the seed and the projections, and by itself every tensor that may get a gradient."""
 
@@ -44,16 +58,11 @@ class _LoraGroup(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         seed, projections = call
         backend = choose(x)
-        laid_out = backend.laid_out(x)
-        plan = backend.plan(laid_out, projections)
-        with no_autocast(x):
-            ys, hs = backend.forward(laid_out, projections, seed, plan)
+        ys, plan, laid_out, hs = _forward(backend, x, projections, seed)
         ctx.shape, ctx.backend, ctx.plan = x.shape, backend, plan
         ctx.save_for_backward(laid_out, seed, *hs, *kept(ctx, projections, given))
         ctx.set_materialize_grads(False)
-        if x.dim() == ys[0].dim():
-            return tuple(ys)
-        return tuple([y.view(*x.shape[:-1], y.shape[1]) for y in ys])
+        return ys
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -131,20 +140,8 @@ def apply(
     what those were cast from; autograd casts the gradients back.
     """
     if not torch.is_grad_enabled():  # no node: its making takes longer than a small product
-        return _values(x, projections, seed)
+        return _forward(choose(x), x, projections, seed)[0]
     return _LoraGroup.apply((seed, projections), x, *trained_tensors(given))  # type: ignore[no-any-return]
-
-
-def _values(
-    x: Tensor, projections: Sequence[Projection], seed: Tensor | None
-) -> tuple[Tensor, ...]:
-    backend = choose(x)
-    laid_out = backend.laid_out(x)
-    with no_autocast(x):
-        ys, _ = backend.forward(laid_out, projections, seed, backend.plan(laid_out, projections))
-    if x.dim() == ys[0].dim():
-        return tuple(ys)
-    return tuple([y.view(*x.shape[:-1], y.shape[1]) for y in ys])
 
 
 def trained_tensors(projections: Sequence[Projection]) -> list[Tensor | None]:
