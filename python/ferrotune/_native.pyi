@@ -247,6 +247,7 @@ def cpu_product_at(
 
 # In vectors: the term's [m, r] is written, and sums over rows are computed beside it.
 def cpu_lora_at(
+    unit: str,  # not "tiles"
     backward: bool,
     sizes: tuple[int, int, int],
     dtype: str,

@@ -1,14 +1,16 @@
 //! What of a LoRA term is computed beside a product in f32 vectors: its sums over the wide sides, as thin as the rank.
 
 use super::blocks::{Buffer, Direction, Product};
-use super::micro::{COLUMNS, HEIGHT, multiply};
+use super::micro::{COLUMNS, HEIGHT, Loop, Sides, Sums, WORDS};
+use super::outer::Outer;
 use super::panels::{Right, STRIDE};
 use super::tiles::{Dense, Source};
-use super::vectors::{INNER, PANEL, Part};
+use super::vectors::{PANEL, Part};
 use crate::parallel;
 
-/// As [`INNER`], of the sums that are as thin as the rank: there are few of them, and the term multiplies their errors.
-const THIN: usize = 32;
+/// Terms that are added up in registers of the sums that are as thin as the rank: there are few of them, and the term
+/// multiplies their errors.
+pub const THIN: usize = 32;
 
 /// What of a LoRA term is computed beside a product, all in f32: it needs a product with a term, whose `left` it makes.
 pub struct Adapter<'a> {
@@ -22,25 +24,11 @@ pub struct Adapter<'a> {
 
 // SAFETY: tasks write to parts of what the pointers are to that do not overlap.
 unsafe impl Sync for Adapter<'_> {}
-// SAFETY: as above.
-unsafe impl Sync for Outer<'_> {}
-
-/// A sum over the rows: `leftᵀ·right`.
-pub struct Outer<'a> {
-    /// `[m, r]`; it may be the adapter's `narrow`.
-    pub left: *const f32,
-    /// `[m, columns]`.
-    pub right: Dense<'a>,
-    pub columns: usize,
-    /// `[r, columns]`, or `[columns, r]` with `across`.
-    pub out: *mut f32,
-    pub across: bool,
-}
-
-/// An adapter, with `by` packed: blocks of [`INNER`] inner elements behind each other.
+/// An adapter, with `by` packed: blocks of [`WORDS`] inner elements behind each other.
 pub struct Down<'a> {
     adapter: &'a Adapter<'a>,
     rank: usize,
+    with: Loop,
     packed: Buffer,
 }
 
@@ -50,7 +38,8 @@ impl<'a> Down<'a> {
         rank.div_ceil(COLUMNS) * STRIDE
     }
 
-    pub fn new(product: &Product<'_>, adapter: &'a Adapter<'a>) -> Self {
+    /// `with`: the base's loop.
+    pub fn new(product: &Product<'_>, adapter: &'a Adapter<'a>, with: Loop) -> Self {
         let (inner, rank) = (product.inner(), product.rank());
         let right = Right {
             source: Source::Dense(Dense::F32(adapter.by)),
@@ -58,29 +47,37 @@ impl<'a> Down<'a> {
             inner,
             columns: rank,
             narrow: false,
+            wide: with != Loop::Narrow,
         };
-        let packed = Buffer::floats(inner.div_ceil(INNER) * Self::block(rank));
-        parallel::for_each((0..inner).step_by(INNER), |from| {
+        let packed = Buffer::floats(inner.div_ceil(WORDS) * Self::block(rank));
+        parallel::for_each((0..inner).step_by(WORDS), |from| {
             let lines = Buffer::floats(Right::LINES);
-            let to = packed.float(from / INNER * Self::block(rank));
+            let to = packed.float(from / WORDS * Self::block(rank));
+            let len = WORDS.min(inner - from);
             for panel in (0..rank).step_by(PANEL) {
                 let until = rank.min(panel + PANEL);
                 // SAFETY: the CPU has the features; the buffers are as large as this needs, and blocks do not overlap.
                 unsafe {
                     let to = to.add(panel / COLUMNS * STRIDE);
-                    right.pack(
-                        from,
-                        INNER.min(inner - from),
-                        panel..until,
-                        to,
-                        lines.float(0),
-                    );
+                    right.pack(from, len, panel..until, to, lines.float(0));
+                    if !len.is_multiple_of(2) {
+                        // The other row of the last pair.
+                        for column in 0..(until - panel).div_ceil(COLUMNS) {
+                            let row = to.add(column * STRIDE + len * COLUMNS);
+                            std::slice::from_raw_parts_mut(row, COLUMNS).fill(0.0);
+                        }
+                    }
                 }
             }
         });
+        let with = match with {
+            Loop::Pairs => Loop::Widened,
+            floats => floats,
+        };
         Self {
             adapter,
             rank,
+            with,
             packed,
         }
     }
@@ -100,12 +97,24 @@ impl<'a> Down<'a> {
         let sums = sums.float(0);
         // SAFETY: the caller's; the buffers are as large as the layouts need.
         unsafe {
-            for (from, len) in part.blocks() {
-                let left = part.strip(at, from, len);
-                let right = self.packed.float(from / INNER * Self::block(self.rank));
-                for column in (0..wide).step_by(COLUMNS) {
-                    let right = right.add(column / COLUMNS * STRIDE);
-                    thin(left, right, len, sums.add(column), wide, from > 0);
+            for (block, whole) in part.blocks() {
+                for from in (block..block + whole).step_by(WORDS) {
+                    let packed = from / WORDS * Self::block(self.rank);
+                    for column in (0..wide).step_by(COLUMNS) {
+                        let sides = Sides {
+                            left: part
+                                .strip(at, block)
+                                .add((from - block) / of_a_word(self.with)),
+                            right: self.packed.float(packed + column / COLUMNS * STRIDE),
+                            words: WORDS.min(block + whole - from),
+                        };
+                        let sums = Sums {
+                            to: sums.add(column),
+                            stride: wide,
+                            add: from > 0,
+                        };
+                        thin(self.with, &sides, sums, 1);
+                    }
                 }
             }
             let start = self.adapter.narrow.add(rows.start * self.rank);
@@ -121,87 +130,31 @@ impl<'a> Down<'a> {
     }
 }
 
-impl Outer<'_> {
-    /// Adds the sums over `rows`, or, of the first rows, writes them.
-    ///
-    /// # Safety
-    /// As [`Product::run_with`]; the columns `panel` of the output, at most [`PANEL`], are no one else's.
-    pub unsafe fn add(
-        &self,
-        rows: std::ops::Range<usize>,
-        panel: std::ops::Range<usize>,
-        rank: usize,
-    ) {
-        let wide = panel.len().next_multiple_of(COLUMNS);
-        let high = rank.next_multiple_of(HEIGHT);
-        let (left, right) = (
-            Buffer::floats(high * INNER),
-            Buffer::floats(wide / COLUMNS * STRIDE),
-        );
-        let (sums, lines) = (Buffer::floats(high * wide), Buffer::floats(Right::LINES));
-        let (left, right) = (left.float(0), right.float(0));
-        let sums = sums.float(0);
-        let side = Right {
-            source: Source::Dense(self.right),
-            transposed: false,
-            inner: rows.end,
-            columns: self.columns,
-            narrow: false,
-        };
-        // SAFETY: the caller's; the buffers are as large as the layouts need.
+/// One strip by `panels`, [`THIN`] terms at a time; `sides` has as many words as terms.
+///
+/// # Safety
+/// As [`Loop::multiply`].
+pub unsafe fn thin(with: Loop, sides: &Sides, sums: Sums, panels: usize) {
+    let of_a_word = of_a_word(with);
+    for from in (0..sides.words).step_by(THIN) {
+        let len = THIN.min(sides.words - from);
+        // SAFETY: the caller's.
         unsafe {
-            for from in rows.clone().step_by(INNER) {
-                let len = INNER.min(rows.end - from);
-                side.pack(from, len, panel.clone(), right, lines.float(0));
-                let narrow = std::slice::from_raw_parts(self.left.add(from * rank), len * rank);
-                for row in (0..high).step_by(HEIGHT) {
-                    let left = left.add(row * len);
-                    for (l, narrow) in narrow.chunks_exact(rank).enumerate() {
-                        for i in 0..HEIGHT {
-                            *left.add(l * HEIGHT + i) = narrow.get(row + i).copied().unwrap_or(0.0);
-                        }
-                    }
-                    for column in (0..wide).step_by(COLUMNS) {
-                        let right = right.add(column / COLUMNS * STRIDE);
-                        let sums = sums.add(row * wide + column);
-                        thin(left, right, len, sums, wide, from > rows.start);
-                    }
-                }
-            }
-            for row in 0..rank {
-                for column in 0..panel.len() {
-                    let at = panel.start + column;
-                    let to = self.out.add(if self.across {
-                        at * rank + row
-                    } else {
-                        row * self.columns + at
-                    });
-                    let found = *sums.add(row * wide + column);
-                    *to = if rows.start > 0 { *to + found } else { found };
-                }
-            }
+            let sides = Sides {
+                left: sides.left.add(from / of_a_word),
+                right: sides.right.add(COLUMNS * from),
+                words: len.div_ceil(of_a_word),
+                ..*sides
+            };
+            let add = sums.add || from > 0;
+            with.multiply(&sides, Sums { add, ..sums }, 1, panels);
         }
     }
 }
 
-/// [`multiply`], [`THIN`] terms at a time.
-///
-/// # Safety
-/// As there.
-unsafe fn thin(
-    left: *const f32,
-    right: *const f32,
-    inner: usize,
-    sums: *mut f32,
-    stride: usize,
-    add: bool,
-) {
-    for from in (0..inner).step_by(THIN) {
-        let len = THIN.min(inner - from);
-        // SAFETY: the caller's.
-        unsafe {
-            let (left, right) = (left.add(HEIGHT * from), right.add(COLUMNS * from));
-            multiply(left, right, len, sums, stride, add || from > 0);
-        }
+fn of_a_word(with: Loop) -> usize {
+    match with {
+        Loop::Widened => 2,
+        _ => 1,
     }
 }

@@ -116,8 +116,8 @@ impl Product<'_> {
         unsafe {
             match unit {
                 Unit::Tiles => self.run_in_tiles(out),
-                Unit::Vectors => {
-                    vectors::run(self, None, Some(out));
+                Unit::Wide | Unit::Vectors => {
+                    vectors::run(self, unit, None, Some(out));
                     true
                 }
             }

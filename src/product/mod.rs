@@ -1,4 +1,4 @@
-//! Matrix products with 4-bit weights, f32 and bf16: on the processor's tile unit (AMX), or in f32 vectors ([`vectors`]).
+//! Matrix products with 4-bit weights, f32 and bf16: on the processor's tile unit (AMX), or in vectors ([`vectors`]).
 //!
 //! In tiles the weight is dequantised panel by panel, straight into tiles that stay in a core's cache, and never lies in
 //! memory whole. Of f32 operands every value is the exact sum of three bf16 ([`parts`]); the six largest of the nine
@@ -11,6 +11,7 @@ mod amx;
 mod blocks;
 mod decode;
 mod micro;
+mod outer;
 mod output;
 mod panels;
 mod parts;
@@ -22,8 +23,9 @@ mod weight;
 mod tests;
 
 pub use {
-    adapter::{Adapter, Outer},
+    adapter::Adapter,
     blocks::{Direction, Product, Term},
+    outer::Outer,
     output::Output,
     tiles::Dense,
     weight::{FourBit, Scales},
@@ -34,6 +36,8 @@ pub use {
 pub enum Unit {
     /// AMX.
     Tiles,
+    /// AVX-512.
+    Wide,
     /// AVX2.
     Vectors,
 }
@@ -42,15 +46,19 @@ impl Unit {
     pub const fn name(self) -> &'static str {
         match self {
             Self::Tiles => "tiles",
+            Self::Wide => "wide",
             Self::Vectors => "vectors",
         }
     }
 
     /// The units of this CPU and system, the fastest first.
     pub fn available() -> impl Iterator<Item = Self> {
-        let tiles = amx::available().then_some(Self::Tiles);
-        tiles
-            .into_iter()
-            .chain(vectors::available().then_some(Self::Vectors))
+        [
+            (Self::Tiles, amx::available()),
+            (Self::Wide, vectors::wide_available()),
+            (Self::Vectors, vectors::available()),
+        ]
+        .into_iter()
+        .filter_map(|(unit, available)| available.then_some(unit))
     }
 }

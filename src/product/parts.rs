@@ -73,11 +73,13 @@ pub fn transpose(rows: &[__m512i; 16]) -> [__m512i; 16] {
     let mut a = *rows;
     let mut b = *rows;
     // Within 128 bits: words of pairs of rows, then of quadruples.
-    for i in (0..16).step_by(2) {
+    for i in 0..8 {
+        let i = 2 * i;
         b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
         b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
     }
-    for i in (0..16).step_by(4) {
+    for i in 0..4 {
+        let i = 4 * i;
         a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
         a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
         a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
@@ -95,4 +97,25 @@ pub fn transpose(rows: &[__m512i; 16]) -> [__m512i; 16] {
         b[12 + c] = _mm512_shuffle_i32x4::<0xdd>(odd, odd2);
     }
     b
+}
+
+/// The transpose of 16 words of each of 16 rows, `stride` words apart, to 16 vectors behind each other, which may be
+/// where the rows are.
+///
+/// # Safety
+/// The CPU has the features; both are readable or writable.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+pub unsafe fn transpose_words(from: *const u32, stride: usize, to: *mut u32) {
+    let mut rows = [_mm512_setzero_si512(); 16];
+    // SAFETY: the caller's.
+    unsafe {
+        for (i, row) in rows.iter_mut().enumerate() {
+            *row = _mm512_loadu_si512(from.add(i * stride).cast());
+        }
+        let rows = transpose(&rows);
+        for (i, row) in rows.iter().enumerate() {
+            _mm512_storeu_si512(to.add(16 * i).cast(), *row);
+        }
+    }
 }

@@ -8,7 +8,7 @@
 use std::arch::x86_64::*;
 
 use super::amx::TILE_BYTES;
-use super::parts::{Planes, parts_of, transpose};
+use super::parts::{Planes, parts_of, transpose_words};
 use super::weight::{FourBit, Target};
 
 /// A dense matrix, row-major without gaps.
@@ -30,6 +30,24 @@ impl Dense<'_> {
 pub enum Source<'a> {
     Dense(Dense<'a>),
     FourBit(&'a FourBit<'a>),
+}
+
+/// Rows of a 4-bit weight that are on their way from memory while one is decoded: pieces of rows are too short for the
+/// processor to see where the next one lies.
+pub const AHEAD: usize = 8;
+
+impl Source<'_> {
+    /// Asks for the bytes of elements `start..start + len` of a weight, which may lie beyond its end.
+    #[inline]
+    pub fn fetch(&self, start: usize, len: usize) {
+        if let Self::FourBit(weight) = self {
+            let bytes = weight.packed.as_ptr().wrapping_add(start / 2);
+            for line in (0..len / 2 + 63).step_by(64) {
+                // SAFETY: a prefetch of any address does nothing else.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.wrapping_add(line).cast()) };
+            }
+        }
+    }
 }
 
 /// A matrix of `rows` by `columns` to be laid out.
@@ -121,6 +139,8 @@ impl Operand<'_> {
         // SAFETY: the caller's.
         unsafe {
             for i in 0..16 {
+                self.source
+                    .fetch((row + i + AHEAD) * self.columns + from, len);
                 if let Source::FourBit(weight) = self.source
                     && row + i < self.rows
                     && len.is_multiple_of(32)
@@ -148,12 +168,8 @@ impl Operand<'_> {
             }
             if right {
                 for tile in 0..steps * self.planes.count() {
-                    #[expect(clippy::cast_ptr_alignment, reason = "tiles start on 64 bytes")]
-                    let at = out.add(tile * TILE_BYTES).cast::<__m512i>();
-                    let rows = std::array::from_fn(|i| _mm512_load_si512(at.add(i)));
-                    for (i, row) in transpose(&rows).into_iter().enumerate() {
-                        _mm512_store_si512(at.add(i), row);
-                    }
+                    let at = out.add(tile * TILE_BYTES).cast::<u32>();
+                    transpose_words(at, 16, at);
                 }
             }
         }
@@ -187,6 +203,10 @@ impl Operand<'_> {
             let high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
             for i in 0..len.div_ceil(32) * 16 {
                 let first = out.add(i / 16 * self.step_bytes() + i % 16 * 64);
+                for half in 0..2 {
+                    let row = from + 2 * i + half + AHEAD;
+                    self.source.fetch(row * self.columns + column, valid);
+                }
                 if let Source::FourBit(weight) = self.source
                     && 2 * i + 1 < len
                     && valid == width

@@ -1,15 +1,18 @@
-//! The product in f32 vectors (AVX2 with FMA), for CPUs without wider units.
+//! The product in vectors, of 256 bits (AVX2 with FMA) or of 512 (AVX-512), for CPUs without a tile unit.
 //!
 //! The activations lie packed, [`ROWS`] of them at a time; the weight is dequantised panel by panel, straight into the
-//! order in which the inner loop reads it, and never lies in memory whole. Sums are in f32: of each [`INNER`] terms by
-//! fused multiply-adds, and of those sums. It is exact for what f32 itself is, infinities and NaN included.
+//! order in which the inner loop reads it, and never lies in memory whole. Sums are in f32: of blocks of terms by fused
+//! multiply-adds, and of those sums. It is exact for what f32 itself is, infinities and NaN included; but where the CPU
+//! multiplies pairs of bf16 it takes subnormal ones for zeros.
 
+use super::Unit;
 use super::adapter::{Adapter, Down};
 use super::blocks::{Buffer, Direction, Product};
-use super::micro::{COLUMNS, HEIGHT, multiply};
+use super::micro::{COLUMNS, HEIGHT, Loop, PITCH, Sides, Sums, WORDS};
 use super::output::Output;
-use super::panels::{Left, Right, STRIDE, narrow, widen};
-use super::tiles::{Dense, Source};
+use super::panels::{Left, Right, STRIDE, narrow, narrow_wide, widen};
+use super::parts::Planes;
+use super::tiles::{Dense, Operand, Source};
 use crate::parallel;
 
 /// Rows of the activations that lie packed at a time, at most.
@@ -18,41 +21,104 @@ const ROWS: usize = 512;
 /// Rows that one panel of the weight meets in a row: their packed values stay in a core's cache.
 const SWEEP: usize = 20 * HEIGHT;
 
-/// Terms of a sum that are added up in registers.
-pub const INNER: usize = 192;
-
 /// Columns of the output that a task takes, at most.
 pub const PANEL: usize = 16 * COLUMNS;
 
-/// Whether this CPU has what the loops are written for.
+/// Whether this CPU has what the loops of 256 bits are written for.
 pub fn available() -> bool {
     is_x86_feature_detected!("avx2")
         && is_x86_feature_detected!("fma")
         && is_x86_feature_detected!("f16c")
 }
 
-/// The activations' and the weight's side of a sum. Of the activations, blocks of [`INNER`] inner elements lie packed
-/// behind each other, in each of them strips of [`HEIGHT`] rows.
+/// Whether it has vectors of 512 bits, too.
+pub fn wide_available() -> bool {
+    available() && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw")
+}
+
+fn pairs_available() -> bool {
+    is_x86_feature_detected!("avx512bf16")
+        && is_x86_feature_detected!("avx512vbmi")
+        && is_x86_feature_detected!("avx512vl")
+}
+
+/// The weight's side of a sum.
+enum Weight<'a> {
+    Floats(Right<'a>),
+    /// Read as pairs of bf16; with `true` `[columns, inner]` lies in memory.
+    Pairs(Operand<'a>, bool),
+}
+
+/// The activations' and the weight's side of a sum. Of the activations, blocks of inner elements lie packed behind each
+/// other, in each of them all rows, [`PITCH`] apart.
 pub struct Part<'a> {
+    pub with: Loop,
     left: Left<'a>,
-    right: Right<'a>,
+    right: Weight<'a>,
     packed: Buffer,
     /// Rows that lie packed.
     high: usize,
 }
 
 impl Part<'_> {
-    /// Inner elements `from..from + len`, a block, of the strip from the packed row `row` on.
-    pub fn strip(&self, row: usize, from: usize, len: usize) -> *mut f32 {
-        self.packed.float(self.high * from + row * len)
+    /// Of `len` inner elements: pairs fill steps of 32.
+    const fn words(&self, len: usize) -> usize {
+        match self.with {
+            Loop::Pairs => len.next_multiple_of(32) / 2,
+            _ => len,
+        }
+    }
+
+    /// The block of inner elements from `from` on, from the packed row `row` on.
+    pub fn strip(&self, row: usize, from: usize) -> *mut f32 {
+        let block = from / block_of(self.with);
+        self.packed.float((block * self.high + row) * PITCH)
     }
 
     /// The starts of blocks and their lengths.
     pub fn blocks(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
-        let inner = self.left.inner;
+        let (inner, block) = (self.left.inner, block_of(self.with));
         (0..inner)
-            .step_by(INNER)
-            .map(move |from| (from, INNER.min(inner - from)))
+            .step_by(block)
+            .map(move |from| (from, block.min(inner - from)))
+    }
+
+    /// Packs a block of the columns `panel`, [`COLUMNS`] of them at a time, [`STRIDE`] apart.
+    ///
+    /// # Safety
+    /// As [`Right::pack`]; `out` has room for a panel's width rounded up to 32.
+    unsafe fn pack(
+        &self,
+        from: usize,
+        len: usize,
+        panel: std::ops::Range<usize>,
+        out: *mut f32,
+        lines: *mut f32,
+    ) {
+        // SAFETY: the caller's; pairs are where the CPU has what they need.
+        unsafe {
+            match &self.right {
+                Weight::Floats(right) => right.pack(from, len, panel, out, lines),
+                Weight::Pairs(weight, true) => {
+                    for column in panel.clone().step_by(COLUMNS) {
+                        let out = out.add((column - panel.start) / COLUMNS * STRIDE);
+                        weight.along_rows(column, from, len, true, out.cast(), lines.cast());
+                    }
+                }
+                Weight::Pairs(weight, false) => {
+                    let (start, count, lines) = (panel.start, panel.len(), lines.cast());
+                    weight.across_rows(from, len, start, count, out.cast(), 4 * STRIDE, lines);
+                }
+            }
+        }
+    }
+}
+
+/// Inner elements of a block; the last one may have fewer.
+const fn block_of(with: Loop) -> usize {
+    match with {
+        Loop::Pairs => 2 * WORDS,
+        _ => WORDS,
     }
 }
 
@@ -60,34 +126,47 @@ impl Product<'_> {
     /// Writes the product to `out`, if that is asked for, in vectors, and what the adapter asks for.
     ///
     /// # Safety
-    /// [`Unit::Vectors`] is available; `out` and what the adapter writes to have their elements, which nothing else
-    /// uses, and what it reads has its own.
+    /// `unit` is available and one of vectors; `out` and what the adapter writes to have their elements, which nothing
+    /// else uses, and what it reads has its own.
     ///
     /// # Panics
     /// If sizes do not fit.
-    pub unsafe fn run_with(&self, adapter: &Adapter<'_>, out: Option<Output>) {
+    pub unsafe fn run_with(&self, unit: Unit, adapter: &Adapter<'_>, out: Option<Output>) {
         assert!(adapter.by.len() == self.inner() * self.rank(), "by");
         assert!(
             self.bias.is_none_or(|bias| bias.len() == self.columns()),
             "bias"
         );
         // SAFETY: the caller's.
-        unsafe { run(self, Some(adapter), out) };
+        unsafe { run(self, unit, Some(adapter), out) };
     }
 }
 
 /// # Safety
-/// As [`Product::run`], with [`available`]; what `adapter` has addresses of has the elements, and nothing else uses what
+/// As [`Product::run`], with a unit of vectors; what `adapter` has addresses of has the elements, and nothing else uses what
 /// it writes.
-pub unsafe fn run(product: &Product<'_>, adapter: Option<&Adapter<'_>>, out: Option<Output>) {
+pub unsafe fn run(
+    product: &Product<'_>,
+    unit: Unit,
+    adapter: Option<&Adapter<'_>>,
+    out: Option<Output>,
+) {
     let m = product.m;
+    let floats = match unit {
+        Unit::Wide => Loop::Wide,
+        _ => Loop::Narrow,
+    };
+    let with = match floats {
+        Loop::Wide if product.input.is_bf16() && pairs_available() => Loop::Pairs,
+        _ => floats,
+    };
     let columns = if out.is_some() { product.columns() } else { 0 };
     let high = m.div_ceil(m.div_ceil(ROWS).max(1)).max(1);
     let width = panel_width(columns);
-    let down = adapter.map(|adapter| Down::new(product, adapter));
+    let down = adapter.map(|adapter| Down::new(product, adapter, with));
     for first in (0..m).step_by(high) {
         let rows = first..m.min(first + high);
-        let parts = parts(product, down.as_ref(), &rows);
+        let parts = parts(product, down.as_ref(), &rows, with, floats);
         let panels = (0..columns).step_by(width).map(|column| (None, column));
         let outer = adapter.iter().flat_map(|adapter| &adapter.outer);
         let outer = outer.flat_map(|one| {
@@ -101,7 +180,7 @@ pub unsafe fn run(product: &Product<'_>, adapter: Option<&Adapter<'_>>, out: Opt
             unsafe {
                 if let Some(outer) = outer {
                     let panel = column..outer.columns.min(column + PANEL);
-                    outer.add(rows.clone(), panel, product.rank());
+                    outer.add(rows.clone(), panel, product.rank(), floats);
                 } else if let Some(out) = out {
                     let panel = column..columns.min(column + width);
                     block(product, &parts, rows.clone(), panel, out);
@@ -111,33 +190,50 @@ pub unsafe fn run(product: &Product<'_>, adapter: Option<&Adapter<'_>>, out: Opt
     }
 }
 
+/// The base's, with the loop `with`, and the term's, of f32.
 fn parts<'a>(
     product: &'a Product<'_>,
     down: Option<&Down<'_>>,
     rows: &std::ops::Range<usize>,
+    with: Loop,
+    floats: Loop,
 ) -> Vec<Part<'a>> {
     let forward = product.direction == Direction::Forward;
     let base = (
+        with,
         product.input,
         Source::FourBit(&product.weight),
         product.inner(),
     );
     let term = product
         .term
-        .map(|term| (term.left, Source::Dense(term.right), term.r));
+        .map(|term| (floats, term.left, Source::Dense(term.right), term.r));
     let parts = std::iter::once(base).chain(term);
     let high = rows.len().next_multiple_of(HEIGHT);
     let parts: Vec<_> = parts
-        .map(|(values, source, inner)| Part {
+        .map(|(with, values, source, inner)| Part {
+            with,
             left: Left { values, inner },
-            right: Right {
-                source,
-                transposed: forward,
-                inner,
-                columns: product.columns(),
-                narrow: product.input.is_bf16(),
+            right: match with {
+                Loop::Pairs => {
+                    let operand = Operand {
+                        source,
+                        rows: product.n,
+                        columns: product.k,
+                        planes: Planes::One,
+                    };
+                    Weight::Pairs(operand, forward)
+                }
+                _ => Weight::Floats(Right {
+                    source,
+                    transposed: forward,
+                    inner,
+                    columns: product.columns(),
+                    narrow: product.input.is_bf16(),
+                    wide: with == Loop::Wide,
+                }),
             },
-            packed: Buffer::floats(high * inner),
+            packed: Buffer::floats(inner.div_ceil(block_of(with)) * high * PITCH),
             high,
         })
         .collect();
@@ -156,7 +252,11 @@ fn parts<'a>(
                     None => (&part.left, strip.clone()),
                 };
                 for (from, len) in part.blocks() {
-                    left.pack(strip.clone(), from, len, part.strip(at, from, len));
+                    let out = part.strip(at, from);
+                    match part.with {
+                        Loop::Pairs => left.pack_pairs(strip.clone(), from, len, out),
+                        _ => left.pack(strip.clone(), from, len, out),
+                    }
                 }
             }
         }
@@ -176,51 +276,50 @@ unsafe fn block(
     let columns = product.columns();
     let wide = panel.len().next_multiple_of(COLUMNS);
     let start = rows.start * columns + panel.start;
-    // Sums of a 16-bit output lie beside it until they are whole.
-    let own = match out {
-        Output::F32(_) => None,
-        Output::Bf16(_) => Some(Buffer::floats(rows.len() * wide)),
-    };
+    // Sums lie beside the output until they are whole: its rows may be apart by what the cache takes for one place.
+    let own = Buffer::floats(rows.len() * wide);
     // SAFETY: the caller's; buffers are as large as the layouts need.
     unsafe {
-        let (sums, stride) = match (out, &own) {
-            (_, Some(own)) => (own.float(0), wide),
-            (Output::F32(out), None) => (out.add(start), columns),
-            (Output::Bf16(_), None) => unreachable!(),
-        };
-        let begun = begin(product, &rows, &panel, out, sums, stride);
-        let mut add = begun;
-        let moving = Buffer::floats(wide / COLUMNS * STRIDE);
+        let (sums, stride) = (own.float(0), wide);
+        let mut add = begin(product, &rows, &panel, out, sums, stride);
+        let moving = Buffer::floats(panel.len().next_multiple_of(32) / COLUMNS * STRIDE);
         let lines = Buffer::floats(Right::LINES);
         for part in parts {
+            let most = part.with.most();
             for (from, len) in part.blocks() {
                 let right = moving.float(0);
-                part.right
-                    .pack(from, len, panel.clone(), right, lines.float(0));
+                part.pack(from, len, panel.clone(), right, lines.float(0));
                 for sweep in (0..rows.len()).step_by(SWEEP) {
                     let until = rows.len().min(sweep + SWEEP);
-                    for column in (0..panel.len()).step_by(COLUMNS) {
-                        let right = right.add(column / COLUMNS * STRIDE);
-                        let size = COLUMNS.min(panel.len() - column);
-                        for row in (sweep..until).step_by(HEIGHT) {
-                            let left = part.strip(row, from, len);
-                            let height = HEIGHT.min(rows.len() - row);
-                            let at = sums.add(row * stride + column);
-                            if (height, size) == (HEIGHT, COLUMNS) {
-                                multiply(left, right, len, at, stride, add);
-                            } else {
-                                edge(left, right, len, at, stride, add, height, size);
-                            }
+                    for column in (0..panel.len()).step_by(most * COLUMNS) {
+                        let size = panel.len() - column;
+                        for row in (sweep..until).step_by(most * HEIGHT) {
+                            let sides = Sides {
+                                left: part.strip(row, from),
+                                right: right.add(column / COLUMNS * STRIDE),
+                                words: part.words(len),
+                            };
+                            let to = sums.add(row * stride + column);
+                            let height = (until - row).min(most * HEIGHT);
+                            let size = size.min(most * COLUMNS);
+                            let sums = Sums { to, stride, add };
+                            part.with.block(&sides, sums, height, size);
                         }
                     }
                 }
                 add = true;
             }
         }
-        if let (Output::Bf16(out), Some(_)) = (out, &own) {
-            for row in 0..rows.len() {
-                let sums = std::slice::from_raw_parts(sums.add(row * stride), panel.len());
-                narrow(sums, out.add(start + row * columns));
+        for row in 0..rows.len() {
+            let sums = std::slice::from_raw_parts(sums.add(row * stride), panel.len());
+            let at = start + row * columns;
+            match (out, parts[0].with) {
+                (Output::F32(out), _) => {
+                    out.add(at)
+                        .copy_from_nonoverlapping(sums.as_ptr(), sums.len());
+                }
+                (Output::Bf16(out), Loop::Narrow) => narrow(sums, out.add(at)),
+                (Output::Bf16(out), _) => narrow_wide(sums, out.add(at)),
             }
         }
     }
@@ -248,9 +347,13 @@ unsafe fn begin(
             let at = (rows.start + row) * product.columns() + panel.start;
             match out {
                 _ if !product.accumulate => sums.fill(0.0),
-                Output::F32(_) => {}
+                Output::F32(out) => {
+                    let old = out.add(at).cast_const();
+                    sums.as_mut_ptr().copy_from_nonoverlapping(old, sums.len());
+                }
                 Output::Bf16(out) => {
-                    widen(std::slice::from_raw_parts(out.add(at), sums.len()), sums);
+                    let old = std::slice::from_raw_parts(out.add(at), sums.len());
+                    widen(old, sums.as_mut_ptr());
                 }
             }
             if let Some(bias) = product.bias {
@@ -261,34 +364,6 @@ unsafe fn begin(
         }
     }
     true
-}
-
-/// A block at the right or lower end.
-///
-/// # Safety
-/// As `multiply`, of a block of `height` by `size`.
-#[cold]
-unsafe fn edge(
-    left: *const f32,
-    right: *const f32,
-    inner: usize,
-    sums: *mut f32,
-    stride: usize,
-    add: bool,
-    height: usize,
-    size: usize,
-) {
-    let mut whole = [0.0_f32; HEIGHT * COLUMNS];
-    // SAFETY: the caller's; packed sides have whole blocks.
-    unsafe {
-        multiply(left, right, inner, whole.as_mut_ptr(), COLUMNS, false);
-        for row in 0..height {
-            let to = std::slice::from_raw_parts_mut(sums.add(row * stride), size);
-            for (to, found) in to.iter_mut().zip(&whole[row * COLUMNS..]) {
-                *to = if add { *to + found } else { *found };
-            }
-        }
-    }
 }
 
 /// Narrower for small outputs, that there be some tasks for every thread.

@@ -77,6 +77,26 @@ impl FourBit<'_> {
     /// The CPU has the features, the matrix the elements, and `to` room for them.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16,avx512vbmi")]
     pub unsafe fn decode(&self, start: usize, len: usize, planes: Planes, to: Target) -> u32 {
+        // SAFETY: the caller's.
+        unsafe {
+            match planes {
+                Planes::One => self.decode_in::<1>(start, len, planes, to),
+                Planes::Three => self.decode_in::<3>(start, len, planes, to),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As `decode`.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16,avx512vbmi")]
+    unsafe fn decode_in<const PLANES: usize>(
+        &self,
+        start: usize,
+        len: usize,
+        planes: Planes,
+        to: Target,
+    ) -> u32 {
         let end = start + len;
         let shift = self.blocksize.trailing_zeros();
         let mut from = start;
@@ -97,11 +117,14 @@ impl FourBit<'_> {
                     let mut source = self.packed.as_ptr().add(from / 2);
                     let mut target = to.at(from - start, 0);
                     // The table twice: the permutation reads five bits, of which the fifth is not the code's.
-                    let tables = tables.map(|table| _mm512_broadcast_i64x4(table));
+                    let mut twice = [_mm512_setzero_si512(); PLANES];
+                    for p in 0..PLANES {
+                        twice[p] = _mm512_broadcast_i64x4(tables[p]);
+                    }
                     for _ in 0..vectors {
                         let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(source.cast()));
                         let codes = _mm512_multishift_epi64_epi8(nibbles, bytes);
-                        for (p, table) in tables.iter().enumerate().take(planes.count()) {
+                        for (p, table) in twice.iter().enumerate() {
                             let found = _mm512_permutexvar_epi16(codes, *table);
                             _mm512_storeu_si512(target.add(p * to.plane).cast(), found);
                         }
@@ -111,14 +134,14 @@ impl FourBit<'_> {
                     from += 32 * vectors;
                 }
                 if from < until {
-                    let mut small = [[0_u16; 16]; 3];
-                    for (small, table) in small.iter_mut().zip(tables) {
-                        _mm256_storeu_si256(small.as_mut_ptr().cast(), table);
+                    let mut small = [[0_u16; 16]; PLANES];
+                    for p in 0..PLANES {
+                        _mm256_storeu_si256(small[p].as_mut_ptr().cast(), tables[p]);
                     }
                     for element in from..until {
                         let byte = self.packed[element / 2];
                         let code = byte >> (4 * ((element + 1) % 2)) & 15;
-                        for (p, small) in small.iter().enumerate().take(planes.count()) {
+                        for (p, small) in small.iter().enumerate() {
                             *to.at(element - start, p) = small[usize::from(code)];
                         }
                     }
@@ -142,10 +165,29 @@ impl FourBit<'_> {
         planes: Planes,
         to: Target,
     ) -> u32 {
+        // SAFETY: the caller's.
+        unsafe {
+            match planes {
+                Planes::One => self.decode_pair_in::<1>(starts, len, planes, to),
+                Planes::Three => self.decode_pair_in::<3>(starts, len, planes, to),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As `decode_pair`.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16,avx512vbmi")]
+    unsafe fn decode_pair_in<const PLANES: usize>(
+        &self,
+        starts: [usize; 2],
+        len: usize,
+        planes: Planes,
+        to: Target,
+    ) -> u32 {
         let shift = self.blocksize.trailing_zeros();
         let mut blocks = [usize::MAX; 2];
-        let mut halves = [[_mm256_setzero_si256(); 3]; 2];
-        let mut tables = [_mm512_setzero_si512(); 3];
+        let mut tables = [_mm512_setzero_si512(); PLANES];
         let mut most = 0;
         // SAFETY: as in `decode`.
         unsafe {
@@ -155,34 +197,33 @@ impl FourBit<'_> {
             let low = _mm512_set1_epi16(15);
             let second = _mm512_set1_epi32(16 << 16);
             for at in (0..len).step_by(32) {
-                let mut changed = false;
                 for half in 0..2 {
                     let block = (starts[half] + at) >> shift;
                     if block != blocks[half] {
                         blocks[half] = block;
-                        changed = true;
                         let scale = self.scales.get(block);
                         most = most.max(scale.to_bits() & 0x7fff_ffff);
-                        halves[half] = self.tables(values, scale, planes);
+                        let found = self.tables(values, scale, planes);
+                        for p in 0..PLANES {
+                            tables[p] = if half == 0 {
+                                _mm512_inserti64x4::<0>(tables[p], found[p])
+                            } else {
+                                _mm512_inserti64x4::<1>(tables[p], found[p])
+                            };
+                        }
                     }
                 }
-                if changed {
-                    for (p, table) in tables.iter_mut().enumerate().take(planes.count()) {
-                        let first = _mm512_castsi256_si512(halves[0][p]);
-                        *table = _mm512_inserti64x4::<1>(first, halves[1][p]);
-                    }
-                }
-                let [even, odd] = starts.map(|start| {
-                    let source = self.packed.as_ptr().add(start / 2 + at / 2);
-                    _mm_loadu_si128(source.cast())
-                });
+                let source = self.packed.as_ptr();
+                let even = _mm_loadu_si128(source.add((starts[0] + at) / 2).cast());
+                let odd = _mm_loadu_si128(source.add((starts[1] + at) / 2).cast());
                 let pairs = [_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)];
-                for (i, pairs) in pairs.into_iter().enumerate() {
-                    let codes = _mm512_multishift_epi64_epi8(nibbles, _mm512_cvtepu16_epi64(pairs));
+                for (i, pairs) in pairs.iter().enumerate() {
+                    let pairs = _mm512_cvtepu16_epi64(*pairs);
+                    let codes = _mm512_multishift_epi64_epi8(nibbles, pairs);
                     // (codes & low) | second
                     let codes = _mm512_ternarylogic_epi32::<0xea>(codes, low, second);
                     let target = to.start.wrapping_add((at / 16 + i) * to.vector);
-                    for (p, table) in tables.iter().enumerate().take(planes.count()) {
+                    for (p, table) in tables.iter().enumerate() {
                         let found = _mm512_permutexvar_epi16(codes, *table);
                         _mm512_storeu_si512(target.wrapping_add(p * to.plane).cast(), found);
                     }

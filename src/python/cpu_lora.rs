@@ -83,7 +83,7 @@ unsafe fn dense<'a>(dtype: &str, address: usize, len: usize) -> Result<Dense<'a>
     }
 }
 
-/// What [`cpu_product_at`] can run on here, the fastest first: "tiles" (AMX) and "vectors" (AVX2).
+/// What [`cpu_product_at`] can run on here, the fastest first: "tiles" (AMX), "wide" (AVX-512) and "vectors" (AVX2).
 #[pyfunction]
 pub fn cpu_product_units() -> Vec<&'static str> {
     Unit::available().map(Unit::name).collect()
@@ -107,9 +107,7 @@ pub fn cpu_product_at(
     out: usize,
 ) -> PyResult<bool> {
     let (m, n, k) = sizes;
-    let Some(unit) = Unit::available().find(|one| one.name() == unit) else {
-        return Err(Error::unsupported(format!("this CPU has no {unit} for products")).into());
-    };
+    let unit = find_unit(unit)?;
     let (inner, columns) = if backward { (n, k) } else { (k, n) };
     // SAFETY: `ferrotune.ops.cpu_lora` passes addresses and sizes of contiguous tensors that it holds on to during the
     // call, and a new `out` or one that it adds to.
@@ -138,6 +136,12 @@ pub fn cpu_product_at(
     }
 }
 
+fn find_unit(name: &str) -> Result<Unit> {
+    Unit::available()
+        .find(|unit| unit.name() == name)
+        .ok_or_else(|| Error::unsupported(format!("this CPU has no {name} for products")))
+}
+
 const fn direction(backward: bool) -> Direction {
     if backward {
         Direction::Backward
@@ -161,11 +165,12 @@ type AdapterAddresses = (usize, usize, usize, usize, f32);
 /// address of f32 `[r, columns]`, or `[columns, r]` if the last is true.
 type OuterAddresses = (usize, usize, usize, usize, bool);
 
-/// As [`cpu_product_at`] in vectors, where the term's `[m, r]` is written, not read: `scaling · input · by`, forward
+/// As [`cpu_product_at`] on a unit of vectors, where the term's `[m, r]` is written, not read: `scaling · input · by`, forward
 /// `byᵀ`. `outer` are computed beside it, of matrices in `dtype`. At address 0 there is no `out`.
 #[pyfunction]
 pub fn cpu_lora_at(
     py: Python<'_>,
+    unit: &str,
     backward: bool,
     sizes: (usize, usize, usize),
     dtype: &str,
@@ -178,8 +183,9 @@ pub fn cpu_lora_at(
     out: usize,
 ) -> PyResult<()> {
     let (m, n, k) = sizes;
-    if !Unit::available().any(|unit| unit == Unit::Vectors) {
-        return Err(Error::unsupported("this CPU has no vectors for products").into());
+    let unit = find_unit(unit)?;
+    if unit == Unit::Tiles {
+        return Err(Error::unsupported("tiles make no adapter's products").into());
     }
     let (inner, columns) = if backward { (n, k) } else { (k, n) };
     let (r, narrow, right, by, scaling) = adapter;
@@ -218,7 +224,7 @@ pub fn cpu_lora_at(
             outer: outer.collect::<Result<_>>()?,
         };
         let out = (out != 0).then(|| output(&product, out));
-        py.detach(|| product.run_with(&adapter, out));
+        py.detach(|| product.run_with(unit, &adapter, out));
     }
     Ok(())
 }

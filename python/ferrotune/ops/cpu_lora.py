@@ -1,9 +1,9 @@
 """QLoRA's forward and backward on CPUs where ferrotune's own base products are the fastest.
 
-Those have a tile unit (AMX), or AVX2 and no wider vectors. The product of a 4-bit weight, the LoRA
-term's and the biases are one native call with sums in float32, rounded once; the weight never lies
-in memory dequantised. The small products of the rank are PyTorch's; in vectors they are part of the
-call, where they are float32 and nothing is dropped. What the native product does not take (dense
+Those have a tile unit (AMX), AVX-512 or AVX2. The product of a 4-bit weight, the LoRA term's and
+the biases are one native call with sums in float32, rounded once; the weight never lies in memory
+dequantised. The small products of the rank are PyTorch's in tiles; in vectors they are part of the
+call, in float32, where nothing is dropped. What the native product does not take (dense
 weights, float16, float32 values that tiles would not be exact for) goes the way of `reference`.
 """
 
@@ -154,12 +154,7 @@ def _takes(x: Tensor, projection: Projection) -> bool:
 def _is_whole(x: Tensor, projection: Projection) -> bool:
     """Whether the products of the rank are part of the native call."""
     lora_A = projection.lora_A
-    return (
-        lora_A is not None
-        and not projection.dropout_p
-        and unit() == "vectors"
-        and term_dtype(x, lora_A) == torch.float32
-    )
+    return lora_A is not None and not projection.dropout_p and unit() in ("wide", "vectors")
 
 
 def _whole_forward(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:

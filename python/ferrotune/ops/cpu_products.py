@@ -21,12 +21,10 @@ NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}  # what they take
 
 @functools.cache
 def unit() -> str | None:
-    """What the native product runs on: "tiles" or "vectors"."""
+    """What the native product runs on: "tiles", "wide" or "vectors"."""
     find = getattr(_native, "cpu_product_units", None)  # not in builds for other processors
     units: list[str] = [] if find is None else find()
-    # Of AVX-512 PyTorch's products have twice the width of the native vectors.
-    narrow = torch.backends.cpu.get_cpu_capability() == "AVX2"
-    return next((unit for unit in units if unit == "tiles" or narrow), None)
+    return next(iter(units), None)
 
 
 def bias_of(projection: Projection) -> Tensor | None:
@@ -101,8 +99,11 @@ def whole(
     by, wide = (second, first) if backward else (first, second)
     if bias is not None:
         bias = bias.contiguous()
+    found = unit()
+    assert found is not None
     threads.share_with_torch()
     _native.cpu_lora_at(
+        found,
         backward,
         (rows.shape[0], quant.shape[0], quant.shape[1]),
         NAMES[rows.dtype],

@@ -29,6 +29,7 @@ fn off(found: &[f32], exact: &[f64]) -> f64 {
     reason = "one case from its inputs to its limits"
 )]
 fn check(
+    unit: Unit,
     (m, n, k): (usize, usize, usize),
     r: usize,
     direction: Direction,
@@ -104,7 +105,7 @@ fn check(
         Output::F32(out.as_mut_ptr())
     };
     // SAFETY: the CPU has the unit; all outputs have their elements.
-    unsafe { product.run_with(&adapter, asked.then_some(to)) };
+    unsafe { product.run_with(unit, &adapter, asked.then_some(to)) };
     if small {
         out = wide(&out16);
     }
@@ -117,21 +118,21 @@ fn check(
     );
     let limit = 4.0 * f64::from(f32::EPSILON);
     let error = off(&thin, &made);
-    assert!(error < limit, "thin {m} {n} {k} {r}: {error:e}");
+    assert!(error < limit, "thin {unit:?} {m} {n} {k} {r}: {error:e}");
     let sums = exact(
         |i, l| wide64(&input, l * inner + i),
         |l, j| wide64(&left, l * r + j),
         (inner, m, r),
     );
     let error = off(&tall, &sums);
-    assert!(error < limit, "tall {m} {n} {k} {r}: {error:e}");
+    assert!(error < limit, "tall {unit:?} {m} {n} {k} {r}: {error:e}");
     let sums = exact(
         |i, l| made[l * r + i],
         |l, j| wide64(&other, l * columns + j),
         (r, m, columns),
     );
     let error = off(&flat, &sums);
-    assert!(error < limit, "flat {m} {n} {k} {r}: {error:e}");
+    assert!(error < limit, "flat {unit:?} {m} {n} {k} {r}: {error:e}");
     if !asked {
         return;
     }
@@ -148,14 +149,11 @@ fn check(
     let whole: Vec<_> = base.iter().zip(&term).map(|(x, y)| x + y).collect();
     let limit = if small { 2e-3 } else { limit };
     let error = off(&out, &whole);
-    assert!(error < limit, "out {m} {n} {k} {r}: {error:e}");
+    assert!(error < limit, "out {unit:?} {m} {n} {k} {r}: {error:e}");
 }
 
 #[test]
 fn what_an_adapter_asks_for_agrees_with_float64() {
-    if !Unit::available().any(|unit| unit == Unit::Vectors) {
-        return;
-    }
     let mut at = 0;
     for sizes in [
         (1, 9, 5),
@@ -167,7 +165,9 @@ fn what_an_adapter_asks_for_agrees_with_float64() {
         for r in [1, 6, 16, 40, 300] {
             for direction in [Direction::Forward, Direction::Backward] {
                 at += 1;
-                check(sizes, r, direction, at % 3 == 0, at % 7 > 0);
+                for unit in Unit::available().filter(|unit| *unit != Unit::Tiles) {
+                    check(unit, sizes, r, direction, at % 3 == 0, at % 7 > 0);
+                }
             }
         }
     }
