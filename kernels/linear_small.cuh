@@ -27,11 +27,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
         prefetch_rows(static_cast<const unsigned char*>(p.lora_b) + static_cast<uint64_t>(row0) * p.r * size, 1,
                       rows * p.r * size, 0, rank * THREADS + threadIdx.x, p.splits * THREADS);
     }
-    for (int i = threadIdx.x; i < 256 * SMALL_COPIES / 2; i += THREADS) {
-        const int byte = i / (SMALL_COPIES / 2), copy = i % (SMALL_COPIES / 2);
-        const float high = CODEBOOKS[p.quant.fp4][byte / 16], low = CODEBOOKS[p.quant.fp4][byte % 16];
-        reinterpret_cast<float4*>(shared + byte * SMALL_STRIDE)[copy] = make_float4(high, low, high, low);
-    }
+    fill_pairs<THREADS>(shared, p.quant);
     begin();
 
     const uint32_t depth_units = p.block_k / (SMALL_DEPTH * p.k_warps);  // of a warp and group
@@ -42,7 +38,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
 
     // The group and the unit of its depth that is loaded next.
     uint32_t next_group = 0, next_depth = 0;
-    const auto load = [&](SmallUnit<NESTED>& unit) {
+    const auto load = [&](SmallUnit<NESTED, ROW_TILES>& unit) {
         const uint32_t chunk = min((column0 + (next_depth * p.k_warps + k_warp) * SMALL_DEPTH) / 32 + quad, row_chunks - 1);
         const uint32_t first = row0 + (next_group * row_warps + row_warp) * (16 * ROW_TILES) + lane / 4;
 #pragma unroll
@@ -58,9 +54,9 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
             ++next_group;
         }
     };
-    load_small_x(p, shared + place.x, column0, p.stage_k);  // before what there is more of
+    load_small_x<THREADS>(p, shared + place.x, column0, p.stage_k);  // before what there is more of
     commit_copies();
-    SmallUnit<NESTED> ring[2];
+    SmallUnit<NESTED, ROW_TILES> ring[2];
     load(ring[0]);
     if (units > 1) load(ring[1]);
     tables.template fill<THREADS>(p.quant);
@@ -96,7 +92,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
     };
 
     // `x`: of depth 0 of this lane's columns.
-    const auto multiply_unit = [&](const SmallUnit<NESTED>& unit, uint32_t x) {
+    const auto multiply_unit = [&](const SmallUnit<NESTED, ROW_TILES>& unit, uint32_t x) {
         float scales[ROW_TILES][2];
 #pragma unroll
         for (int tile = 0; tile < ROW_TILES; ++tile)
@@ -110,8 +106,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
             for (int tile = 0; tile < ROW_TILES; ++tile)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const uint4 codes = unit.codes[tile][half];
-                    const uint32_t eight = word == 0 ? codes.x : word == 1 ? codes.y : word == 2 ? codes.z : codes.w;
+                    const uint32_t eight = small_word(unit.codes[tile][half], word);
 #pragma unroll
                     for (int byte = 0; byte < 4; ++byte) {
                         a[tile][byte / 2].part[byte % 2 * 2 + half] =
@@ -140,14 +135,19 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
         __syncthreads();
         uint32_t x = place.x + (stage & 1) * place.stage;
         if (begins + p.stage_k < p.block_k) {
-            load_small_x(p, shared + place.x + (~stage & 1) * place.stage, column0 + begins + p.stage_k, p.stage_k);
+            load_small_x<THREADS>(p, shared + place.x + (~stage & 1) * place.stage, column0 + begins + p.stage_k, p.stage_k);
             commit_copies();
         }
         if (warp < rank_tiles * rank_slots) {
             const uint32_t of_x = min(p.stage_k, p.block_k - begins) / SMALL_DEPTH;
 #pragma unroll 1
             for (uint32_t unit = warp / rank_tiles; unit < of_x; unit += rank_slots) {
-                small_ranks<T, TILES>(p, shared + x, pitch, unit, column0 + begins, warp % rank_tiles, my_ranks);
+                float more[TILES][4] = {};
+                small_ranks<T, TILES>(p, shared + x, pitch, unit, column0 + begins, warp % rank_tiles, more);
+#pragma unroll
+                for (int t = 0; t < TILES; ++t) {
+                    add(my_ranks[t * 32 + lane], make_float4(more[t][0], more[t][1], more[t][2], more[t][3]));
+                }
             }
         }
         x += k_warp * (SMALL_DEPTH * 2) + quad * 64 - begins * 2;
@@ -190,32 +190,17 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
     }
     splits_sync(p.splits);
 
-    const int planes = p.wide ? 3 : 1, columns = 16 * rank_tiles, h_width = planes * columns + 8;
+    const int h_width = (p.wide ? 3 : 1) * 16 * rank_tiles + 8;
     T* const h_tile = reinterpret_cast<T*>(shared + place.h);  // [8 * TILES][h_width]
     if (rank_tiles) {
         for (uint32_t i = threadIdx.x; i < rank_sums; i += THREADS) {
-            const float4 total = small_total(shared_address(block_ranks + i), p.splits);
-            const float values[4] = {total.x, total.y, total.z, total.w};
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const uint32_t token = i / 32 % TILES * 8 + 2 * (i % 4) + j % 2;
-                const uint32_t column = i / (32 * TILES) * 16 + i % 32 / 4 + j / 2 * 8;
-                float value = values[j] * p.scale;
-                for (int plane = 0; plane < planes; ++plane) {
-                    const T part = from_float<T>(value);
-                    h_tile[token * h_width + plane * columns + column] = part;
-                    if (p.h != nullptr && blockIdx.x == 0 && token < p.m) {
-                        static_cast<T*>(p.h)[token * p.h_stride + plane * p.h_plane + column] = part;
-                    }
-                    value = low_part<T>(value);
-                }
-            }
+            small_h<T>(p, small_total(shared_address(block_ranks + i), p.splits), i / (32 * TILES), i / 32 % TILES * 8,
+                       rank_tiles, h_tile, h_width);
         }
         __syncthreads();
     }
 
     // Each block writes some of the cluster's rows.
-    T* const y = static_cast<T*>(p.y);
     uint32_t block;  // asked for again: what follows from it need not be kept in registers until here
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
     const uint32_t last_row0 = block / p.splits * row_warps * p.groups * (16 * ROW_TILES);
@@ -224,31 +209,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
         Fragments b[2];
         if (rank_tiles) load_small_b<T>(b, p, row, 0);
         const float4 total = small_total(shared_address(shared + place.sum(i * 32 + lane)), p.splits);
-        float out[4] = {total.x, total.y, total.z, total.w};
-        for (int segment = 0; segment < rank_tiles; ++segment) {
-            const uint32_t* h = reinterpret_cast<const uint32_t*>(h_tile + (token0 + lane / 4) * h_width + segment * 16) + quad;
-            if (segment > 0) load_small_b<T>(b, p, row, segment * 16);
-            if (p.wide) {
-                float lower[4] = {};
-                multiply<T>(lower, b[1], h[0], h[4]);
-                multiply<T>(lower, b[0], h[columns / 2], h[columns / 2 + 4]);
-#pragma unroll
-                for (int j = 0; j < 4; ++j) out[j] += lower[j] * (1.0f / PART_SCALE<T>);
-            }
-            multiply<T>(out, b[0], h[0], h[4]);
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const uint32_t column = row + lane / 4 + 8 * half;
-            if (column >= p.n) continue;
-            float bias = p.bias != nullptr ? to_float(static_cast<const T*>(p.bias)[column]) : 0.0f;
-            if (p.lora_bias != nullptr) bias += p.scale * small_element(p.lora_bias, p.lora_bias_type, column);
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const uint32_t token = token0 + 2 * quad + j;
-                if (token < p.m) y[static_cast<uint64_t>(token) * p.n + column] = from_float<T>(out[2 * half + j] + bias);
-            }
-        }
+        small_finish<T>(p, row, token0, total, b, rank_tiles, h_tile, h_width);
     }
     // No block leaves while another reads its sums.
     __syncwarp();

@@ -45,55 +45,63 @@ constexpr int SMALL_ROW_TILES = 2;   // of sixteen, of a unit
 constexpr int SMALL_COPIES = 16;     // of the table of pairs: lanes i and i + 16 have one, in two banks of their own
 constexpr int SMALL_STRIDE = 256;    // bytes from one byte's copies to the next one's, which one permutation multiplies by
 constexpr int SMALL_GAPS = 64;       // fragments of sums that lie in the other halves of the strides
+constexpr uint32_t SMALL_PAIRS = 256 * SMALL_STRIDE;
+constexpr uint32_t SMALL_FRAGMENT = 32 * sizeof(float4);  // of 16 x 8 sums
+
+// Of sixteen bytes of those, counted.
+__device__ __forceinline__ uint32_t small_gap(uint32_t i) {
+    return i / 8 * SMALL_STRIDE + SMALL_STRIDE / 2 + i * 16 % 128;
+}
 
 // Where the parts of a block's shared memory lie, in bytes; src/cuda/lora/small.rs adds up the same.
 template <int TILES>
 struct SmallShared {
-    static constexpr uint32_t PAIRS = 256 * SMALL_STRIDE;
-    static constexpr uint32_t FRAGMENT = 32 * sizeof(float4);  // of 16 x 8 sums
     uint32_t x, sums, ranks, h, stage;
     __device__ __forceinline__ SmallShared(const LinearSmall& p) {
         stage = (TILES == 1 ? p.m : 8 * TILES) * p.stage_k * 2;
-        x = PAIRS;
+        x = SMALL_PAIRS;
         sums = x + stage * (p.stage_k < p.block_k ? 2 : 1);
         const uint32_t fragments = WARPS * SMALL_ROW_TILES * p.groups * TILES;
-        ranks = sums + (fragments - min(fragments, SMALL_GAPS)) * FRAGMENT;
-        h = ranks + (p.r != 0 ? WARPS * TILES * FRAGMENT : 0);
+        ranks = sums + (fragments - min(fragments, SMALL_GAPS)) * SMALL_FRAGMENT;
+        h = ranks + (p.r != 0 ? WARPS * TILES * SMALL_FRAGMENT : 0);
     }
     // Of a lane's sums, counted in lanes and fragments.
     __device__ __forceinline__ uint32_t sum(uint32_t i) const {
-        return i < SMALL_GAPS * 32 ? i / 8 * SMALL_STRIDE + SMALL_STRIDE / 2 + i * 16 % 128
-                                   : sums + (i - SMALL_GAPS * 32) * 16;
+        return i < SMALL_GAPS * 32 ? small_gap(i) : sums + (i - SMALL_GAPS * 32) * 16;
     }
 };
 
 // Sixteen bytes a lane of shared memory of block `rank` of the cluster.
-__device__ __forceinline__ float4 load_shared_of([[maybe_unused]] uint32_t address, [[maybe_unused]] uint32_t rank) {
+__device__ __forceinline__ float4 load_shared_of(uint32_t address, uint32_t rank) {
     float4 found;
-#if __CUDA_ARCH__ >= 900
     asm volatile(
         "{\n\t.reg .b32 remote;\n\tmapa.shared::cluster.u32 remote, %4, %5;\n\t"
         "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n\t}"
         : "=f"(found.x), "=f"(found.y), "=f"(found.z), "=f"(found.w)
         : "r"(address), "r"(rank)
         : "memory");
-#else
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(found.x), "=f"(found.y), "=f"(found.z), "=f"(found.w)
-                 : "r"(address)
-                 : "memory");
-#endif
     return found;
 }
+__device__ __forceinline__ void store_shared_of(uint32_t address, uint32_t rank, const float (&values)[4]) {
+    asm volatile(
+        "{\n\t.reg .b32 remote;\n\tmapa.shared::cluster.u32 remote, %0, %1;\n\t"
+        "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n\t}" ::"r"(address),
+        "r"(rank), "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3])
+        : "memory");
+}
 
-__device__ __forceinline__ void splits_sync([[maybe_unused]] uint32_t splits) {
-#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void splits_sync(uint32_t splits) {
     if (splits > 1) {
         cluster_sync();
-        return;
+    } else {
+        __syncthreads();
     }
-#endif
-    __syncthreads();
+}
+
+__device__ __forceinline__ void add(float4& sum, const float4& more) {
+    sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
 }
 
 // Has `rows` rows of `bytes`, `stride` apart, brought to L2 by `threads` threads: for who reads them soon, and for who
@@ -108,6 +116,15 @@ __device__ __forceinline__ void prefetch_rows(const void* from, uint32_t rows, u
     }
 }
 
+// Has `bytes`, a multiple of 16 as their address is, brought to L2 by `threads` threads.
+__device__ __forceinline__ void prefetch_bulk(const void* from, uint64_t bytes, uint32_t thread, uint32_t threads) {
+    constexpr uint64_t PIECE = 4096;
+    for (uint64_t at = thread * PIECE; at < bytes; at += threads * PIECE) {
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(static_cast<const unsigned char*>(from) + at),
+                     "r"(static_cast<uint32_t>(min(PIECE, bytes - at))));
+    }
+}
+
 // A place of a row of x in shared memory: pieces of sixteen bytes are mixed so that two rows and the four lanes of each,
 // 64 bytes apart, hit other banks.
 __device__ __forceinline__ uint32_t small_place(uint32_t row, uint32_t piece) {
@@ -115,16 +132,26 @@ __device__ __forceinline__ uint32_t small_place(uint32_t row, uint32_t piece) {
 }
 
 // Depth `column0`.. of x, `columns` of it, to shared memory; zeros from k on.
+template <int THREADS>
 __device__ __forceinline__ void load_small_x(const LinearSmall& p, unsigned char* to, uint32_t column0,
                                              uint32_t columns) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (uint32_t row = warp; row < p.m; row += WARPS) {
+    for (uint32_t row = 0; row < p.m; ++row) {
         const unsigned char* from =
             static_cast<const unsigned char*>(p.x) + (static_cast<uint64_t>(row) * p.k + column0) * 2;
-        for (uint32_t piece = lane; piece < columns / 8; piece += 32) {
+        for (uint32_t piece = threadIdx.x; piece < columns / 8; piece += THREADS) {
             const bool inside = column0 + piece * 8 < p.k;
             copy16_async(to + row * columns * 2 + small_place(row, piece), inside ? from + piece * 16 : p.x, inside);
         }
+    }
+}
+
+// The table of pairs: byte b's values at b * SMALL_STRIDE, SMALL_COPIES times.
+template <int THREADS>
+__device__ __forceinline__ void fill_pairs(unsigned char* pairs, const Quant4bit& quant) {
+    for (int i = threadIdx.x; i < 256 * SMALL_COPIES / 2; i += THREADS) {
+        const int byte = i / (SMALL_COPIES / 2), copy = i % (SMALL_COPIES / 2);
+        const float high = CODEBOOKS[quant.fp4][byte / 16], low = CODEBOOKS[quant.fp4][byte % 16];
+        reinterpret_cast<float4*>(pairs + byte * SMALL_STRIDE)[copy] = make_float4(high, low, high, low);
     }
 }
 
@@ -141,11 +168,15 @@ struct SmallToken {
 };
 
 // What a lane loads of a unit: of rows lane / 4 + 8i of each row tile.
-template <bool NESTED>
+template <bool NESTED, int ROW_TILES>
 struct SmallUnit {
-    uint4 codes[SMALL_ROW_TILES][2];
-    Absmax<NESTED> absmax[SMALL_ROW_TILES][2];
+    uint4 codes[ROW_TILES][2];
+    Absmax<NESTED> absmax[ROW_TILES][2];
 };
+
+__device__ __forceinline__ uint32_t small_word(uint4 codes, int word) {
+    return word == 0 ? codes.x : word == 1 ? codes.y : word == 2 ? codes.z : codes.w;
+}
 
 // Two values from a byte's codes.
 template <typename T>
@@ -171,10 +202,11 @@ __device__ __forceinline__ uint4 load_small_piece(const unsigned char* x, uint32
     return *reinterpret_cast<const uint4*>(x + place);
 }
 
-// The rank's sums over one unit's depth of x in shared memory, onto those in `ranks`: one tile of sixteen ranks.
+// The rank's sums over one unit's depth of x in shared memory, onto `sums`: one tile of sixteen ranks.
 template <typename T, int TILES>
 __device__ __forceinline__ void small_ranks(const LinearSmall& p, const unsigned char* x, uint32_t pitch,
-                                            uint32_t unit, uint32_t column0, int tile, float4* ranks) {
+                                            uint32_t unit, uint32_t column0, int tile,
+                                            float (&sums)[TILES][4]) {
     const int lane = threadIdx.x % 32, quad = lane % 4;
     const uint32_t column = column0 + unit * SMALL_DEPTH + 32 * quad;
     const uint32_t row = tile * 16 + lane / 4;
@@ -183,7 +215,6 @@ __device__ __forceinline__ void small_ranks(const LinearSmall& p, const unsigned
     const uint32_t first[2] = {row * p.k + column, (row + 8) * p.k + column};
     const uint32_t x_place = unit * (SMALL_DEPTH * 2) + quad * 64;
     const SmallToken<TILES> token_place(p.m, pitch);
-    float sums[TILES][4] = {};
     if (!p.wide) {
         constexpr int TOGETHER = 2;  // under way before the first is used, as registers allow
 #pragma unroll 1
@@ -240,12 +271,6 @@ __device__ __forceinline__ void small_ranks(const LinearSmall& p, const unsigned
             }
         }
     }
-#pragma unroll
-    for (int t = 0; t < TILES; ++t) {
-        float4 sum = ranks[t * 32 + lane];
-        sum.x += sums[t][0], sum.y += sums[t][1], sum.z += sums[t][2], sum.w += sums[t][3];
-        ranks[t * 32 + lane] = sum;
-    }
 }
 
 __device__ __forceinline__ float small_element(const void* from, uint32_t type, uint64_t at) {
@@ -289,6 +314,61 @@ __device__ __forceinline__ float4 small_total(uint32_t address, uint32_t splits)
         total.x += more.x, total.y += more.y, total.z += more.z, total.w += more.w;
     }
     return total;
+}
+
+// Sums of a fragment of H, scaled, as parts to `h_tile` [tokens][width], and to H where it is asked for.
+template <typename T>
+__device__ __forceinline__ void small_h(const LinearSmall& p, const float4& sums, uint32_t tile, uint32_t token0,
+                                        int rank_tiles, T* h_tile, int width) {
+    const int lane = threadIdx.x % 32;
+    const float values[4] = {sums.x, sums.y, sums.z, sums.w};
+    const int planes = p.wide ? 3 : 1;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        const uint32_t token = token0 + 2 * (lane % 4) + j % 2, column = tile * 16 + lane / 4 + j / 2 * 8;
+        float value = values[j] * p.scale;
+        for (int plane = 0; plane < planes; ++plane) {
+            const T part = from_float<T>(value);
+            h_tile[token * width + plane * 16 * rank_tiles + column] = part;
+            if (p.h != nullptr && blockIdx.x == 0 && token < p.m) {
+                static_cast<T*>(p.h)[token * p.h_stride + plane * p.h_plane + column] = part;
+            }
+            value = low_part<T>(value);
+        }
+    }
+}
+
+// A fragment of y: its sums, the LoRA term (`b`: of its rows and the first sixteen ranks) and the biases.
+template <typename T>
+__device__ __forceinline__ void small_finish(const LinearSmall& p, uint32_t row, uint32_t token0, const float4& sums,
+                                             Fragments (&b)[2], int rank_tiles, const T* h_tile, int width) {
+    const int lane = threadIdx.x % 32, quad = lane % 4, plane = 16 * rank_tiles / 2;
+    float out[4] = {sums.x, sums.y, sums.z, sums.w};
+    for (int segment = 0; segment < rank_tiles; ++segment) {
+        const uint32_t* h = reinterpret_cast<const uint32_t*>(h_tile + (token0 + lane / 4) * width + segment * 16) + quad;
+        if (segment > 0) load_small_b<T>(b, p, row, segment * 16);
+        if (p.wide) {
+            float lower[4] = {};
+            multiply<T>(lower, b[1], h[0], h[4]);
+            multiply<T>(lower, b[0], h[plane], h[plane + 4]);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) out[j] += lower[j] * (1.0f / PART_SCALE<T>);
+        }
+        multiply<T>(out, b[0], h[0], h[4]);
+    }
+    T* const y = static_cast<T*>(p.y);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const uint32_t column = row + lane / 4 + 8 * half;
+        if (column >= p.n) continue;
+        float bias = p.bias != nullptr ? to_float(static_cast<const T*>(p.bias)[column]) : 0.0f;
+        if (p.lora_bias != nullptr) bias += p.scale * small_element(p.lora_bias, p.lora_bias_type, column);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const uint32_t token = token0 + 2 * quad + j;
+            if (token < p.m) y[static_cast<uint64_t>(token) * p.n + column] = from_float<T>(out[2 * half + j] + bias);
+        }
+    }
 }
 
 }  // namespace ferrotune

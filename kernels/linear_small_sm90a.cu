@@ -1,3 +1,4 @@
+#include "linear_few.cuh"
 #include "linear_small.cuh"
 
 // linear_small[_nested]_{f16,bf16}_{8,16,32,64}: the most tokens; src/cuda/lora/small.rs knows the blocks a multiprocessor.
@@ -7,8 +8,13 @@
         linear_small_##suffix(const __grid_constant__ ferrotune::LinearSmall p) {     \
         ferrotune::linear_small<T, nested, tiles>(p);                                 \
     }
+#define LINEAR_FEW(suffix, T, nested)                                                 \
+    extern "C" __global__ void __launch_bounds__(512, 1)                              \
+        linear_small_##suffix(const __grid_constant__ ferrotune::LinearSmall p) {     \
+        ferrotune::linear_few<T, nested>(p);                                          \
+    }
 #define LINEAR_SMALL_TOKENS(suffix, T, nested)          \
-    LINEAR_SMALL(suffix##_8, T, nested, 1, 2)           \
+    LINEAR_FEW(suffix##_8, T, nested)                   \
     LINEAR_SMALL(suffix##_16, T, nested, 2, 2)          \
     LINEAR_SMALL(suffix##_32, T, nested, 4, 1)          \
     LINEAR_SMALL(suffix##_64, T, nested, 8, 1)

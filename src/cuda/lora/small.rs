@@ -1,5 +1,5 @@
-//! Few rows by a 4-bit weight that is dequantised within the product (`kernels/linear_small.cuh`): its parameters, how
-//! it is divided among blocks, its launch.
+//! Few rows by a 4-bit weight that is dequantised within the product (`kernels/linear_few.cuh`, `linear_small.cuh`):
+//! its parameters, how it is divided among blocks, its launch.
 
 use super::super::device::Device;
 use super::super::launch::{Address, Grid, Parameters, Stream};
@@ -18,6 +18,11 @@ const TOKENS: [u64; 4] = [8, 16, 32, 64];
 const BLOCKS: [u64; 4] = [2, 2, 1, 1];
 const THREADS: u32 = 256;
 const WARPS: u64 = 8;
+/// The first variant, which has a kernel of its own.
+const FEW_THREADS: u32 = 512;
+const FEW_WARPS: u64 = 16;
+const FEW_RANK_WARPS: u64 = 8;
+const TILE_ROWS: u64 = 16;
 /// Rows and depth of what a warp multiplies at a time.
 const UNIT_ROWS: u64 = 32;
 const UNIT_DEPTH: u64 = 128;
@@ -97,6 +102,7 @@ pub struct Sizes {
 }
 
 /// How the work is divided: blocks of a cluster and warps of a block share the depth; a block has so many groups of rows.
+/// With few tokens the blocks of a cluster share H's depth alone, and a group is a row tile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Division {
     pub splits: u64,
@@ -112,20 +118,17 @@ struct Placed {
     shared: u64,
     blocks: u64,
     per_multiprocessor: u64,
+    threads: u32,
 }
 
 impl Placed {
     fn grid(&self) -> Grid {
         Grid {
             blocks: (self.blocks as u32, 1, 1),
-            threads: THREADS,
+            threads: self.threads,
             shared: self.shared as u32,
         }
     }
-}
-
-fn variant(m: u64) -> usize {
-    TOKENS.iter().position(|&most| m <= most).unwrap_or(0)
 }
 
 impl Sizes {
@@ -144,30 +147,98 @@ impl Sizes {
         self.r.div_ceil(SEGMENT)
     }
 
+    /// The first whose tokens suffice; of few tokens all the depth is in shared memory.
+    fn variant(&self, device: &Device) -> usize {
+        let found = TOKENS.iter().position(|&most| self.m <= most).unwrap_or(0);
+        if found == 0 && self.few(device, 8, 1).is_none() {
+            1
+        } else {
+            found
+        }
+    }
+
+    fn few(&self, device: &Device, splits: u64, groups: u64) -> Option<Placed> {
+        let block_k = self
+            .k
+            .next_multiple_of(UNIT_DEPTH)
+            .max(UNIT_DEPTH * FEW_WARPS);
+        let mut shared = PAIRS + 2 * self.m * block_k;
+        if self.r > 0 {
+            shared += splits * FEW_RANK_WARPS * FRAGMENT + 2 * TOKENS[0] * self.h_width();
+        }
+        (shared + STATIC <= u64::from(device.shared)).then_some(Placed {
+            block_k,
+            stage_k: self.k.div_ceil(UNIT_DEPTH * splits) * UNIT_DEPTH,
+            shared,
+            blocks: self.n.div_ceil(TILE_ROWS * groups).next_multiple_of(splits),
+            per_multiprocessor: 1,
+            threads: FEW_THREADS,
+        })
+    }
+
+    /// Elements of a row of the tile of H.
+    fn h_width(&self) -> u64 {
+        self.planes * SEGMENT * self.rank_tiles() + 8
+    }
+
+    /// The same as [`division`], of few tokens.
+    fn few_division(&self, device: &Device, kernel: &str) -> Option<Division> {
+        const UNIT: u64 = 80; // cycles of a unit of a row tile, bound by shared memory
+        const BYTES: u64 = 40; // of the adapter, a cycle
+        let tiles = self.n.div_ceil(TILE_ROWS);
+        let most = if self.r > 0 { 3 } else { 0 };
+        let all = (0..=most).rev().filter_map(|log| {
+            let splits = 1 << log;
+            let places = if splits > 1 {
+                let one = self.few(device, splits, 1)?.grid();
+                u64::from(device.clusters(kernel, one, splits as u32).ok()?) * splits
+            } else {
+                u64::from(device.multiprocessors)
+            };
+            let groups = tiles.div_ceil(places.min(tiles.next_multiple_of(splits)).max(1));
+            let placed = self.few(device, splits, groups)?;
+            let rows =
+                placed.blocks.div_ceil(places.max(1)) * groups * placed.block_k / UNIT_DEPTH * UNIT;
+            let adapter = 2 * self.planes * SEGMENT * self.rank_tiles() * placed.stage_k / BYTES;
+            (places > 0).then_some((
+                rows + adapter,
+                Division {
+                    splits,
+                    k_warps: 1,
+                    groups,
+                },
+            ))
+        });
+        all.min_by_key(|one| one.0).map(|found| found.1)
+    }
+
     fn place(&self, device: &Device, division: Division) -> Option<Placed> {
         let Division {
             splits,
             k_warps,
             groups,
         } = division;
+        let variant = self.variant(device);
+        if variant == 0 {
+            return self.few(device, splits, groups).filter(|_| k_warps == 1);
+        }
         let depth = UNIT_DEPTH * k_warps;
         let block_k = self.k.div_ceil(depth * splits) * depth;
         if (splits - 1) * block_k >= self.k {
             return None;
         }
-        let tokens = TOKENS[variant(self.m)];
+        let tokens = TOKENS[variant];
         let tiles = tokens / 8;
         let mut fixed = PAIRS;
         if self.r > 0 {
-            let width = self.planes * SEGMENT * self.rank_tiles() + 8;
-            fixed += WARPS * tiles * FRAGMENT + 2 * tokens * width;
+            fixed += WARPS * tiles * FRAGMENT + 2 * tokens * self.h_width();
         }
         let sums = WARPS * (UNIT_ROWS / 16) * groups * tiles;
         fixed += sums.saturating_sub(GAPS) * FRAGMENT;
         let limit = u64::from(device.shared).saturating_sub(STATIC);
         // A multiprocessor has 1 KiB more than the most of a block, and takes as much for each.
         let fits = |blocks: u64| (u64::from(device.shared) + 1024) / blocks - 1024 - STATIC;
-        let row = 2 * if tiles == 1 { self.m } else { tokens };
+        let row = 2 * tokens;
         let whole = fixed + row * block_k;
         let (stage_k, shared) = if whole <= limit {
             (block_k, whole)
@@ -183,7 +254,7 @@ impl Sizes {
             let stage_k = stage_k.min(1024.max(step));
             (stage_k, fixed + 2 * row * stage_k)
         };
-        let most = BLOCKS[variant(self.m)];
+        let most = BLOCKS[variant];
         let rows = WARPS / k_warps * UNIT_ROWS * groups;
         Some(Placed {
             block_k,
@@ -191,6 +262,7 @@ impl Sizes {
             shared,
             blocks: self.n.div_ceil(rows) * splits,
             per_multiprocessor: if shared <= fits(most) { most } else { 1 },
+            threads: THREADS,
         })
     }
 
@@ -200,7 +272,7 @@ impl Sizes {
         const LATENCY: f64 = 1200.0; // of a unit, where few warps run
         const START: f64 = 2500.0;
         const ONE_BLOCK: f64 = 0.8; // of what more than one gets out of a multiprocessor
-        let tiles = TOKENS[variant(self.m)] / 8;
+        let tiles = TOKENS[self.variant(device)] / 8;
         let multiprocessors = u64::from(device.multiprocessors);
         let units = (division.groups * placed.block_k / (UNIT_DEPTH * division.k_warps)) as f64;
         let issue = ISSUE + 60.0 * tiles as f64;
@@ -234,7 +306,11 @@ pub fn division(device: &Device, sizes: &Sizes) -> Option<Division> {
     if device.capability != (9, 0) || !sizes.take() {
         return None;
     }
-    let kernel = KERNELS[1][1][variant(sizes.m)]; // all of so many tokens take the same
+    let variant = sizes.variant(device);
+    let kernel = KERNELS[1][1][variant]; // all of so many tokens take the same
+    if variant == 0 {
+        return sizes.few_division(device, kernel);
+    }
     let all = (0..4).flat_map(|splits| {
         (0..4).flat_map(move |k_warps| {
             (1..=8).map(move |groups| Division {
@@ -302,7 +378,7 @@ pub unsafe fn launch(
     let powers = [division.splits, division.k_warps]
         .iter()
         .all(|count| count.is_power_of_two() && *count <= 8);
-    let placed = (sizes.take() && powers && (1..=64).contains(&division.groups))
+    let placed = (sizes.take() && powers && (1..=1 << 24).contains(&division.groups))
         .then(|| sizes.place(device, division))
         .flatten()
         .filter(|placed| placed.shared <= u64::from(device.shared))
@@ -334,7 +410,7 @@ pub unsafe fn launch(
     };
     let grid = placed.grid();
     let nested = usize::from(small.weight.nested.is_some());
-    let kernel = KERNELS[nested][small.dtype as usize][variant(sizes.m)];
+    let kernel = KERNELS[nested][small.dtype as usize][sizes.variant(device)];
     let cluster = division.splits as u32;
     // SAFETY: the caller's promise.
     Ok(unsafe { device.launch_clusters(kernel, grid, cluster, stream, &p) }?)
