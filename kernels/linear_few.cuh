@@ -6,35 +6,60 @@
 
 namespace ferrotune {
 
-constexpr int FEW_THREADS = 512;
-constexpr int FEW_WARPS = FEW_THREADS / 32;
-constexpr int FEW_RING = 4;        // units of sixteen rows that a warp has under way
+constexpr uint32_t FEW_RING = 4;   // units of sixteen rows that a warp has under way
 constexpr int FEW_RANK_WARPS = 8;  // that add up H
 
-// Where the parts of a block's shared memory lie; src/cuda/lora/small.rs adds up the same. Sums lie in the table's gaps.
-struct FewShared {
-    static constexpr uint32_t x = SMALL_PAIRS;
-    uint32_t ranks, h;
-    __device__ __forceinline__ FewShared(const LinearSmall& p) {
-        ranks = x + p.m * p.block_k * 2;
-        h = ranks + (p.r != 0 ? p.splits * FEW_RANK_WARPS * SMALL_FRAGMENT : 0);
+// Where the table of pairs begins: on 64 KiB of the block's shared memory. x lies after it, H's sums and tile before it.
+__device__ __forceinline__ unsigned char* few_table() {
+    return small_shared + (0x10000 - (shared_address(small_shared) & 0xFFFF));
+}
+
+// A place of a row of x in shared memory: pieces of sixteen bytes are mixed so that two rows and the four lanes of each,
+// 64 bytes apart, hit other banks.
+__device__ __forceinline__ uint32_t few_place(uint32_t row, uint32_t piece) {
+    return (piece ^ (piece >> 3 & 1u) ^ (row & 1u) << 1) * 16;
+}
+
+// x to shared memory, `columns` of it: zeros from k on.
+__device__ __forceinline__ void load_few_x(const LinearSmall& p, unsigned char* to, uint32_t columns) {
+    for (uint32_t row = 0; row < p.m; ++row) {
+        const unsigned char* from = static_cast<const unsigned char*>(p.x) + static_cast<uint64_t>(row) * p.k * 2;
+        for (uint32_t piece = threadIdx.x; piece < columns / 8; piece += SMALL_THREADS) {
+            const bool inside = piece * 8 < p.k;
+            copy16_async(to + row * columns * 2 + few_place(row, piece), inside ? from + piece * 16 : p.x, inside);
+        }
     }
-};
+}
+
+// Where this lane's columns of a unit at 0 lie, of its token. Sums of tokens from m on are of no use, whatever is there:
+// they are the last one's again, which costs no bandwidth.
+__device__ __forceinline__ uint32_t few_lane(const LinearSmall& p) {
+    const uint32_t lane = threadIdx.x % 32;
+    return SMALL_PAIRS + min(lane / 4, p.m - 1) * p.block_k * 2 + lane % 4 * 64;
+}
+// Eight columns of those that begin at `from`.
+__device__ __forceinline__ Fragments load_few_piece(const unsigned char* table, uint32_t from, int piece) {
+    const uint32_t lane = threadIdx.x % 32, mixed = lane % 4 / 2 ^ (lane / 4 & 1) << 1;
+    const uint4 found = *reinterpret_cast<const uint4*>(table + from + (piece ^ mixed) * 16);
+    return {{found.x, found.y, found.z, found.w}};
+}
 
 // This block's sums of H to every block of the cluster, a slot for each of its warps that has some.
 template <typename T>
-__device__ __forceinline__ void few_ranks(const LinearSmall& p, unsigned char* shared, const FewShared& place,
-                                          uint32_t rank, int rank_tiles, int slots) {
+__device__ __forceinline__ void few_ranks(const LinearSmall& p, unsigned char* shared, uint32_t rank,
+                                          int rank_tiles, int slots) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t column0 = rank * p.stage_k, end = min(column0 + p.stage_k, p.block_k);
     const uint32_t units = (end - min(column0, end)) / SMALL_DEPTH;
     float sums[1][4] = {};
 #pragma unroll 1
     for (uint32_t unit = warp / rank_tiles; unit < units; unit += slots) {
-        small_ranks<T, 1>(p, shared + place.x + column0 * 2, p.block_k * 2, unit, column0, warp % rank_tiles, sums);
+        const uint32_t column = column0 + unit * SMALL_DEPTH, x = few_lane(p) + column * 2;
+        const auto pieces = [&](int, int two) { return load_few_piece(few_table(), x, two); };
+        small_ranks<T, 1>(p, column, warp % rank_tiles, pieces, sums);
     }
     if (2u * (lane % 4) >= p.m) return;
-    const uint32_t to = shared_address(shared + place.ranks) + ((rank * FEW_RANK_WARPS + warp) * 32 + lane) * 16;
+    const uint32_t to = shared_address(shared + p.ranks) + ((rank * FEW_RANK_WARPS + warp) * 32 + lane) * 16;
     for (uint32_t other = 0; other < p.splits; ++other) store_shared_of(to, other, sums[0]);
 }
 
@@ -42,9 +67,9 @@ __device__ __forceinline__ void few_ranks(const LinearSmall& p, unsigned char* s
 // shared memory, take as long.
 template <typename T, bool NESTED>
 __device__ __forceinline__ void linear_few(const LinearSmall& p) {
-    extern __shared__ __align__(16) unsigned char shared[];
+    unsigned char* const shared = small_shared;
+    unsigned char* const table = few_table();
     __shared__ Tables<NESTED> tables;
-    const FewShared place(p);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4;
     const uint32_t rank = blockIdx.x % p.splits;
     const uint32_t row0 = blockIdx.x * p.groups * 16;
@@ -61,86 +86,86 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
         const uint32_t size = p.wide ? 4 : 2, column0 = min(rank * p.stage_k, p.k);
         prefetch_rows(static_cast<const unsigned char*>(p.lora_a) + static_cast<uint64_t>(column0) * size, p.r,
                       min(p.stage_k, p.k - column0) * size, static_cast<uint64_t>(p.k) * size, threadIdx.x - 32,
-                      FEW_THREADS - 32);
+                      SMALL_THREADS - 32);
         prefetch_rows(static_cast<const unsigned char*>(p.lora_b) + static_cast<uint64_t>(row0) * p.r * size, 1,
-                      rows * p.r * size, 0, threadIdx.x - 32, FEW_THREADS - 32);
+                      rows * p.r * size, 0, threadIdx.x - 32, SMALL_THREADS - 32);
     }
     if (p.r != 0) cluster_arrive();
     begin();
 
     const uint32_t depth_units = p.block_k / SMALL_DEPTH;
-    const uint32_t steps = max(1u, (depth_units + FEW_WARPS - 1 - warp) / FEW_WARPS);  // of a row tile
+    const uint32_t steps = max(1u, (depth_units + SMALL_WARPS - 1 - warp) / SMALL_WARPS);  // of a row tile
     const uint32_t row_chunks = p.k / 32;
     const AbsmaxFrom<NESTED> blocks(p.quant, 0);
     uint32_t next_tile = 0, next_step = 0;
-    const auto load = [&](SmallUnit<NESTED, 1>& unit) {
-        const uint32_t chunk = min((next_step * FEW_WARPS + warp) * (SMALL_DEPTH / 32) + quad, row_chunks - 1);
+    const auto load = [&](SmallUnit<NESTED>& unit) {
+        const uint32_t chunk = min((next_step * SMALL_WARPS + warp) * (SMALL_DEPTH / 32) + quad, row_chunks - 1);
         const uint32_t first = row0 + next_tile * 16 + lane / 4;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const uint32_t at = min(first + 8 * half, p.n - 1) * row_chunks + chunk;
-            unit.codes[0][half] = load_once<uint4>(p.quant.packed + static_cast<uint64_t>(at) * 16);
-            unit.absmax[0][half].load(blocks, at >> (p.quant.block_shift - 5));
+            unit.codes[half] = load_once<uint4>(p.quant.packed + static_cast<uint64_t>(at) * 16);
+            unit.absmax[half].load(blocks, at >> (p.quant.block_shift - 5));
         }
         if (++next_step == steps) {
             next_step = 0;
             ++next_tile;
         }
     };
-    load_small_x<FEW_THREADS>(p, shared + place.x, 0, p.block_k);
+    load_few_x(p, table + SMALL_PAIRS, p.block_k);
     commit_copies();
     uint32_t left = tiles * steps;
-    SmallUnit<NESTED, 1> ring[FEW_RING];
+    SmallUnit<NESTED> ring[FEW_RING];
 #pragma unroll
     for (int i = 0; i < FEW_RING; ++i) {
         if (i < left) load(ring[i]);
     }
-    fill_pairs<FEW_THREADS>(shared, p.quant);
+    fill_pairs<SMALL_THREADS>(table, p.quant);
     if (NESTED && threadIdx.x < 256) tables.nested_code[threadIdx.x] = __ldg(p.quant.nested_code + threadIdx.x);
     const float offset = nested_offset<NESTED>(p.quant);
     wait_copies(0);
     __syncthreads();
     if (p.r != 0) {
         cluster_wait();  // the others are there
-        if (warp < rank_tiles * slots) few_ranks<T>(p, shared, place, rank, rank_tiles, slots);
+        if (warp < rank_tiles * slots) few_ranks<T>(p, shared, rank, rank_tiles, slots);
         __syncwarp();
         cluster_arrive();
     }
 
     const int h_width = (p.wide ? 3 : 1) * 16 * rank_tiles + 8;
-    T* const h_tile = reinterpret_cast<T*>(shared + place.h);  // [8][h_width]
-    const SmallToken<1> token_place(p.m, p.block_k * 2);
-    const uint32_t mixed = quad / 2 ^ (lane / 4 & 1) << 1;
-    const uint32_t pair_place = lane % SMALL_COPIES * sizeof(float2);
-    const uint32_t x = place.x + token_place(0) + warp * (SMALL_DEPTH * 2) + quad * 64;
+    T* const h_tile = reinterpret_cast<T*>(shared + p.h_tile);  // [8][h_width]
+    // The table starts on 64 KiB, so that a byte of codes is a byte of the address.
+    const uint32_t copy = shared_address(table) + lane % SMALL_COPIES * sizeof(float2);
+    const uint32_t x = few_lane(p) + warp * (SMALL_DEPTH * 2);
     uint32_t tile = 0, step = 0;
     float sums[4] = {};
 
     // `from`: this lane's columns of x.
-    const auto multiply_unit = [&](const SmallUnit<NESTED, 1>& unit, uint32_t from) {
+    const auto multiply_unit = [&](const SmallUnit<NESTED>& unit, uint32_t from) {
         float scales[2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) scales[half] = unit.absmax[0][half].value(tables, offset);
+        for (int half = 0; half < 2; ++half) scales[half] = unit.absmax[half].value(tables, offset);
 #pragma unroll
         for (int word = 0; word < 4; ++word) {
             Fragments a[2];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const uint32_t eight = small_word(unit.codes[0][half], word);
+                const uint32_t eight = small_word(unit.codes[half], word);
 #pragma unroll
                 for (int byte = 0; byte < 4; ++byte) {
-                    a[byte / 2].part[byte % 2 * 2 + half] = small_pair<T>(shared, eight, byte, pair_place, scales[half]);
+                    a[byte / 2].part[byte % 2 * 2 + half] = 
+                        small_pair<T>(__byte_perm(eight, copy, 0x7604 | byte << 4), scales[half]);
                 }
             }
-            const uint4 b = load_small_piece(shared, from + (word ^ mixed) * 16);
-            multiply<T>(sums, a[0], b.x, b.y);
-            multiply<T>(sums, a[1], b.z, b.w);
+            const Fragments b = load_few_piece(table, from, word);
+            multiply<T>(sums, a[0], b.part[0], b.part[1]);
+            multiply<T>(sums, a[1], b.part[2], b.part[3]);
         }
     };
 
     // Sums of a row tile to shared memory, which has room for four: two are written while two are read.
     const auto flush = [&]() {
-        *reinterpret_cast<float4*>(shared + small_gap(((tile % 4) * FEW_WARPS + warp) * 32 + lane)) =
+        *reinterpret_cast<float4*>(table + small_gap(((tile % 4) * SMALL_WARPS + warp) * 32 + lane)) =
             make_float4(sums[0], sums[1], sums[2], sums[3]);
         sums[0] = sums[1] = sums[2] = sums[3] = 0.0f;
         step = 0;
@@ -149,7 +174,7 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
             cluster_wait();
             if (threadIdx.x < rank_tiles * 32) {
                 // Slot `slot` of tile t is warp slot * rank_tiles + t.
-                const float4* from = reinterpret_cast<const float4*>(shared + place.ranks) + threadIdx.x;
+                const float4* from = reinterpret_cast<const float4*>(shared + p.ranks) + threadIdx.x;
                 float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
                 for (uint32_t other = 0; other < p.splits; ++other) {
 #pragma unroll 4
@@ -162,30 +187,47 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
         }
         __syncthreads();
         // Warps take the tiles in turn.
-        const uint32_t first = tile - 1 & ~1u, mine = first + (warp - first) % FEW_WARPS;
+        const uint32_t first = tile - 1 & ~1u, mine = first + (warp - first) % SMALL_WARPS;
         if (mine >= tile) return;
         const uint32_t row = row0 + mine * 16;
         Fragments b[2];
         if (rank_tiles) load_small_b<T>(b, p, row, 0);
         float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-        for (int w = 0; w < FEW_WARPS; ++w) {
-            add(total, *reinterpret_cast<const float4*>(shared + small_gap((mine % 4 * FEW_WARPS + w) * 32 + lane)));
+        for (int w = 0; w < SMALL_WARPS; ++w) {
+            add(total, *reinterpret_cast<const float4*>(table + small_gap((mine % 4 * SMALL_WARPS + w) * 32 + lane)));
         }
         small_finish<T>(p, row, 0, total, b, rank_tiles, h_tile, h_width);
     };
 
+    // `turn` says which of the ring is next.
+    const auto next = [&](SmallUnit<NESTED>& unit) {
+        multiply_unit(unit, x + step * (SMALL_WARPS * SMALL_DEPTH * 2));
+        if (left > FEW_RING) load(unit);
+        --left;
+        return ++step == steps;
+    };
+    int turn = 0;
 #pragma unroll 1
     while (left) {
-#pragma unroll
-        for (int turn = 0; turn < FEW_RING; ++turn) {
-            if (left) {
-                multiply_unit(ring[turn], x + step * (FEW_WARPS * SMALL_DEPTH * 2));
-                if (left > FEW_RING) load(ring[turn]);
-                --left;
-                if (++step == steps) flush();
-            }
+        switch (turn) {
+            case 0:
+                turn = 1;
+                if (next(ring[0])) break;
+                [[fallthrough]];
+            case 1:
+                turn = 2;
+                if (next(ring[1])) break;
+                [[fallthrough]];
+            case 2:
+                turn = 3;
+                if (next(ring[2])) break;
+                [[fallthrough]];
+            default:
+                turn = 0;
+                if (!next(ring[3])) continue;
         }
+        flush();
     }
     if (tiles == 0 && p.r != 0) cluster_wait();
 }

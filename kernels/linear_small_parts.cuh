@@ -1,8 +1,7 @@
 // Few rows by a 4-bit weight: y = x W^T + scale x A^T B^T + bias, W's values made in registers; nothing of W is written.
 //
-// W is the operand of sixteen rows, the tokens are its columns. A lane's sixteen bytes of a row, 32 codes, are what it
-// holds of eight steps of sixteen: x is taken in the same order, as it lies. A cluster of `splits` blocks takes rows of W,
-// each block a range of their depth; so each also has its part of H = scale x A^T. Sums are added up in a fixed order.
+// W is the operand of sixteen rows a warp, the tokens are its columns. A lane's sixteen bytes of a row, 32 codes, are what
+// it holds of eight steps of sixteen; x is taken in the same order. Sums are added up in a fixed order.
 #pragma once
 
 #include "common/hopper.cuh"
@@ -23,7 +22,7 @@ struct LinearSmall {
     const void* lora_b;     // [n, r]
     void* h;                // [m, h_stride] at this projection's columns, or null
     uint64_t h_stride;
-    uint32_t m;  // 1 to 8 * TILES
+    uint32_t m;
     uint32_t k;  // a multiple of 32
     uint32_t n;
     uint32_t r;        // 0 to 64
@@ -31,20 +30,27 @@ struct LinearSmall {
     uint32_t wide;     // 1: the adapter is f32, else of x's type
     uint32_t lora_bias_type;
     float scale;
-    uint32_t splits;    // blocks of a cluster
-    uint32_t k_warps;   // warps of a block that share its depth: 1, 2, 4 or 8
-    uint32_t groups;    // of rows, one after the other
-    uint32_t block_k;   // a block's depth, a multiple of 128 * k_warps
-    uint32_t stage_k;   // of x in shared memory at a time: block_k, or less with one group and room for two stages
+    uint32_t splits;   // blocks of a cluster
+    uint32_t k_warps;  // warpgroups of a block that share its depth: 1, 2 or 4; 1 with few tokens
+    uint32_t tile_rows;  // 64 for each of its groups of rows; 16 with few tokens
+    uint32_t groups;     // row tiles of a cluster; of a block with few tokens
+    uint32_t block_k;  // a block's depth, a multiple of 128 * k_warps; with few tokens columns of x in shared memory
+    uint32_t stage_k;  // of x in shared memory at a time, another such multiple; with few tokens a block's depth of H
+    // Where parts of a block's shared memory lie, beside the table at 0 and x after it.
+    uint32_t sums;   // those that find no room in the table's gaps
+    uint32_t ranks;  // sums of H
+    uint32_t h_tile;
     uint32_t reserved;
 };
-static_assert(sizeof(LinearSmall) == 176, "src/cuda/lora/small.rs lays it out alike");
+static_assert(sizeof(LinearSmall) == 192, "src/cuda/lora/small.rs lays it out alike");
 
-constexpr int SMALL_DEPTH = 128;     // of a unit: what the four lanes of a row load at once
-constexpr int SMALL_ROW_TILES = 2;   // of sixteen, of a unit
-constexpr int SMALL_COPIES = 16;     // of the table of pairs: lanes i and i + 16 have one, in two banks of their own
-constexpr int SMALL_STRIDE = 256;    // bytes from one byte's copies to the next one's, which one permutation multiplies by
-constexpr int SMALL_GAPS = 64;       // fragments of sums that lie in the other halves of the strides
+constexpr int SMALL_DEPTH = 128;  // of a unit: what the four lanes of a row load at once
+constexpr int SMALL_THREADS = 512;
+constexpr int SMALL_WARPS = SMALL_THREADS / 32;
+constexpr int SMALL_GROUPS = SMALL_WARPS / 4;
+constexpr int SMALL_COPIES = 16;   // of the table of pairs: lanes i and i + 16 have one, in two banks of their own
+constexpr int SMALL_STRIDE = 256;  // bytes from one byte's copies to the next one's, which one permutation multiplies by
+constexpr int SMALL_GAPS = 64;     // fragments of sums that lie in the other halves of the strides
 constexpr uint32_t SMALL_PAIRS = 256 * SMALL_STRIDE;
 constexpr uint32_t SMALL_FRAGMENT = 32 * sizeof(float4);  // of 16 x 8 sums
 
@@ -53,23 +59,8 @@ __device__ __forceinline__ uint32_t small_gap(uint32_t i) {
     return i / 8 * SMALL_STRIDE + SMALL_STRIDE / 2 + i * 16 % 128;
 }
 
-// Where the parts of a block's shared memory lie, in bytes; src/cuda/lora/small.rs adds up the same.
-template <int TILES>
-struct SmallShared {
-    uint32_t x, sums, ranks, h, stage;
-    __device__ __forceinline__ SmallShared(const LinearSmall& p) {
-        stage = (TILES == 1 ? p.m : 8 * TILES) * p.stage_k * 2;
-        x = SMALL_PAIRS;
-        sums = x + stage * (p.stage_k < p.block_k ? 2 : 1);
-        const uint32_t fragments = WARPS * SMALL_ROW_TILES * p.groups * TILES;
-        ranks = sums + (fragments - min(fragments, SMALL_GAPS)) * SMALL_FRAGMENT;
-        h = ranks + (p.r != 0 ? WARPS * TILES * SMALL_FRAGMENT : 0);
-    }
-    // Of a lane's sums, counted in lanes and fragments.
-    __device__ __forceinline__ uint32_t sum(uint32_t i) const {
-        return i < SMALL_GAPS * 32 ? small_gap(i) : sums + (i - SMALL_GAPS * 32) * 16;
-    }
-};
+// A block's dynamic shared memory begins with the table of pairs, and boxes of x start on 1024 bytes.
+extern __shared__ __align__(1024) unsigned char small_shared[];
 
 // Sixteen bytes a lane of shared memory of block `rank` of the cluster.
 __device__ __forceinline__ float4 load_shared_of(uint32_t address, uint32_t rank) {
@@ -92,12 +83,17 @@ __device__ __forceinline__ void store_shared_of(uint32_t address, uint32_t rank,
 
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-__device__ __forceinline__ void splits_sync(uint32_t splits) {
-    if (splits > 1) {
-        cluster_sync();
-    } else {
-        __syncthreads();
-    }
+
+// Asked for again, so that what follows from them need not be kept in registers until here.
+__device__ __forceinline__ uint32_t thread_again() {
+    uint32_t thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+__device__ __forceinline__ uint32_t block_again() {
+    uint32_t block;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    return block;
 }
 
 __device__ __forceinline__ void add(float4& sum, const float4& more) {
@@ -125,26 +121,6 @@ __device__ __forceinline__ void prefetch_bulk(const void* from, uint64_t bytes, 
     }
 }
 
-// A place of a row of x in shared memory: pieces of sixteen bytes are mixed so that two rows and the four lanes of each,
-// 64 bytes apart, hit other banks.
-__device__ __forceinline__ uint32_t small_place(uint32_t row, uint32_t piece) {
-    return (piece ^ (piece >> 3 & 1u) ^ (row & 1u) << 1) * 16;
-}
-
-// Depth `column0`.. of x, `columns` of it, to shared memory; zeros from k on.
-template <int THREADS>
-__device__ __forceinline__ void load_small_x(const LinearSmall& p, unsigned char* to, uint32_t column0,
-                                             uint32_t columns) {
-    for (uint32_t row = 0; row < p.m; ++row) {
-        const unsigned char* from =
-            static_cast<const unsigned char*>(p.x) + (static_cast<uint64_t>(row) * p.k + column0) * 2;
-        for (uint32_t piece = threadIdx.x; piece < columns / 8; piece += THREADS) {
-            const bool inside = column0 + piece * 8 < p.k;
-            copy16_async(to + row * columns * 2 + small_place(row, piece), inside ? from + piece * 16 : p.x, inside);
-        }
-    }
-}
-
 // The table of pairs: byte b's values at b * SMALL_STRIDE, SMALL_COPIES times.
 template <int THREADS>
 __device__ __forceinline__ void fill_pairs(unsigned char* pairs, const Quant4bit& quant) {
@@ -155,35 +131,22 @@ __device__ __forceinline__ void fill_pairs(unsigned char* pairs, const Quant4bit
     }
 }
 
-// Where a lane's token of each tile lies in shared memory. Of tokens from m on the sums are of no use, whatever is there;
-// with a few at most they are the last one's again, which costs no bandwidth.
-template <int TILES>
-struct SmallToken {
-    uint32_t first, step;
-    __device__ __forceinline__ SmallToken(uint32_t m, uint32_t pitch) : step(8 * pitch) {
-        const uint32_t token = threadIdx.x % 32 / 4;
-        first = (TILES == 1 ? min(token, m - 1) : token) * pitch;
-    }
-    __device__ __forceinline__ uint32_t operator()(int tile) const { return first + tile * step; }
-};
-
-// What a lane loads of a unit: of rows lane / 4 + 8i of each row tile.
-template <bool NESTED, int ROW_TILES>
+// What a lane loads of a unit, sixteen rows: of rows lane / 4 + 8i.
+template <bool NESTED>
 struct SmallUnit {
-    uint4 codes[ROW_TILES][2];
-    Absmax<NESTED> absmax[ROW_TILES][2];
+    uint4 codes[2];
+    Absmax<NESTED> absmax[2];
 };
 
 __device__ __forceinline__ uint32_t small_word(uint4 codes, int word) {
     return word == 0 ? codes.x : word == 1 ? codes.y : word == 2 ? codes.z : codes.w;
 }
 
-// Two values from a byte's codes.
+// Two values of those at `address` of the table, scaled.
 template <typename T>
-__device__ __forceinline__ uint32_t small_pair(const unsigned char* pairs, uint32_t word, int byte, uint32_t lane_place,
-                                               float scale) {
-    const uint32_t place = __byte_perm(word, lane_place, 0x7704 | byte << 4);
-    const float2 two = *reinterpret_cast<const float2*>(pairs + place);
+__device__ __forceinline__ uint32_t small_pair(uint32_t address, float scale) {
+    float2 two;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(two.x), "=f"(two.y) : "r"(address));
     return pack2<T>(mul_ftz(two.x, scale), mul_ftz(two.y, scale));
 }
 
@@ -198,77 +161,68 @@ __device__ __forceinline__ void split_parts(uint32_t (&parts)[PARTS_LEFT], float
     }
 }
 
-__device__ __forceinline__ uint4 load_small_piece(const unsigned char* x, uint32_t place) {
-    return *reinterpret_cast<const uint4*>(x + place);
-}
-
-// The rank's sums over one unit's depth of x in shared memory, onto `sums`: one tile of sixteen ranks.
-template <typename T, int TILES>
-__device__ __forceinline__ void small_ranks(const LinearSmall& p, const unsigned char* x, uint32_t pitch,
-                                            uint32_t unit, uint32_t column0, int tile,
+// Sums of sixteen ranks over one unit's depth, from `column0` on, onto `sums`. `x(t, two)` brings steps 2 * two and the
+// next of token tile t, as operands.
+template <typename T, int TILES, typename X>
+__device__ __forceinline__ void small_ranks(const LinearSmall& p, uint32_t column0, int tile, const X& x,
                                             float (&sums)[TILES][4]) {
     const int lane = threadIdx.x % 32, quad = lane % 4;
-    const uint32_t column = column0 + unit * SMALL_DEPTH + 32 * quad;
-    const uint32_t row = tile * 16 + lane / 4;
+    const uint32_t column = column0 + 32 * quad, row = tile * 16 + lane / 4;
     const bool inside[2] = {row < p.r && column < p.k, row + 8 < p.r && column < p.k};
-    const uint32_t mixed = quad / 2 ^ (lane / 4 & 1) << 1;
     const uint32_t first[2] = {row * p.k + column, (row + 8) * p.k + column};
-    const uint32_t x_place = unit * (SMALL_DEPTH * 2) + quad * 64;
-    const SmallToken<TILES> token_place(p.m, pitch);
     if (!p.wide) {
-        constexpr int TOGETHER = 2;  // under way before the first is used, as registers allow
+        constexpr int TOGETHER = TILES == 1 ? 4 : 2;  // under way before the first is used, as registers allow
 #pragma unroll 1
         for (int start = 0; start < 4; start += TOGETHER) {
             uint4 raw[TOGETHER][2];
 #pragma unroll
-            for (int piece = 0; piece < TOGETHER; ++piece)
+            for (int two = 0; two < TOGETHER; ++two)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    raw[piece][i] = inside[i]
-                                        ? __ldg(static_cast<const uint4*>(p.lora_a) + (first[i] / 8 + start + piece))
-                                        : make_uint4(0, 0, 0, 0);
+                    raw[two][i] = inside[i]
+                                      ? __ldg(static_cast<const uint4*>(p.lora_a) + (first[i] / 8 + start + two))
+                                      : make_uint4(0, 0, 0, 0);
                 }
 #pragma unroll
-            for (int piece = 0; piece < TOGETHER; ++piece) {
-                const Fragments low = {{raw[piece][0].x, raw[piece][1].x, raw[piece][0].y, raw[piece][1].y}};
-                const Fragments high = {{raw[piece][0].z, raw[piece][1].z, raw[piece][0].w, raw[piece][1].w}};
-                const uint32_t place = x_place + (start + piece ^ mixed) * 16;
+            for (int two = 0; two < TOGETHER; ++two) {
+                const Fragments low = {{raw[two][0].x, raw[two][1].x, raw[two][0].y, raw[two][1].y}};
+                const Fragments high = {{raw[two][0].z, raw[two][1].z, raw[two][0].w, raw[two][1].w}};
 #pragma unroll
                 for (int t = 0; t < TILES; ++t) {
-                    const uint4 b = load_small_piece(x, token_place(t) + place);
-                    multiply<T>(sums[t], low, b.x, b.y);
-                    multiply<T>(sums[t], high, b.z, b.w);
+                    const Fragments b = x(t, start + two);
+                    multiply<T>(sums[t], low, b.part[0], b.part[1]);
+                    multiply<T>(sums[t], high, b.part[2], b.part[3]);
                 }
             }
         }
-    } else {
+        return;
+    }
 #pragma unroll 1
-        for (int four = 0; four < 8; ++four) {
-            uint32_t parts[2][2][3];
+    for (int step = 0; step < 8; ++step) {
+        uint32_t parts[2][2][3];  // of two rows, two pairs
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const float4 raw = inside[i] ? __ldg(static_cast<const float4*>(p.lora_a) + (first[i] / 4 + four))
-                                             : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                split_parts<T>(parts[i][0], raw.x, raw.y);
-                split_parts<T>(parts[i][1], raw.z, raw.w);
+        for (int i = 0; i < 2; ++i) {
+            const float4 raw = inside[i] ? __ldg(static_cast<const float4*>(p.lora_a) + (first[i] / 4 + step))
+                                         : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            split_parts<T>(parts[i][0], raw.x, raw.y);
+            split_parts<T>(parts[i][1], raw.z, raw.w);
+        }
+        // Tensor cores cut their sums off: those of the parts are kept apart for sixteen products.
+#pragma unroll
+        for (int t = 0; t < TILES; ++t) {
+            const Fragments both = x(t, step / 2);
+            const uint32_t b0 = step % 2 ? both.part[2] : both.part[0], b1 = step % 2 ? both.part[3] : both.part[1];
+            float few[4] = {};
+#pragma unroll
+            for (int part = 2; part >= 0; --part) {
+                const Fragments a = {{parts[0][0][part], parts[1][0][part], parts[0][1][part], parts[1][1][part]}};
+                float now[4] = {};
+                multiply<T>(now, a, b0, b1);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) few[i] = few[i] * (1.0f / PART_SCALE<T>) + now[i];
             }
-            // Tensor cores cut their sums off: those of the parts are kept apart for sixteen products.
 #pragma unroll
-            for (int t = 0; t < TILES; ++t) {
-                const uint2 b = *reinterpret_cast<const uint2*>(x + token_place(t) + x_place + (four / 2 ^ mixed) * 16 +
-                                                                four % 2 * 8);
-                float few[4] = {};
-#pragma unroll
-                for (int part = 2; part >= 0; --part) {
-                    const Fragments a = {{parts[0][0][part], parts[1][0][part], parts[0][1][part], parts[1][1][part]}};
-                    float now[4] = {};
-                    multiply<T>(now, a, b.x, b.y);
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) few[i] = few[i] * (1.0f / PART_SCALE<T>) + now[i];
-                }
-#pragma unroll
-                for (int i = 0; i < 4; ++i) sums[t][i] += few[i];
-            }
+            for (int i = 0; i < 4; ++i) sums[t][i] += few[i];
         }
     }
 }
@@ -311,7 +265,7 @@ __device__ __forceinline__ float4 small_total(uint32_t address, uint32_t splits)
 #pragma unroll 4
     for (uint32_t rank = 0; rank < splits; ++rank) {
         const float4 more = load_shared_of(address, rank);
-        total.x += more.x, total.y += more.y, total.z += more.z, total.w += more.w;
+        add(total, more);
     }
     return total;
 }
