@@ -47,7 +47,7 @@ __device__ __forceinline__ Fragments load_few_piece(const unsigned char* table, 
 // This block's sums of H to every block of the cluster, a slot for each of its warps that has some.
 template <typename T>
 __device__ __forceinline__ void few_ranks(const LinearSmall& p, unsigned char* shared, uint32_t rank,
-                                          int rank_tiles, int slots) {
+                                          uint32_t barrier, int rank_tiles, int slots) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t column0 = rank * p.stage_k, end = min(column0 + p.stage_k, p.block_k);
     const uint32_t units = (end - min(column0, end)) / SMALL_DEPTH;
@@ -60,7 +60,7 @@ __device__ __forceinline__ void few_ranks(const LinearSmall& p, unsigned char* s
     }
     if (2u * (lane % 4) >= p.m) return;
     const uint32_t to = shared_address(shared + p.ranks) + ((rank * FEW_RANK_WARPS + warp) * 32 + lane) * 16;
-    for (uint32_t other = 0; other < p.splits; ++other) store_shared_of(to, other, sums[0]);
+    for (uint32_t other = 0; other < p.splits; ++other) send_shared(to, other, barrier, sums[0]);
 }
 
 // Floor, 14336 x 4096 nested NF4: (29.4 + 0.9) MB at an H200's 4.2 TB/s = 7.2 us; the lookups, four bytes a value in
@@ -70,6 +70,8 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
     unsigned char* const shared = small_shared;
     unsigned char* const table = few_table();
     __shared__ Tables<NESTED> tables;
+    __shared__ uint64_t arrived;  // of H's sums
+    const uint32_t barrier = shared_address(&arrived);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4;
     const uint32_t rank = blockIdx.x % p.splits;
     const uint32_t row0 = blockIdx.x * p.groups * 16;
@@ -79,18 +81,23 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
     const int slots = min(rank_tiles > 2 ? 2u : FEW_RANK_WARPS >> (rank_tiles - 1 & 3), p.stage_k / SMALL_DEPTH);
 
     // To L2, whoever wrote it: nothing of this depends on the kernel before.
-    if (warp == 0) {
-        prefetch_bulk(p.quant.packed + static_cast<uint64_t>(row0) * (p.k / 2), static_cast<uint64_t>(rows) * (p.k / 2),
-                      lane, 32);
-    } else if (p.r != 0) {
+    prefetch_rows(p.quant.packed + static_cast<uint64_t>(row0) * (p.k / 2), 1, rows * (p.k / 2), 0, threadIdx.x,
+                  SMALL_THREADS);
+    if (p.r != 0) {
         const uint32_t size = p.wide ? 4 : 2, column0 = min(rank * p.stage_k, p.k);
         prefetch_rows(static_cast<const unsigned char*>(p.lora_a) + static_cast<uint64_t>(column0) * size, p.r,
-                      min(p.stage_k, p.k - column0) * size, static_cast<uint64_t>(p.k) * size, threadIdx.x - 32,
-                      SMALL_THREADS - 32);
+                      min(p.stage_k, p.k - column0) * size, static_cast<uint64_t>(p.k) * size, threadIdx.x,
+                      SMALL_THREADS);
         prefetch_rows(static_cast<const unsigned char*>(p.lora_b) + static_cast<uint64_t>(row0) * p.r * size, 1,
-                      rows * p.r * size, 0, threadIdx.x - 32, SMALL_THREADS - 32);
+                      rows * p.r * size, 0, threadIdx.x, SMALL_THREADS);
+        if (threadIdx.x == 0) {
+            barrier_init(barrier, 1);
+            barriers_visible();
+            barrier_expect(barrier, p.splits * slots * rank_tiles * ((p.m + 1) / 2 * 128));
+        }
+        __syncwarp();
+        cluster_arrive();
     }
-    if (p.r != 0) cluster_arrive();
     begin();
 
     const uint32_t depth_units = p.block_k / SMALL_DEPTH;
@@ -127,9 +134,8 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
     __syncthreads();
     if (p.r != 0) {
         cluster_wait();  // the others are there
-        if (warp < rank_tiles * slots) few_ranks<T>(p, shared, rank, rank_tiles, slots);
+        if (warp < rank_tiles * slots) few_ranks<T>(p, shared, rank, barrier, rank_tiles, slots);
         __syncwarp();
-        cluster_arrive();
     }
 
     const int h_width = (p.wide ? 3 : 1) * 16 * rank_tiles + 8;
@@ -171,7 +177,7 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
         step = 0;
         if (tile++ % 2 == 0 && tile < tiles) return;
         if (tile <= 2 && rank_tiles) {
-            cluster_wait();
+            barrier_wait(barrier, 0);
             if (threadIdx.x < rank_tiles * 32) {
                 // Slot `slot` of tile t is warp slot * rank_tiles + t.
                 const float4* from = reinterpret_cast<const float4*>(shared + p.ranks) + threadIdx.x;
@@ -229,7 +235,7 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
         }
         flush();
     }
-    if (tiles == 0 && p.r != 0) cluster_wait();
+    if (tiles == 0 && p.r != 0) barrier_wait(barrier, 0);  // who leaves sooner is written to
 }
 
 }  // namespace ferrotune

@@ -149,9 +149,8 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
 
     // To L2, whoever wrote it: nothing of this depends on the kernel before.
     const uint32_t columns = min(p.block_k, p.k - column0);
-    for (uint32_t row = threadIdx.x; row < rows; row += SMALL_THREADS) {
-        prefetch_bulk(p.quant.packed + (static_cast<uint64_t>(row0 + row) * p.k + column0) / 2, columns / 2, 0, 1);
-    }
+    prefetch_rows(p.quant.packed + (static_cast<uint64_t>(row0) * p.k + column0) / 2, rows, columns / 2, p.k / 2,
+                  threadIdx.x, SMALL_THREADS);
     if (p.r != 0) {
         const uint32_t size = p.wide ? 4 : 2;
         prefetch_rows(static_cast<const unsigned char*>(p.lora_a) + static_cast<uint64_t>(column0) * size, p.r,

@@ -73,15 +73,20 @@ __device__ __forceinline__ float4 load_shared_of(uint32_t address, uint32_t rank
         : "memory");
     return found;
 }
-__device__ __forceinline__ void store_shared_of(uint32_t address, uint32_t rank, const float (&values)[4]) {
+// The same to there; barrier `barrier` of that block, at the same place of each, gets to know of the bytes.
+__device__ __forceinline__ void send_shared(uint32_t address, uint32_t rank, uint32_t barrier, const float (&values)[4]) {
     asm volatile(
-        "{\n\t.reg .b32 remote;\n\tmapa.shared::cluster.u32 remote, %0, %1;\n\t"
-        "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n\t}" ::"r"(address),
-        "r"(rank), "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3])
+        "{\n\t.reg .b32 remote, told;\n\tmapa.shared::cluster.u32 remote, %0, %1;\n\t"
+        "mapa.shared::cluster.u32 told, %2, %1;\n\t"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [remote], {%3, %4, %5, %6}, [told];\n\t}" ::"r"(
+            address),
+        "r"(rank), "r"(barrier), "r"(__float_as_uint(values[0])), "r"(__float_as_uint(values[1])),
+        "r"(__float_as_uint(values[2])), "r"(__float_as_uint(values[3]))
         : "memory");
 }
 
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// Arrives without a word on what was written before, which would take a fence of the whole device.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // Asked for again, so that what follows from them need not be kept in registers until here.
@@ -109,15 +114,6 @@ __device__ __forceinline__ void prefetch_rows(const void* from, uint32_t rows, u
     for (uint32_t i = thread; i < rows * lines; i += threads) {
         const unsigned char* line = static_cast<const unsigned char*>(from) + i / lines * stride + i % lines * LINE;
         asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
-    }
-}
-
-// Has `bytes`, a multiple of 16 as their address is, brought to L2 by `threads` threads.
-__device__ __forceinline__ void prefetch_bulk(const void* from, uint64_t bytes, uint32_t thread, uint32_t threads) {
-    constexpr uint64_t PIECE = 4096;
-    for (uint64_t at = thread * PIECE; at < bytes; at += threads * PIECE) {
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(static_cast<const unsigned char*>(from) + at),
-                     "r"(static_cast<uint32_t>(min(PIECE, bytes - at))));
     }
 }
 

@@ -238,18 +238,19 @@ impl Sizes {
     /// Clock cycles, roughly: only comparisons of divisions count. `places`: blocks that run at a time.
     fn cost(&self, device: &Device, division: Division, placed: &Placed, places: u64) -> u64 {
         const START: u64 = 2500;
+        const ADAPTER: u64 = 40; // bytes a cycle
+        const FEW_UNIT: u64 = 80; // bound by shared memory
+        const X: u64 = 32; // bytes a cycle
+        const STAGE: u64 = 1000;
+        const FLUSH: u64 = 1200;
+        const REMOTE: u64 = 24; // bytes a cycle
         let rounds = placed.blocks.div_ceil(places.max(1));
         let units = placed.block_k / UNIT_DEPTH * division.groups;
         let variant = self.variant(device);
         if variant == 0 {
-            const UNIT: u64 = 80; // bound by shared memory
-            const ADAPTER: u64 = 40; // bytes a cycle
             let adapter = 2 * self.planes * SEGMENT * self.rank_tiles() * placed.stage_k / ADAPTER;
-            return rounds * (START + units * UNIT + adapter);
+            return rounds * (START + units * FEW_UNIT + adapter);
         }
-        const X: u64 = 32; // bytes a cycle
-        const FLUSH: u64 = 1200;
-        const REMOTE: u64 = 24; // bytes a cycle
         let tokens = TOKENS[variant];
         let row_groups = GROUPS / division.k_warps;
         // A step of a warpgroup: lookups, and x by its products.
@@ -260,7 +261,7 @@ impl Sizes {
             1
         };
         let stages = placed.block_k.div_ceil(placed.stage_k);
-        let x = loads * (2 * tokens * placed.block_k / X + stages * 1000);
+        let x = loads * (2 * tokens * placed.block_k / X + stages * STAGE);
         let sums = FLUSH + placed.tile_rows * tokens * 4 / REMOTE;
         let ranks = self.rank_tiles() * self.planes * placed.block_k / UNIT_DEPTH * tokens * 4;
         rounds * (START + work + x + division.groups * sums + ranks)
