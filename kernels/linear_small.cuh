@@ -22,12 +22,12 @@ __device__ __forceinline__ uint32_t small_box(uint32_t token, uint32_t piece) {
 }
 
 // `columns` of x from column0 on to shared memory; zeros from k and m on.
-template <int TILES>
+template <int TILES, int TOGETHER>
 __device__ __forceinline__ void load_boxes(const LinearSmall& p, unsigned char* to, uint32_t column0, uint32_t columns) {
     constexpr uint32_t BOX = 8 * TILES * 128;
     const uint32_t warp = thread_again() / 32, lane = thread_again() % 32;
     const uint32_t part = lane % 2 + lane / 16 * 2;  // of the 32 columns of each quarter
-#pragma unroll 1
+#pragma unroll TOGETHER
     for (uint32_t i = warp; i < columns / SMALL_DEPTH * TILES; i += SMALL_WARPS) {
         const uint32_t unit = i / TILES, token = i % TILES * 8 + lane / 2 % 8;
         const uint32_t column = column0 + unit * SMALL_DEPTH;
@@ -86,17 +86,18 @@ __device__ __forceinline__ uint32_t small_slots(const LinearSmall& p) { return p
 // H's sums over a stage, to the table's gaps.
 template <typename T, int TILES>
 __device__ __forceinline__ void add_ranks(const LinearSmall& p, unsigned char* shared, uint32_t column0, uint32_t begins,
-                                          uint32_t of_x) {
+                                          bool first_stage) {
     constexpr int SOME = TILES == 2 ? 1 : 2;  // token tiles at a time, as registers allow
     constexpr uint32_t BOX = 8 * TILES * 128;
     const uint32_t thread = thread_again(), lane = thread % 32, rank_tiles = (p.r + 15) / 16;
     const uint32_t slot = thread / 64 / rank_tiles, rank_tile = thread / 64 % rank_tiles;
+    const uint32_t units = min(p.stage_k, p.block_k - begins) / SMALL_DEPTH;
     if (slot >= small_slots(p)) return;
 #pragma unroll 1
     for (uint32_t first = thread / 32 % 2 * SOME; first < TILES; first += 2 * SOME) {
         float sums[SOME][4] = {};
 #pragma unroll 1
-        for (uint32_t unit = slot; unit < of_x / SMALL_DEPTH; unit += small_slots(p)) {
+        for (uint32_t unit = slot; unit < units; unit += small_slots(p)) {
             const uint32_t x = shared_address(shared + SMALL_PAIRS) + 2 * unit * BOX + first * 1024;
             const auto pieces = [&](int t, int two) {
                 const uint32_t piece = two % 2 * 4 + lane / 8;
@@ -109,7 +110,7 @@ __device__ __forceinline__ void add_ranks(const LinearSmall& p, unsigned char* s
             const uint32_t to = ((slot * rank_tiles + rank_tile) * TILES + first + t) * 32 + lane;
             float4& sum = *reinterpret_cast<float4*>(shared + small_gap(to));
             const float4 now = make_float4(sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
-            if (begins == 0) {
+            if (first_stage) {
                 sum = now;
             } else {
                 add(sum, now);
@@ -151,6 +152,8 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
     const uint32_t columns = min(p.block_k, p.k - column0);
     prefetch_rows(p.quant.packed + (static_cast<uint64_t>(row0) * p.k + column0) / 2, rows, columns / 2, p.k / 2,
                   threadIdx.x, SMALL_THREADS);
+    prefetch_rows(static_cast<const unsigned char*>(p.x) + static_cast<uint64_t>(column0) * 2, p.m, columns * 2,
+                  static_cast<uint64_t>(p.k) * 2, threadIdx.x, SMALL_THREADS);
     if (p.r != 0) {
         const uint32_t size = p.wide ? 4 : 2;
         prefetch_rows(static_cast<const unsigned char*>(p.lora_a) + static_cast<uint64_t>(column0) * size, p.r,
@@ -182,10 +185,23 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
         }
     };
     uint32_t left = row_tiles * (p.block_k / (SMALL_DEPTH * p.k_warps));  // units
-    SmallUnit<NESTED> ring[2];
-    if (TILES < 8) load(ring[0]);
     if (NESTED && threadIdx.x == 0) offset = nested_offset<NESTED>(p.quant);
     if (NESTED && threadIdx.x < 256) tables.nested_code[threadIdx.x] = __ldg(p.quant.nested_code + threadIdx.x);
+
+    // H by all stages, the first one last: it stays.
+    const uint32_t last = p.r != 0 ? (p.block_k - 1) / p.stage_k * p.stage_k : 0;
+#pragma unroll 1
+    for (uint32_t begins = last;; begins -= p.stage_k) {
+        load_boxes<TILES, 4>(p, shared + SMALL_PAIRS, column0 + begins, min(p.stage_k, p.block_k - begins));
+        fence_async();
+        __syncthreads();
+        if (p.r != 0) add_ranks<T, TILES>(p, shared, column0, begins, begins == last);
+        if (begins == 0) break;
+        __syncthreads();
+    }
+    SmallUnit<NESTED> ring[2];
+    load(ring[0]);
+    if (left > 1) load(ring[1]);
 
     const uint32_t pairs = shared_address(shared), copy = lane % SMALL_COPIES * sizeof(float2);
     const auto pair = [&](uint32_t word, int byte, float scale) {
@@ -198,7 +214,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) scales[half] = unit.absmax[half].value(tables, offset);
         // Products of a step or two are under way while the next values are made.
-        constexpr int TOGETHER = TILES == 2 ? 2 : 1;  // as registers allow
+        constexpr int TOGETHER = 2;
 #pragma unroll
         for (int first = 0; first < 8; first += TOGETHER) {
             Fragments a[TOGETHER];
@@ -224,27 +240,19 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
 
 #pragma unroll 1
     for (uint32_t tile = 0; left > 0; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 4 * TILES; ++i) sums[i] = 0.0f;
 #pragma unroll 1
         for (uint32_t begins = 0; begins < p.block_k; begins += p.stage_k) {
-            const uint32_t of_x = min(p.stage_k, p.block_k - begins);
-            const uint32_t column0 = (block_again() & (p.splits - 1)) * p.block_k;
-            if (tile == 0 || p.stage_k < p.block_k) {
-                if (begins + tile > 0) __syncthreads();  // all have read what was there
-                load_boxes<TILES>(p, shared + SMALL_PAIRS, column0 + begins, of_x);
+            if (p.stage_k < p.block_k && begins + tile > 0) {
+                const uint32_t column0 = (block_again() & (p.splits - 1)) * p.block_k;
+                __syncthreads();  // all have read what was there
+                load_boxes<TILES, 1>(p, shared + SMALL_PAIRS, column0 + begins, min(p.stage_k, p.block_k - begins));
                 fence_async();
                 __syncthreads();
-                if (tile == 0 && p.r != 0) add_ranks<T, TILES>(p, shared, column0, begins, of_x);
-                if (tile + begins == 0) {  // no sooner, as registers allow
-                    if (TILES == 8) load(ring[0]);
-                    if (left > 1) load(ring[1]);
-                }
-            }
-            if (begins == 0) {
-#pragma unroll
-                for (int i = 0; i < 4 * TILES; ++i) sums[i] = 0.0f;
             }
             const uint32_t x0 = shared_address(shared + SMALL_PAIRS) + (thread_again() / 128 & (p.k_warps - 1)) * UNIT_BYTES;
-            const uint32_t units = of_x / (SMALL_DEPTH * p.k_warps);
+            const uint32_t units = min(p.stage_k, p.block_k - begins) / (SMALL_DEPTH * p.k_warps);
 #pragma unroll 1
             for (uint32_t unit = 0; unit < units; ++unit, --left) {
                 multiply_unit(ring[0], x0 + unit * p.k_warps * UNIT_BYTES);

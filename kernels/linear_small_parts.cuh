@@ -167,7 +167,7 @@ __device__ __forceinline__ void small_ranks(const LinearSmall& p, uint32_t colum
     const bool inside[2] = {row < p.r && column < p.k, row + 8 < p.r && column < p.k};
     const uint32_t first[2] = {row * p.k + column, (row + 8) * p.k + column};
     if (!p.wide) {
-        constexpr int TOGETHER = TILES == 1 ? 4 : 2;  // under way before the first is used, as registers allow
+        constexpr int TOGETHER = 4;  // under way before the first is used, as registers allow
 #pragma unroll 1
         for (int start = 0; start < 4; start += TOGETHER) {
             uint4 raw[TOGETHER][2];
