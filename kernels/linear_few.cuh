@@ -6,8 +6,8 @@
 
 namespace ferrotune {
 
-constexpr uint32_t FEW_RING = 4;   // units of sixteen rows that a warp has under way
-constexpr int FEW_RANK_WARPS = 8;  // that add up H
+constexpr int FEW_THREADS = 1024;
+constexpr uint32_t FEW_WARPS = FEW_THREADS / 32;
 
 // Where the table of pairs begins: on 64 KiB of the block's shared memory. x lies after it, H's sums and tile before it.
 __device__ __forceinline__ unsigned char* few_table() {
@@ -24,7 +24,7 @@ __device__ __forceinline__ uint32_t few_place(uint32_t row, uint32_t piece) {
 __device__ __forceinline__ void load_few_x(const LinearSmall& p, unsigned char* to, uint32_t columns) {
     for (uint32_t row = 0; row < p.m; ++row) {
         const unsigned char* from = static_cast<const unsigned char*>(p.x) + static_cast<uint64_t>(row) * p.k * 2;
-        for (uint32_t piece = threadIdx.x; piece < columns / 8; piece += SMALL_THREADS) {
+        for (uint32_t piece = threadIdx.x; piece < columns / 8; piece += FEW_THREADS) {
             const bool inside = piece * 8 < p.k;
             copy16_async(to + row * columns * 2 + few_place(row, piece), inside ? from + piece * 16 : p.x, inside);
         }
@@ -44,22 +44,28 @@ __device__ __forceinline__ Fragments load_few_piece(const unsigned char* table, 
     return {{found.x, found.y, found.z, found.w}};
 }
 
+// Sixteen bytes of a row tile's sums, counted over its warps: two tiles are added up while two others are read.
+__device__ __forceinline__ unsigned char* few_sum(const LinearSmall& p, uint32_t tile, uint32_t i) {
+    static_assert(2 * FEW_WARPS == SMALL_GAPS, "two tiles in the table's gaps");
+    const uint32_t at = tile % 2 * FEW_WARPS * 32 + i;
+    return tile % 4 < 2 ? few_table() + small_gap(at) : small_shared + p.sums + at * 16;
+}
+
 // This block's sums of H to every block of the cluster, a slot for each of its warps that has some.
 template <typename T>
-__device__ __forceinline__ void few_ranks(const LinearSmall& p, unsigned char* shared, uint32_t rank,
-                                          uint32_t barrier, int rank_tiles, int slots) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+__device__ __forceinline__ void few_ranks(const LinearSmall& p, uint32_t rank, uint32_t barrier, uint32_t rank_tiles) {
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const uint32_t column0 = rank * p.stage_k, end = min(column0 + p.stage_k, p.block_k);
-    const uint32_t units = (end - min(column0, end)) / SMALL_DEPTH;
     float sums[1][4] = {};
 #pragma unroll 1
-    for (uint32_t unit = warp / rank_tiles; unit < units; unit += slots) {
-        const uint32_t column = column0 + unit * SMALL_DEPTH, x = few_lane(p) + column * 2;
+    for (uint32_t column = column0 + warp / rank_tiles * SMALL_DEPTH; column < end; column += p.slots * SMALL_DEPTH) {
+        const uint32_t x = few_lane(p) + column * 2;
         const auto pieces = [&](int, int two) { return load_few_piece(few_table(), x, two); };
         small_ranks<T, 1>(p, column, warp % rank_tiles, pieces, sums);
     }
-    if (2u * (lane % 4) >= p.m) return;
-    const uint32_t to = shared_address(shared + p.ranks) + ((rank * FEW_RANK_WARPS + warp) * 32 + lane) * 16;
+    if (2 * (lane % 4) >= p.m) return;
+    const uint32_t slot = rank * (FEW_WARPS / p.splits) + warp;
+    const uint32_t to = shared_address(small_shared + p.ranks) + (slot * 32 + lane) * 16;
     for (uint32_t other = 0; other < p.splits; ++other) send_shared(to, other, barrier, sums[0]);
 }
 
@@ -67,79 +73,67 @@ __device__ __forceinline__ void few_ranks(const LinearSmall& p, unsigned char* s
 // shared memory, take as long.
 template <typename T, bool NESTED>
 __device__ __forceinline__ void linear_few(const LinearSmall& p) {
-    unsigned char* const shared = small_shared;
     unsigned char* const table = few_table();
     __shared__ Tables<NESTED> tables;
+    __shared__ float offset;
     __shared__ uint64_t arrived;  // of H's sums
     const uint32_t barrier = shared_address(&arrived);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4;
-    const uint32_t rank = blockIdx.x % p.splits;
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4;
     const uint32_t row0 = blockIdx.x * p.groups * 16;
     const uint32_t rows = min(p.groups * 16, p.n - min(row0, p.n)), tiles = (rows + 15) / 16;
-    const int rank_tiles = (p.r + 15) / 16;
-    // Of H's sums, of each block and rank tile.
-    const int slots = min(rank_tiles > 2 ? 2u : FEW_RANK_WARPS >> (rank_tiles - 1 & 3), p.stage_k / SMALL_DEPTH);
 
     // To L2, whoever wrote it: nothing of this depends on the kernel before.
     prefetch_rows(p.quant.packed + static_cast<uint64_t>(row0) * (p.k / 2), 1, rows * (p.k / 2), 0, threadIdx.x,
-                  SMALL_THREADS);
+                  FEW_THREADS);
     if (p.r != 0) {
-        const uint32_t size = p.wide ? 4 : 2, column0 = min(rank * p.stage_k, p.k);
+        const uint32_t size = p.wide ? 4 : 2, column0 = min(blockIdx.x % p.splits * p.stage_k, p.k);
         prefetch_rows(static_cast<const unsigned char*>(p.lora_a) + static_cast<uint64_t>(column0) * size, p.r,
                       min(p.stage_k, p.k - column0) * size, static_cast<uint64_t>(p.k) * size, threadIdx.x,
-                      SMALL_THREADS);
+                      FEW_THREADS);
         prefetch_rows(static_cast<const unsigned char*>(p.lora_b) + static_cast<uint64_t>(row0) * p.r * size, 1,
-                      rows * p.r * size, 0, threadIdx.x, SMALL_THREADS);
+                      rows * p.r * size, 0, threadIdx.x, FEW_THREADS);
         if (threadIdx.x == 0) {
             barrier_init(barrier, 1);
             barriers_visible();
-            barrier_expect(barrier, p.splits * slots * rank_tiles * ((p.m + 1) / 2 * 128));
+            barrier_expect(barrier, p.splits * p.slots * ((p.r + 15) / 16) * ((p.m + 1) / 2 * 128));
         }
         __syncwarp();
         cluster_arrive();
     }
     begin();
 
+    // A lane's sixteen bytes are counted over the whole weight: rows from n on and columns from k on are any others.
+    const uint32_t row_chunks = p.k / 32, last = p.n * row_chunks - 1;
     const uint32_t depth_units = p.block_k / SMALL_DEPTH;
-    const uint32_t steps = max(1u, (depth_units + SMALL_WARPS - 1 - warp) / SMALL_WARPS);  // of a row tile
-    const uint32_t row_chunks = p.k / 32;
+    const uint32_t steps = (depth_units + FEW_WARPS - 1 - min(warp, depth_units)) / FEW_WARPS;  // of a row tile
     const AbsmaxFrom<NESTED> blocks(p.quant, 0);
-    uint32_t next_tile = 0, next_step = 0;
+    uint32_t next_chunk = (row0 + lane / 4) * row_chunks + warp * (SMALL_DEPTH / 32) + quad;
     const auto load = [&](SmallUnit<NESTED>& unit) {
-        const uint32_t chunk = min((next_step * SMALL_WARPS + warp) * (SMALL_DEPTH / 32) + quad, row_chunks - 1);
-        const uint32_t first = row0 + next_tile * 16 + lane / 4;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const uint32_t at = min(first + 8 * half, p.n - 1) * row_chunks + chunk;
+            const uint32_t at = min(next_chunk + half * 8 * row_chunks, last);
             unit.codes[half] = load_once<uint4>(p.quant.packed + static_cast<uint64_t>(at) * 16);
             unit.absmax[half].load(blocks, at >> (p.quant.block_shift - 5));
-        }
-        if (++next_step == steps) {
-            next_step = 0;
-            ++next_tile;
         }
     };
     load_few_x(p, table + SMALL_PAIRS, p.block_k);
     commit_copies();
-    uint32_t left = tiles * steps;
-    SmallUnit<NESTED> ring[FEW_RING];
-#pragma unroll
-    for (int i = 0; i < FEW_RING; ++i) {
-        if (i < left) load(ring[i]);
-    }
-    fill_pairs<SMALL_THREADS>(table, p.quant);
+    uint32_t left = tiles * steps;  // units; of one at a time are the loads under way, so that there are the more warps
+    SmallUnit<NESTED> unit;
+    if (p.r == 0 && left > 0) load(unit);
+    fill_pairs<FEW_THREADS>(table, p.quant);
+    if (NESTED && threadIdx.x == 0) offset = nested_offset<NESTED>(p.quant);
     if (NESTED && threadIdx.x < 256) tables.nested_code[threadIdx.x] = __ldg(p.quant.nested_code + threadIdx.x);
-    const float offset = nested_offset<NESTED>(p.quant);
     wait_copies(0);
     __syncthreads();
     if (p.r != 0) {
         cluster_wait();  // the others are there
-        if (warp < rank_tiles * slots) few_ranks<T>(p, shared, rank, barrier, rank_tiles, slots);
+        const uint32_t rank_tiles = (p.r + 15) / 16;
+        if (warp < rank_tiles * p.slots) few_ranks<T>(p, blockIdx.x % p.splits, barrier, rank_tiles);
         __syncwarp();
+        if (left > 0) load(unit);  // no sooner, for want of registers
     }
 
-    const int h_width = (p.wide ? 3 : 1) * 16 * rank_tiles + 8;
-    T* const h_tile = reinterpret_cast<T*>(shared + p.h_tile);  // [8][h_width]
     // The table starts on 64 KiB, so that a byte of codes is a byte of the address.
     const uint32_t copy = shared_address(table) + lane % SMALL_COPIES * sizeof(float2);
     const uint32_t x = few_lane(p) + warp * (SMALL_DEPTH * 2);
@@ -159,8 +153,8 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
                 const uint32_t eight = small_word(unit.codes[half], word);
 #pragma unroll
                 for (int byte = 0; byte < 4; ++byte) {
-                    a[byte / 2].part[byte % 2 * 2 + half] = 
-                        small_pair<T>(__byte_perm(eight, copy, 0x7604 | byte << 4), scales[half]);
+                    const uint32_t address = __byte_perm(eight, copy, 0x7604 | byte << 4);
+                    a[byte / 2].part[byte % 2 * 2 + half] = small_pair<T>(address, scales[half]);
                 }
             }
             const Fragments b = load_few_piece(table, from, word);
@@ -169,69 +163,55 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
         }
     };
 
-    // Sums of a row tile to shared memory, which has room for four: two are written while two are read.
+    // Sums of a row tile; after every second one those of both go to y.
     const auto flush = [&]() {
-        *reinterpret_cast<float4*>(table + small_gap(((tile % 4) * SMALL_WARPS + warp) * 32 + lane)) =
-            make_float4(sums[0], sums[1], sums[2], sums[3]);
+        const uint32_t thread = thread_again(), warp = thread / 32, lane = thread % 32;
+        *reinterpret_cast<float4*>(few_sum(p, tile, warp * 32 + lane)) = make_float4(sums[0], sums[1], sums[2], sums[3]);
         sums[0] = sums[1] = sums[2] = sums[3] = 0.0f;
-        step = 0;
         if (tile++ % 2 == 0 && tile < tiles) return;
+        const uint32_t rank_tiles = (p.r + 15) / 16;
+        const int h_width = (p.wide ? 3 : 1) * 16 * rank_tiles + 8;
+        T* const h_tile = reinterpret_cast<T*>(small_shared + p.h_tile);  // [8][h_width]
         if (tile <= 2 && rank_tiles) {
             barrier_wait(barrier, 0);
-            if (threadIdx.x < rank_tiles * 32) {
+            if (thread < rank_tiles * 32) {
                 // Slot `slot` of tile t is warp slot * rank_tiles + t.
-                const float4* from = reinterpret_cast<const float4*>(shared + p.ranks) + threadIdx.x;
+                const float4* from = reinterpret_cast<const float4*>(small_shared + p.ranks) + thread;
                 float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                for (uint32_t other = 0; other < p.splits; ++other) {
+                for (uint32_t other = 0; other < p.splits; ++other, from += FEW_WARPS / p.splits * 32) {
 #pragma unroll 4
-                    for (int slot = 0; slot < slots; ++slot) {
-                        add(total, from[(other * FEW_RANK_WARPS + slot * rank_tiles) * 32]);
-                    }
+                    for (uint32_t slot = 0; slot < p.slots; ++slot) add(total, from[slot * rank_tiles * 32]);
                 }
-                small_h<T>(p, total, threadIdx.x / 32, 0, rank_tiles, h_tile, h_width);
+                small_h<T>(p, total, warp, 0, rank_tiles, h_tile, h_width);
             }
         }
-        __syncthreads();
         // Warps take the tiles in turn.
-        const uint32_t first = tile - 1 & ~1u, mine = first + (warp - first) % SMALL_WARPS;
-        if (mine >= tile) return;
-        const uint32_t row = row0 + mine * 16;
+        const uint32_t first = tile - 1 & ~1u, mine = first + (warp - first) % FEW_WARPS;
+        const uint32_t row = (block_again() * p.groups + mine) * 16;
         Fragments b[2];
-        if (rank_tiles) load_small_b<T>(b, p, row, 0);
+        if (rank_tiles && mine < tile) load_small_b<T>(b, p, row, 0);
+        __syncthreads();
+        if (mine >= tile) return;
         float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-        for (int w = 0; w < SMALL_WARPS; ++w) {
-            add(total, *reinterpret_cast<const float4*>(table + small_gap((mine % 4 * SMALL_WARPS + w) * 32 + lane)));
+#pragma unroll 8
+        for (uint32_t i = lane; i < FEW_WARPS * 32; i += 32) {
+            add(total, *reinterpret_cast<const float4*>(few_sum(p, mine, i)));
         }
         small_finish<T>(p, row, 0, total, b, rank_tiles, h_tile, h_width);
     };
 
-    // `turn` says which of the ring is next.
-    const auto next = [&](SmallUnit<NESTED>& unit) {
-        multiply_unit(unit, x + step * (SMALL_WARPS * SMALL_DEPTH * 2));
-        if (left > FEW_RING) load(unit);
-        --left;
-        return ++step == steps;
-    };
-    int turn = 0;
+    // A warp without a part of the depth has sums, too.
 #pragma unroll 1
-    while (left) {
-        switch (turn) {
-            case 0:
-                turn = 1;
-                if (next(ring[0])) break;
-                [[fallthrough]];
-            case 1:
-                turn = 2;
-                if (next(ring[1])) break;
-                [[fallthrough]];
-            case 2:
-                turn = 3;
-                if (next(ring[2])) break;
-                [[fallthrough]];
-            default:
-                turn = 0;
-                if (!next(ring[3])) continue;
+    while (tile < tiles) {
+        if (steps > 0) {
+            multiply_unit(unit, x + step * (FEW_WARPS * SMALL_DEPTH * 2));
+            next_chunk += FEW_WARPS * (SMALL_DEPTH / 32);
+            if (++step == steps) {
+                next_chunk += 16 * row_chunks - steps * FEW_WARPS * (SMALL_DEPTH / 32);
+                step = 0;
+            }
+            if (--left > 0) load(unit);
+            if (step > 0) continue;
         }
         flush();
     }

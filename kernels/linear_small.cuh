@@ -268,7 +268,12 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
         const uint32_t own = thread % 32, group = thread / 128, tiles_of_rank = (p.r + 15) / 16;
         const uint32_t rank_sums = tiles_of_rank * (TILES * 32);
         if (tile > 0) {
-            cluster_wait();  // all have read the sums before
+            // All have read the sums before.
+            if (p.splits > 1) {
+                cluster_wait();
+            } else {
+                __syncthreads();
+            }
         } else if (rank_sums) {
             __syncthreads();
             for (uint32_t i = thread; i < rank_sums; i += SMALL_THREADS) {
@@ -287,7 +292,12 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
         if (of_depth > 0) put_sums<TILES>(p, shared, sums, (of_depth - 1) * row_fragments * 32 + of_warp, 0, 0);
         if (p.k_warps > 1) __syncthreads();
         if (of_depth == 0) put_sums<TILES>(p, shared, sums, of_warp, p.k_warps - 1, row_fragments * 32);
-        cluster_sync();
+        // Of the first fragment that this warp writes to y.
+        const uint32_t first = (block / p.splits * p.groups + tile) * p.tile_rows;
+        const uint32_t mine = block % p.splits + p.splits * (thread / 32);
+        Fragments b[2];
+        if (rank_sums) load_small_b<T>(b, p, first + mine / TILES * 16, 0);
+        splits_sync(p.splits);
         T* const h_tile = reinterpret_cast<T*>(shared + p.h_tile);  // [8 * TILES][h_width]
         const int h_width = (p.wide ? 3 : 1) * 16 * tiles_of_rank + 8;
         if (tile == 0 && rank_sums) {
@@ -298,19 +308,17 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
             __syncthreads();
         }
         // Each block writes some of the cluster's rows.
-        const uint32_t first = (block / p.splits * p.groups + tile) * p.tile_rows;
-        for (uint32_t i = block % p.splits + p.splits * (thread / 32); i < row_fragments; i += p.splits * SMALL_WARPS) {
+        for (uint32_t i = mine; i < row_fragments; i += p.splits * SMALL_WARPS) {
             const uint32_t row = first + i / TILES * 16, token0 = i % TILES * 8;
             if (row >= p.n || token0 >= p.m) continue;
-            Fragments b[2];
-            if (rank_sums) load_small_b<T>(b, p, row, 0);
+            if (rank_sums && i != mine) load_small_b<T>(b, p, row, 0);
             const float4 total = small_total(shared_address(shared + small_sum(p, i * 32 + own)), p.splits);
             small_finish<T>(p, row, token0, total, b, tiles_of_rank, h_tile, h_width);
         }
         __syncwarp();
-        cluster_arrive();
+        if (p.splits > 1) cluster_arrive();
     }
-    cluster_wait();  // no block leaves while another reads its sums
+    if (p.splits > 1) cluster_wait();  // no block leaves while another reads its sums
 }
 
 }  // namespace ferrotune

@@ -40,7 +40,7 @@ struct LinearSmall {
     uint32_t sums;   // those that find no room in the table's gaps
     uint32_t ranks;  // sums of H
     uint32_t h_tile;
-    uint32_t reserved;
+    uint32_t slots;  // of H's sums of a rank tile, a warp's each, with few tokens
 };
 static_assert(sizeof(LinearSmall) == 192, "src/cuda/lora/small.rs lays it out alike");
 
@@ -89,6 +89,16 @@ __device__ __forceinline__ void send_shared(uint32_t address, uint32_t rank, uin
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
+// All have come here, and see what the others wrote to shared memory: one fence of the device is enough for a block.
+__device__ __forceinline__ void splits_sync(uint32_t splits) {
+    __syncthreads();
+    if (splits == 1) return;
+    if (threadIdx.x == 0) asm volatile("fence.acq_rel.cluster;" ::: "memory");
+    __syncwarp();
+    cluster_arrive();
+    cluster_wait();
+}
+
 // Asked for again, so that what follows from them need not be kept in registers until here.
 __device__ __forceinline__ uint32_t thread_again() {
     uint32_t thread;
@@ -112,7 +122,8 @@ __device__ __forceinline__ void prefetch_rows(const void* from, uint32_t rows, u
     constexpr uint32_t LINE = 128;
     const uint32_t lines = (bytes + LINE - 1) / LINE;
     for (uint32_t i = thread; i < rows * lines; i += threads) {
-        const unsigned char* line = static_cast<const unsigned char*>(from) + i / lines * stride + i % lines * LINE;
+        const uint32_t row = rows == 1 ? 0 : i / lines;
+        const unsigned char* line = static_cast<const unsigned char*>(from) + row * stride + (i - row * lines) * LINE;
         asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
     }
 }
@@ -241,12 +252,23 @@ __device__ __forceinline__ void load_small_b(Fragments (&found)[2], const Linear
         const uint32_t row = row0 + lane / 4 + i % 2 * 8, column = column0 + 2 * (lane % 4) + i / 2 * 8;
         const uint64_t at = static_cast<uint64_t>(row) * p.r + column;
         float values[2];
+        if (p.r % 2 == 0 && aligned(static_cast<const unsigned char*>(p.lora_b), 8)) {  // both at once
+            const bool inside = row < p.n && column < p.r;
+            float2 both = make_float2(0.0f, 0.0f);
+            if (inside && p.wide) both = __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(p.lora_b) + at));
+            if (inside && !p.wide) {
+                both = unpack2<T>(__ldg(reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.lora_b) + at)));
+            }
+            values[0] = both.x;
+            values[1] = both.y;
+        } else {
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const bool inside = row < p.n && column + j < p.r;
-            values[j] = !inside    ? 0.0f
-                        : p.wide ? __ldg(static_cast<const float*>(p.lora_b) + at + j)
-                                 : to_float(static_cast<const T*>(p.lora_b)[at + j]);
+            for (int j = 0; j < 2; ++j) {
+                const bool inside = row < p.n && column + j < p.r;
+                values[j] = !inside  ? 0.0f
+                            : p.wide ? __ldg(static_cast<const float*>(p.lora_b) + at + j)
+                                     : to_float(static_cast<const T*>(p.lora_b)[at + j]);
+            }
         }
         uint32_t parts[2];
         split_parts<T>(parts, values[0], values[1]);

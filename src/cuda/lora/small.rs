@@ -15,7 +15,6 @@ const MOST_RANK: u64 = 64;
 /// Most tokens of a kernel's variants, the first of which is for few.
 const TOKENS: [u64; 4] = [8, 16, 32, 64];
 const THREADS: u32 = 512;
-const WARPS: u64 = 16;
 const GROUPS: u64 = 4;
 /// Rows of a warp's products and of a warpgroup's; depth of what a warp loads at a time.
 const TILE_ROWS: u64 = 16;
@@ -26,8 +25,9 @@ const PAIRS: u64 = 256 * 256;
 const FRAGMENT: u64 = 512;
 /// Sums that the table has room for.
 const GAPS: u64 = 64;
-/// Warps that add up H of few tokens.
-const FEW_RANK_WARPS: u64 = 8;
+/// The same of few tokens.
+const FEW_THREADS: u32 = 1024;
+const FEW_WARPS: u64 = 32;
 /// Where the table of few tokens begins in a block's shared memory, and the least that precedes the dynamic part there.
 const FEW_TABLE: u64 = 1 << 16;
 const RESERVED: u64 = 1024;
@@ -63,7 +63,7 @@ struct LinearSmall {
     sums: u32,
     ranks: u32,
     h_tile: u32,
-    reserved: u32,
+    slots: u32,
 }
 const _: () = assert!(size_of::<LinearSmall>() == 192);
 // SAFETY: the kernel's structure, field for field.
@@ -123,15 +123,17 @@ struct Placed {
     sums: u64,
     ranks: u64,
     h_tile: u64,
+    slots: u64,
     shared: u64,
     blocks: u64,
+    threads: u32,
 }
 
 impl Placed {
     fn grid(&self) -> Grid {
         Grid {
             blocks: (self.blocks as u32, 1, 1),
-            threads: THREADS,
+            threads: self.threads,
             shared: self.shared as u32,
         }
     }
@@ -156,7 +158,11 @@ impl Sizes {
     /// The first whose tokens suffice; of few tokens all the depth is in shared memory.
     fn variant(&self, device: &Device) -> usize {
         let found = TOKENS.iter().position(|&most| self.m <= most).unwrap_or(0);
-        if found == 0 && self.few(device, 8, 1).is_none() {
+        if found == 0
+            && self
+                .few(device, if self.r > 0 { 8 } else { 1 }, 1)
+                .is_none()
+        {
             1
         } else {
             found
@@ -171,25 +177,31 @@ impl Sizes {
         }
     }
 
+    /// A cluster is there for H alone.
     fn few(&self, device: &Device, splits: u64, groups: u64) -> Option<Placed> {
-        let block_k = self.k.next_multiple_of(UNIT_DEPTH).max(UNIT_DEPTH * WARPS);
-        let ranks = if self.r > 0 {
-            splits * FEW_RANK_WARPS * FRAGMENT
-        } else {
-            0
-        };
+        if (self.r > 0) != (splits > 1) {
+            return None;
+        }
+        let block_k = self.k.next_multiple_of(UNIT_DEPTH);
+        let stage_k = self.k.div_ceil(UNIT_DEPTH * splits) * UNIT_DEPTH;
+        // Two row tiles' sums beside those in the table's gaps; of H a slot for each warp of a block, over the cluster.
+        let sums = 2 * FEW_WARPS * FRAGMENT;
+        let ranks = if self.r > 0 { FEW_WARPS * FRAGMENT } else { 0 };
+        let before = sums + ranks + self.h_tile(TOKENS[0]);
         let shared = FEW_TABLE - RESERVED + PAIRS + 2 * self.m * block_k;
-        let fits = ranks + self.h_tile(TOKENS[0]) + STATIC + RESERVED <= FEW_TABLE
-            && shared + STATIC <= u64::from(device.shared);
+        let fits =
+            before + STATIC + RESERVED <= FEW_TABLE && shared + STATIC <= u64::from(device.shared);
         fits.then_some(Placed {
             tile_rows: TILE_ROWS,
             block_k,
-            stage_k: self.k.div_ceil(UNIT_DEPTH * splits) * UNIT_DEPTH,
+            stage_k,
             sums: 0,
-            ranks: 0,
-            h_tile: ranks,
+            ranks: sums,
+            h_tile: sums + ranks,
+            slots: (FEW_WARPS / splits / self.rank_tiles().max(1)).min(stage_k / UNIT_DEPTH),
             shared,
             blocks: self.n.div_ceil(TILE_ROWS * groups).next_multiple_of(splits),
+            threads: FEW_THREADS,
         })
     }
 
@@ -230,6 +242,8 @@ impl Sizes {
             sums: x,
             ranks: x + sums,
             h_tile: x + sums + ranks,
+            slots: 0,
+            threads: THREADS,
             shared: fixed + 2 * tokens * stage_k,
             blocks: self.n.div_ceil(tile_rows * groups) * splits,
         })
@@ -388,7 +402,7 @@ pub unsafe fn launch(
         sums: placed.sums as u32,
         ranks: placed.ranks as u32,
         h_tile: placed.h_tile as u32,
-        reserved: 0,
+        slots: placed.slots as u32,
     };
     let grid = placed.grid();
     let nested = usize::from(small.weight.nested.is_some());
