@@ -83,15 +83,13 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
     const uint32_t rows = min(p.groups * 16, p.n - min(row0, p.n)), tiles = (rows + 15) / 16;
 
     // To L2, whoever wrote it: nothing of this depends on the kernel before.
-    prefetch_rows(p.quant.packed + static_cast<uint64_t>(row0) * (p.k / 2), 1, rows * (p.k / 2), 0, threadIdx.x,
-                  FEW_THREADS);
+    prefetch(p.quant.packed + static_cast<uint64_t>(row0) * (p.k / 2), rows * (p.k / 2), threadIdx.x, FEW_THREADS);
     if (p.r != 0) {
         const uint32_t size = p.wide ? 4 : 2, column0 = min(blockIdx.x % p.splits * p.stage_k, p.k);
         prefetch_rows(static_cast<const unsigned char*>(p.lora_a) + static_cast<uint64_t>(column0) * size, p.r,
-                      min(p.stage_k, p.k - column0) * size, static_cast<uint64_t>(p.k) * size, threadIdx.x,
-                      FEW_THREADS);
-        prefetch_rows(static_cast<const unsigned char*>(p.lora_b) + static_cast<uint64_t>(row0) * p.r * size, 1,
-                      rows * p.r * size, 0, threadIdx.x, FEW_THREADS);
+                      min(p.stage_k, p.k - column0) * size, static_cast<uint64_t>(p.k) * size, FEW_THREADS);
+        prefetch(static_cast<const unsigned char*>(p.lora_b) + static_cast<uint64_t>(row0) * p.r * size,
+                 rows * p.r * size, threadIdx.x, FEW_THREADS);
         if (threadIdx.x == 0) {
             barrier_init(barrier, 1);
             barriers_visible();
@@ -118,9 +116,8 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
     };
     load_few_x(p, table + SMALL_PAIRS, p.block_k);
     commit_copies();
-    uint32_t left = tiles * steps;  // units; of one at a time are the loads under way, so that there are the more warps
-    SmallUnit<NESTED> unit;
-    if (p.r == 0 && left > 0) load(unit);
+    SmallUnit<NESTED> unit;  // no more at a time, so that there are the more warps
+    if (p.r == 0 && tiles * steps > 0) load(unit);
     fill_pairs<FEW_THREADS>(table, p.quant);
     if (NESTED && threadIdx.x == 0) offset = nested_offset<NESTED>(p.quant);
     if (NESTED && threadIdx.x < 256) tables.nested_code[threadIdx.x] = __ldg(p.quant.nested_code + threadIdx.x);
@@ -131,7 +128,7 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
         const uint32_t rank_tiles = (p.r + 15) / 16;
         if (warp < rank_tiles * p.slots) few_ranks<T>(p, blockIdx.x % p.splits, barrier, rank_tiles);
         __syncwarp();
-        if (left > 0) load(unit);  // no sooner, for want of registers
+        if (tiles * steps > 0) load(unit);  // no sooner, for want of registers
     }
 
     // The table starts on 64 KiB, so that a byte of codes is a byte of the address.
@@ -210,7 +207,7 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
                 next_chunk += 16 * row_chunks - steps * FEW_WARPS * (SMALL_DEPTH / 32);
                 step = 0;
             }
-            if (--left > 0) load(unit);
+            if (step > 0 || tile + 1 < tiles) load(unit);
             if (step > 0) continue;
         }
         flush();

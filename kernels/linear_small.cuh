@@ -144,22 +144,22 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4;
 
     const uint32_t rank = blockIdx.x % p.splits, column0 = rank * p.block_k;
-    const uint32_t k_group = warp / 4 & (p.k_warps - 1), row_group = warp / 4 / p.k_warps;
+    const uint32_t k_group = warp / 4 & (p.k_groups - 1), row_group = warp / 4 / p.k_groups;
     const uint32_t row0 = blockIdx.x / p.splits * p.groups * p.tile_rows;
     const uint32_t rows = min(p.groups * p.tile_rows, p.n - row0), row_tiles = (rows + p.tile_rows - 1) / p.tile_rows;
 
     // To L2, whoever wrote it: nothing of this depends on the kernel before.
     const uint32_t columns = min(p.block_k, p.k - column0);
     prefetch_rows(p.quant.packed + (static_cast<uint64_t>(row0) * p.k + column0) / 2, rows, columns / 2, p.k / 2,
-                  threadIdx.x, SMALL_THREADS);
+                  SMALL_THREADS);
     prefetch_rows(static_cast<const unsigned char*>(p.x) + static_cast<uint64_t>(column0) * 2, p.m, columns * 2,
-                  static_cast<uint64_t>(p.k) * 2, threadIdx.x, SMALL_THREADS);
+                  static_cast<uint64_t>(p.k) * 2, SMALL_THREADS);
     if (p.r != 0) {
         const uint32_t size = p.wide ? 4 : 2;
         prefetch_rows(static_cast<const unsigned char*>(p.lora_a) + static_cast<uint64_t>(column0) * size, p.r,
-                      columns * size, static_cast<uint64_t>(p.k) * size, threadIdx.x, SMALL_THREADS);
-        prefetch_rows(static_cast<const unsigned char*>(p.lora_b) + static_cast<uint64_t>(row0) * p.r * size, 1,
-                      rows * p.r * size, 0, rank * SMALL_THREADS + threadIdx.x, p.splits * SMALL_THREADS);
+                      columns * size, static_cast<uint64_t>(p.k) * size, SMALL_THREADS);
+        prefetch(static_cast<const unsigned char*>(p.lora_b) + static_cast<uint64_t>(row0) * p.r * size,
+                 rows * p.r * size, rank * SMALL_THREADS + threadIdx.x, p.splits * SMALL_THREADS);
     }
     fill_pairs<SMALL_THREADS>(shared, p.quant);
     begin();
@@ -178,13 +178,13 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
             unit.codes[half] = load_once<uint4>(p.quant.packed + static_cast<uint64_t>(at) * 16);
             unit.absmax[half].load(blocks, at >> (p.quant.block_shift - 5));
         }
-        next_chunk += p.k_warps * (SMALL_DEPTH / 32);
+        next_chunk += p.k_groups * (SMALL_DEPTH / 32);
         if (next_chunk >= chunks_end) {
             next_chunk -= p.block_k / 32;
             next_row += p.tile_rows;
         }
     };
-    uint32_t left = row_tiles * (p.block_k / (SMALL_DEPTH * p.k_warps));  // units
+    uint32_t left = row_tiles * (p.block_k / (SMALL_DEPTH * p.k_groups));  // units
     if (NESTED && threadIdx.x == 0) offset = nested_offset<NESTED>(p.quant);
     if (NESTED && threadIdx.x < 256) tables.nested_code[threadIdx.x] = __ldg(p.quant.nested_code + threadIdx.x);
 
@@ -251,11 +251,11 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
                 fence_async();
                 __syncthreads();
             }
-            const uint32_t x0 = shared_address(shared + SMALL_PAIRS) + (thread_again() / 128 & (p.k_warps - 1)) * UNIT_BYTES;
-            const uint32_t units = min(p.stage_k, p.block_k - begins) / (SMALL_DEPTH * p.k_warps);
+            const uint32_t x0 = shared_address(shared + SMALL_PAIRS) + (thread_again() / 128 & (p.k_groups - 1)) * UNIT_BYTES;
+            const uint32_t units = min(p.stage_k, p.block_k - begins) / (SMALL_DEPTH * p.k_groups);
 #pragma unroll 1
             for (uint32_t unit = 0; unit < units; ++unit, --left) {
-                multiply_unit(ring[0], x0 + unit * p.k_warps * UNIT_BYTES);
+                multiply_unit(ring[0], x0 + unit * p.k_groups * UNIT_BYTES);
                 ring[0] = ring[1];
                 if (left > 2) load(ring[1]);
             }
@@ -287,11 +287,11 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
         }
         // Of the block's groups of depth all but the first one put their sums down, and the first one adds them to its own.
         const uint32_t row_fragments = p.tile_rows / 16 * TILES;
-        const uint32_t of_depth = group & (p.k_warps - 1);
-        const uint32_t of_warp = (group / p.k_warps * 4 + thread / 32 % 4) * (TILES * 32) + own;
+        const uint32_t of_depth = group & (p.k_groups - 1);
+        const uint32_t of_warp = (group / p.k_groups * 4 + thread / 32 % 4) * (TILES * 32) + own;
         if (of_depth > 0) put_sums<TILES>(p, shared, sums, (of_depth - 1) * row_fragments * 32 + of_warp, 0, 0);
-        if (p.k_warps > 1) __syncthreads();
-        if (of_depth == 0) put_sums<TILES>(p, shared, sums, of_warp, p.k_warps - 1, row_fragments * 32);
+        if (p.k_groups > 1) __syncthreads();
+        if (of_depth == 0) put_sums<TILES>(p, shared, sums, of_warp, p.k_groups - 1, row_fragments * 32);
         // Of the first fragment that this warp writes to y.
         const uint32_t first = (block / p.splits * p.groups + tile) * p.tile_rows;
         const uint32_t mine = block % p.splits + p.splits * (thread / 32);

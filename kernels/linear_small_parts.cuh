@@ -31,10 +31,10 @@ struct LinearSmall {
     uint32_t lora_bias_type;
     float scale;
     uint32_t splits;   // blocks of a cluster
-    uint32_t k_warps;  // warpgroups of a block that share its depth: 1, 2 or 4; 1 with few tokens
+    uint32_t k_groups;  // warpgroups of a block that share its depth: 1, 2 or 4; 1 with few tokens
     uint32_t tile_rows;  // 64 for each of its groups of rows; 16 with few tokens
     uint32_t groups;     // row tiles of a cluster; of a block with few tokens
-    uint32_t block_k;  // a block's depth, a multiple of 128 * k_warps; with few tokens columns of x in shared memory
+    uint32_t block_k;  // a block's depth, a multiple of 128 * k_groups; with few tokens columns of x in shared memory
     uint32_t stage_k;  // of x in shared memory at a time, another such multiple; with few tokens a block's depth of H
     // Where parts of a block's shared memory lie, beside the table at 0 and x after it.
     uint32_t sums;   // those that find no room in the table's gaps
@@ -115,16 +115,19 @@ __device__ __forceinline__ void add(float4& sum, const float4& more) {
     sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
 }
 
-// Has `rows` rows of `bytes`, `stride` apart, brought to L2 by `threads` threads: for who reads them soon, and for who
-// writes there before, too.
+// Has `bytes` brought to L2 by `threads` threads: for who reads them soon, and for who writes there before, too.
+constexpr uint32_t LINE = 128;
+__device__ __forceinline__ void prefetch(const void* from, uint32_t bytes, uint32_t thread, uint32_t threads) {
+    for (uint32_t at = thread * LINE; at < bytes; at += threads * LINE) {
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const unsigned char*>(from) + at));
+    }
+}
+
+// The same for `rows` rows of `bytes`, `stride` apart: eight threads for one.
 __device__ __forceinline__ void prefetch_rows(const void* from, uint32_t rows, uint32_t bytes, uint64_t stride,
-                                              uint32_t thread, uint32_t threads) {
-    constexpr uint32_t LINE = 128;
-    const uint32_t lines = (bytes + LINE - 1) / LINE;
-    for (uint32_t i = thread; i < rows * lines; i += threads) {
-        const uint32_t row = rows == 1 ? 0 : i / lines;
-        const unsigned char* line = static_cast<const unsigned char*>(from) + row * stride + (i - row * lines) * LINE;
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+                                              uint32_t threads) {
+    for (uint32_t row = threadIdx.x / 8; row < rows; row += threads / 8) {
+        prefetch(static_cast<const unsigned char*>(from) + row * stride, bytes, threadIdx.x % 8, 8);
     }
 }
 

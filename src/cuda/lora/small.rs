@@ -55,7 +55,7 @@ struct LinearSmall {
     lora_bias_type: u32,
     scale: f32,
     splits: u32,
-    k_warps: u32,
+    k_groups: u32,
     tile_rows: u32,
     groups: u32,
     block_k: u32,
@@ -105,12 +105,12 @@ pub struct Sizes {
     pub planes: u64,
 }
 
-/// How the work is divided: `splits` blocks of a cluster and `k_warps` warpgroups of each share the depth; a cluster has
+/// How the work is divided: `splits` blocks of a cluster and `k_groups` warpgroups of each share the depth; a cluster has
 /// so many row tiles in turn. With few tokens the blocks of a cluster share H's depth alone, and each has its row tiles.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Division {
     pub splits: u64,
-    pub k_warps: u64,
+    pub k_groups: u64,
     pub groups: u64,
 }
 
@@ -208,21 +208,21 @@ impl Sizes {
     fn place(&self, device: &Device, division: Division) -> Option<Placed> {
         let Division {
             splits,
-            k_warps,
+            k_groups,
             groups,
         } = division;
         let variant = self.variant(device);
         if variant == 0 {
-            return self.few(device, splits, groups).filter(|_| k_warps == 1);
+            return self.few(device, splits, groups).filter(|_| k_groups == 1);
         }
-        let depth = UNIT_DEPTH * k_warps;
+        let depth = UNIT_DEPTH * k_groups;
         let block_k = self.k.div_ceil(depth * splits) * depth;
-        if k_warps > GROUPS || (splits - 1) * block_k >= self.k {
+        if k_groups > GROUPS || (splits - 1) * block_k >= self.k {
             return None;
         }
-        let (tokens, row_groups) = (TOKENS[variant], GROUPS / k_warps);
+        let (tokens, row_groups) = (TOKENS[variant], GROUPS / k_groups);
         let tiles = tokens / 8;
-        let sums = tiles * GROUP_ROWS / TILE_ROWS * row_groups * (k_warps - 1).max(1);
+        let sums = tiles * GROUP_ROWS / TILE_ROWS * row_groups * (k_groups - 1).max(1);
         let sums = sums.saturating_sub(GAPS) * FRAGMENT;
         let ranks = self.rank_tiles() * tiles * FRAGMENT;
         let fixed = PAIRS + sums + ranks + self.h_tile(tokens);
@@ -266,7 +266,7 @@ impl Sizes {
             return rounds * (START + units * FEW_UNIT + adapter);
         }
         let tokens = TOKENS[variant];
-        let row_groups = GROUPS / division.k_warps;
+        let row_groups = GROUPS / division.k_groups;
         // A step of a warpgroup: lookups, and x by its products.
         let work = units * row_groups * 8 * (40 + tokens / 4);
         let loads = if placed.stage_k < placed.block_k {
@@ -291,10 +291,10 @@ pub fn division(device: &Device, sizes: &Sizes) -> Option<Division> {
     let kernel = KERNELS[1][1][variant]; // all of so many tokens take the same
     let mut found: Option<(u64, Division)> = None;
     for splits in [8, 4, 2, 1] {
-        for k_warps in [1, 2, 4] {
+        for k_groups in [1, 2, 4] {
             let with = |groups| Division {
                 splits,
-                k_warps,
+                k_groups,
                 groups,
             };
             let Some(one) = sizes.place(device, with(1)) else {
@@ -368,7 +368,7 @@ pub unsafe fn launch(
     division: Division,
 ) -> Result<()> {
     let sizes = &small.sizes;
-    let powers = [division.splits, division.k_warps]
+    let powers = [division.splits, division.k_groups]
         .iter()
         .all(|count| count.is_power_of_two() && *count <= 8);
     let placed = (sizes.take() && powers && (1..=1 << 24).contains(&division.groups))
@@ -394,7 +394,7 @@ pub unsafe fn launch(
         lora_bias_type: type_number(small.lora_bias_dtype),
         scale: small.scaling,
         splits: division.splits as u32,
-        k_warps: division.k_warps as u32,
+        k_groups: division.k_groups as u32,
         tile_rows: placed.tile_rows as u32,
         groups: division.groups as u32,
         block_k: placed.block_k as u32,
