@@ -6,7 +6,7 @@
 
 namespace ferrotune {
 
-constexpr int FEW_THREADS = 1024;
+constexpr int FEW_THREADS = 512;
 constexpr uint32_t FEW_WARPS = FEW_THREADS / 32;
 
 // Where the table of pairs begins: on 64 KiB of the block's shared memory. x lies after it, H's sums and tile before it.
@@ -44,11 +44,11 @@ __device__ __forceinline__ Fragments load_few_piece(const unsigned char* table, 
     return {{found.x, found.y, found.z, found.w}};
 }
 
-// Sixteen bytes of a row tile's sums, counted over its warps: two tiles are added up while two others are read.
-__device__ __forceinline__ unsigned char* few_sum(const LinearSmall& p, uint32_t tile, uint32_t i) {
-    static_assert(2 * FEW_WARPS == SMALL_GAPS, "two tiles in the table's gaps");
-    const uint32_t at = tile % 2 * FEW_WARPS * 32 + i;
-    return tile % 4 < 2 ? few_table() + small_gap(at) : small_shared + p.sums + at * 16;
+// Sixteen bytes of a row tile's sums, counted over its warps: in the table's gaps, where two tiles are added up while two
+// others are read.
+__device__ __forceinline__ unsigned char* few_sum(uint32_t tile, uint32_t i) {
+    static_assert(4 * FEW_WARPS == SMALL_GAPS, "four tiles");
+    return few_table() + small_gap(tile % 4 * FEW_WARPS * 32 + i);
 }
 
 // This block's sums of H to every block of the cluster, a slot for each of its warps that has some.
@@ -83,8 +83,12 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
     const uint32_t rows = min(p.groups * 16, p.n - min(row0, p.n)), tiles = (rows + 15) / 16;
 
     // To L2, whoever wrote it: nothing of this depends on the kernel before.
-    prefetch(p.quant.packed + static_cast<uint64_t>(row0) * (p.k / 2), rows * (p.k / 2), threadIdx.x, FEW_THREADS);
+    if (!(p.flags & 1)) {
+        const uint32_t most = p.flags & 2 ? 65536 : 0xFFFFFFFFu;
+        prefetch(p.quant.packed + static_cast<uint64_t>(row0) * (p.k / 2), min(most, rows * (p.k / 2)), threadIdx.x, FEW_THREADS);
+    }
     if (p.r != 0) {
+        prefetch_absmax<NESTED>(p, row0, rows, 0, p.k, FEW_THREADS);
         const uint32_t size = p.wide ? 4 : 2, column0 = min(blockIdx.x % p.splits * p.stage_k, p.k);
         prefetch_rows(static_cast<const unsigned char*>(p.lora_a) + static_cast<uint64_t>(column0) * size, p.r,
                       min(p.stage_k, p.k - column0) * size, static_cast<uint64_t>(p.k) * size, FEW_THREADS);
@@ -103,21 +107,31 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
     // A lane's sixteen bytes are counted over the whole weight: rows from n on and columns from k on are any others.
     const uint32_t row_chunks = p.k / 32, last = p.n * row_chunks - 1;
     const uint32_t depth_units = p.block_k / SMALL_DEPTH;
-    const uint32_t steps = (depth_units + FEW_WARPS - 1 - min(warp, depth_units)) / FEW_WARPS;  // of a row tile
+    const uint32_t steps = (depth_units + FEW_WARPS - 1 - min(warp, depth_units)) / FEW_WARPS;  // of two row tiles
     const AbsmaxFrom<NESTED> blocks(p.quant, 0);
-    uint32_t next_chunk = (row0 + lane / 4) * row_chunks + warp * (SMALL_DEPTH / 32) + quad;
-    const auto load = [&](SmallUnit<NESTED>& unit) {
+    uint32_t next_chunk = (row0 + lane / 4) * row_chunks + warp * (SMALL_DEPTH / 32) + quad, next_step = 0;
+    const auto load = [&](SmallUnit<NESTED> (&units)[2]) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const uint32_t at = min(next_chunk + half * 8 * row_chunks, last);
-            unit.codes[half] = load_once<uint4>(p.quant.packed + static_cast<uint64_t>(at) * 16);
-            unit.absmax[half].load(blocks, at >> (p.quant.block_shift - 5));
+        for (int i = 0; i < 4; ++i) {
+            const uint32_t at = min(next_chunk + i * 8 * row_chunks, last);
+            units[i / 2].codes[i % 2] = load_once<uint4>(p.quant.packed + static_cast<uint64_t>(at) * 16);
+            units[i / 2].absmax[i % 2].load(blocks, at >> (p.quant.block_shift - 5));
+        }
+        next_chunk += FEW_WARPS * (SMALL_DEPTH / 32);
+        if (++next_step == steps) {
+            next_chunk += 32 * row_chunks - steps * FEW_WARPS * (SMALL_DEPTH / 32);
+            next_step = 0;
         }
     };
     load_few_x(p, table + SMALL_PAIRS, p.block_k);
     commit_copies();
-    SmallUnit<NESTED> unit;  // no more at a time, so that there are the more warps
-    if (p.r == 0 && tiles * steps > 0) load(unit);
+    uint32_t left = (tiles + 1) / 2 * steps;  // units of two row tiles
+    SmallUnit<NESTED> ring[2][2];
+    const auto load_ring = [&]() {
+        if (left > 0) load(ring[0]);
+        if (left > 1) load(ring[1]);
+    };
+    if (p.r == 0) load_ring();
     fill_pairs<FEW_THREADS>(table, p.quant);
     if (NESTED && threadIdx.x == 0) offset = nested_offset<NESTED>(p.quant);
     if (NESTED && threadIdx.x < 256) tables.nested_code[threadIdx.x] = __ldg(p.quant.nested_code + threadIdx.x);
@@ -128,48 +142,58 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
         const uint32_t rank_tiles = (p.r + 15) / 16;
         if (warp < rank_tiles * p.slots) few_ranks<T>(p, blockIdx.x % p.splits, barrier, rank_tiles);
         __syncwarp();
-        if (tiles * steps > 0) load(unit);  // no sooner, for want of registers
+        load_ring();  // no sooner, for want of registers
     }
 
     // The table starts on 64 KiB, so that a byte of codes is a byte of the address.
     const uint32_t copy = shared_address(table) + lane % SMALL_COPIES * sizeof(float2);
     const uint32_t x = few_lane(p) + warp * (SMALL_DEPTH * 2);
     uint32_t tile = 0, step = 0;
-    float sums[4] = {};
+    float sums[2][4] = {};
 
-    // `from`: this lane's columns of x.
-    const auto multiply_unit = [&](const SmallUnit<NESTED>& unit, uint32_t from) {
-        float scales[2];
+    // `from`: this lane's columns of x. There may be no second row tile.
+    const auto multiply_units = [&](const SmallUnit<NESTED> (&units)[2], uint32_t from) {
+        float scales[4];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) scales[half] = unit.absmax[half].value(tables, offset);
+        for (int i = 0; i < 4; ++i) scales[i] = units[i / 2].absmax[i % 2].value(tables, offset);
+        Fragments b[4];
 #pragma unroll
-        for (int word = 0; word < 4; ++word) {
-            Fragments a[2];
+        for (int word = 0; word < 4; ++word) b[word] = load_few_piece(table, from, word);
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const uint32_t eight = small_word(unit.codes[half], word);
+        for (int of = 0; of < 2; ++of) {
+            if (of == 1 && tile + 1 >= tiles) break;
 #pragma unroll
-                for (int byte = 0; byte < 4; ++byte) {
-                    const uint32_t address = __byte_perm(eight, copy, 0x7604 | byte << 4);
-                    a[byte / 2].part[byte % 2 * 2 + half] = small_pair<T>(address, scales[half]);
+            for (int word = 0; word < 4; ++word) {
+                Fragments a[2];
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const uint32_t eight = small_word(units[of].codes[half], word);
+#pragma unroll
+                    for (int byte = 0; byte < 4; ++byte) {
+                        const uint32_t address = __byte_perm(eight, copy, 0x7604 | byte << 4);
+                        a[byte / 2].part[byte % 2 * 2 + half] = small_pair<T>(address, scales[of * 2 + half]);
+                    }
                 }
+                multiply<T>(sums[of], a[0], b[word].part[0], b[word].part[1]);
+                multiply<T>(sums[of], a[1], b[word].part[2], b[word].part[3]);
             }
-            const Fragments b = load_few_piece(table, from, word);
-            multiply<T>(sums, a[0], b.part[0], b.part[1]);
-            multiply<T>(sums, a[1], b.part[2], b.part[3]);
         }
     };
 
-    // Sums of a row tile; after every second one those of both go to y.
+    // Sums of two row tiles, to y.
     const auto flush = [&]() {
         const uint32_t thread = thread_again(), warp = thread / 32, lane = thread % 32;
-        *reinterpret_cast<float4*>(few_sum(p, tile, warp * 32 + lane)) = make_float4(sums[0], sums[1], sums[2], sums[3]);
-        sums[0] = sums[1] = sums[2] = sums[3] = 0.0f;
-        if (tile++ % 2 == 0 && tile < tiles) return;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float(&of)[4] = sums[i];
+            *reinterpret_cast<float4*>(few_sum(tile + i, warp * 32 + lane)) = make_float4(of[0], of[1], of[2], of[3]);
+            of[0] = of[1] = of[2] = of[3] = 0.0f;
+        }
+        tile += 2;
         const uint32_t rank_tiles = (p.r + 15) / 16;
         const int h_width = (p.wide ? 3 : 1) * 16 * rank_tiles + 8;
         T* const h_tile = reinterpret_cast<T*>(small_shared + p.h_tile);  // [8][h_width]
-        if (tile <= 2 && rank_tiles) {
+        if (tile == 2 && rank_tiles) {
             barrier_wait(barrier, 0);
             if (thread < rank_tiles * 32) {
                 // Slot `slot` of tile t is warp slot * rank_tiles + t.
@@ -183,32 +207,43 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
             }
         }
         // Warps take the tiles in turn.
-        const uint32_t first = tile - 1 & ~1u, mine = first + (warp - first) % FEW_WARPS;
+        const uint32_t mine = tile - 2 + (warp - tile) % FEW_WARPS, end = min(tile, tiles);
         const uint32_t row = (block_again() * p.groups + mine) * 16;
         Fragments b[2];
-        if (rank_tiles && mine < tile) load_small_b<T>(b, p, row, 0);
+        if (rank_tiles && mine < end) load_small_b<T>(b, p, row, 0);
         __syncthreads();
-        if (mine >= tile) return;
+        if (mine >= end) return;
         float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 8
         for (uint32_t i = lane; i < FEW_WARPS * 32; i += 32) {
-            add(total, *reinterpret_cast<const float4*>(few_sum(p, mine, i)));
+            add(total, *reinterpret_cast<const float4*>(few_sum(mine, i)));
         }
         small_finish<T>(p, row, 0, total, b, rank_tiles, h_tile, h_width);
     };
 
-    // A warp without a part of the depth has sums, too.
+    // `turn` says which of the ring is next. A warp without a part of the depth has sums, too.
+    const auto next = [&](SmallUnit<NESTED> (&units)[2]) {
+        multiply_units(units, x + step * (FEW_WARPS * SMALL_DEPTH * 2));
+        if (left > 2) load(units);
+        --left;
+        if (++step < steps) return false;
+        step = 0;
+        return true;
+    };
+    uint32_t turn = 0;
 #pragma unroll 1
     while (tile < tiles) {
         if (steps > 0) {
-            multiply_unit(unit, x + step * (FEW_WARPS * SMALL_DEPTH * 2));
-            next_chunk += FEW_WARPS * (SMALL_DEPTH / 32);
-            if (++step == steps) {
-                next_chunk += 16 * row_chunks - steps * FEW_WARPS * (SMALL_DEPTH / 32);
-                step = 0;
+            if (turn == 0) {
+                turn = 1;
+                if (!next(ring[0])) {
+                    turn = 0;
+                    if (!next(ring[1])) continue;
+                }
+            } else {
+                turn = 0;
+                if (!next(ring[1])) continue;
             }
-            if (step > 0 || tile + 1 < tiles) load(unit);
-            if (step > 0) continue;
         }
         flush();
     }

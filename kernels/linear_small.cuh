@@ -87,7 +87,7 @@ __device__ __forceinline__ uint32_t small_slots(const LinearSmall& p) { return p
 template <typename T, int TILES>
 __device__ __forceinline__ void add_ranks(const LinearSmall& p, unsigned char* shared, uint32_t column0, uint32_t begins,
                                           bool first_stage) {
-    constexpr int SOME = TILES == 2 ? 1 : 2;  // token tiles at a time, as registers allow
+    constexpr int SOME = TILES / 2;  // token tiles of a warp
     constexpr uint32_t BOX = 8 * TILES * 128;
     const uint32_t thread = thread_again(), lane = thread % 32, rank_tiles = (p.r + 15) / 16;
     const uint32_t slot = thread / 64 / rank_tiles, rank_tile = thread / 64 % rank_tiles;
@@ -152,6 +152,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
     const uint32_t columns = min(p.block_k, p.k - column0);
     prefetch_rows(p.quant.packed + (static_cast<uint64_t>(row0) * p.k + column0) / 2, rows, columns / 2, p.k / 2,
                   SMALL_THREADS);
+    prefetch_absmax<NESTED>(p, row0, rows, column0, columns, SMALL_THREADS);
     prefetch_rows(static_cast<const unsigned char*>(p.x) + static_cast<uint64_t>(column0) * 2, p.m, columns * 2,
                   static_cast<uint64_t>(p.k) * 2, SMALL_THREADS);
     if (p.r != 0) {
@@ -188,6 +189,9 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
     if (NESTED && threadIdx.x == 0) offset = nested_offset<NESTED>(p.quant);
     if (NESTED && threadIdx.x < 256) tables.nested_code[threadIdx.x] = __ldg(p.quant.nested_code + threadIdx.x);
 
+    SmallUnit<NESTED> ring[2];
+    if (p.r == 0) load(ring[0]);  // later with H, as registers allow
+
     // H by all stages, the first one last: it stays.
     const uint32_t last = p.r != 0 ? (p.block_k - 1) / p.stage_k * p.stage_k : 0;
 #pragma unroll 1
@@ -199,8 +203,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
         if (begins == 0) break;
         __syncthreads();
     }
-    SmallUnit<NESTED> ring[2];
-    load(ring[0]);
+    if (p.r != 0) load(ring[0]);
     if (left > 1) load(ring[1]);
 
     const uint32_t pairs = shared_address(shared), copy = lane % SMALL_COPIES * sizeof(float2);

@@ -40,9 +40,10 @@ struct LinearSmall {
     uint32_t sums;   // those that find no room in the table's gaps
     uint32_t ranks;  // sums of H
     uint32_t h_tile;
+    uint32_t flags, flags2;
     uint32_t slots;  // of H's sums of a rank tile, a warp's each, with few tokens
 };
-static_assert(sizeof(LinearSmall) == 192, "src/cuda/lora/small.rs lays it out alike");
+static_assert(sizeof(LinearSmall) == 200, "src/cuda/lora/small.rs lays it out alike");
 
 constexpr int SMALL_DEPTH = 128;  // of a unit: what the four lanes of a row load at once
 constexpr int SMALL_THREADS = 512;
@@ -128,6 +129,19 @@ __device__ __forceinline__ void prefetch_rows(const void* from, uint32_t rows, u
                                               uint32_t threads) {
     for (uint32_t row = threadIdx.x / 8; row < rows; row += threads / 8) {
         prefetch(static_cast<const unsigned char*>(from) + row * stride, bytes, threadIdx.x % 8, 8);
+    }
+}
+
+// The same for what absmax `rows` rows from row0 on have, of columns from column0 on.
+template <bool NESTED>
+__device__ __forceinline__ void prefetch_absmax(const LinearSmall& p, uint32_t row0, uint32_t rows, uint32_t column0,
+                                                uint32_t columns, uint32_t threads) {
+    constexpr uint32_t SIZE = NESTED ? 1 : 4;
+    for (uint32_t row = threadIdx.x; row < rows; row += threads) {
+        const uint64_t first = (static_cast<uint64_t>(row0 + row) * p.k + column0) >> p.quant.block_shift;
+        prefetch(static_cast<const unsigned char*>(p.quant.absmax) + first * SIZE,
+                 ((columns - 1 >> p.quant.block_shift) + 1) * SIZE, 0, 1);
+        if (NESTED) prefetch(p.quant.nested_absmax + (first >> p.quant.nested_shift), 4, 0, 1);
     }
 }
 

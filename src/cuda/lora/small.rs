@@ -26,8 +26,7 @@ const FRAGMENT: u64 = 512;
 /// Sums that the table has room for.
 const GAPS: u64 = 64;
 /// The same of few tokens.
-const FEW_THREADS: u32 = 1024;
-const FEW_WARPS: u64 = 32;
+const FEW_WARPS: u64 = 16;
 /// Where the table of few tokens begins in a block's shared memory, and the least that precedes the dynamic part there.
 const FEW_TABLE: u64 = 1 << 16;
 const RESERVED: u64 = 1024;
@@ -63,9 +62,11 @@ struct LinearSmall {
     sums: u32,
     ranks: u32,
     h_tile: u32,
+    flags: u32,
+    flags2: u32,
     slots: u32,
 }
-const _: () = assert!(size_of::<LinearSmall>() == 192);
+const _: () = assert!(size_of::<LinearSmall>() == 200);
 // SAFETY: the kernel's structure, field for field.
 unsafe impl Parameters for LinearSmall {}
 
@@ -148,7 +149,7 @@ impl Sizes {
             && self.r <= MOST_RANK
             && matches!(self.planes, 1 | 3)
             && self.n.max(self.k) < 1 << 31
-            && self.n * (self.k / 32) < 1 << 32
+            && (self.n + 2 * GROUP_ROWS) * (self.k / 32) < 1 << 32
     }
 
     fn rank_tiles(&self) -> u64 {
@@ -184,24 +185,25 @@ impl Sizes {
         }
         let block_k = self.k.next_multiple_of(UNIT_DEPTH);
         let stage_k = self.k.div_ceil(UNIT_DEPTH * splits) * UNIT_DEPTH;
-        // Two row tiles' sums beside those in the table's gaps; of H a slot for each warp of a block, over the cluster.
-        let sums = 2 * FEW_WARPS * FRAGMENT;
+        // Of H a slot for each warp of a block, over the cluster.
         let ranks = if self.r > 0 { FEW_WARPS * FRAGMENT } else { 0 };
-        let before = sums + ranks + self.h_tile(TOKENS[0]);
+        let before = ranks + self.h_tile(TOKENS[0]);
         let shared = FEW_TABLE - RESERVED + PAIRS + 2 * self.m * block_k;
-        let fits =
-            before + STATIC + RESERVED <= FEW_TABLE && shared + STATIC <= u64::from(device.shared);
+        let slots = (FEW_WARPS / splits / self.rank_tiles().max(1)).min(stage_k / UNIT_DEPTH);
+        let fits = slots > 0
+            && before + STATIC + RESERVED <= FEW_TABLE
+            && shared + STATIC <= u64::from(device.shared);
         fits.then_some(Placed {
             tile_rows: TILE_ROWS,
             block_k,
             stage_k,
             sums: 0,
-            ranks: sums,
-            h_tile: sums + ranks,
-            slots: (FEW_WARPS / splits / self.rank_tiles().max(1)).min(stage_k / UNIT_DEPTH),
+            ranks: 0,
+            h_tile: ranks,
+            slots,
             shared,
             blocks: self.n.div_ceil(TILE_ROWS * groups).next_multiple_of(splits),
-            threads: FEW_THREADS,
+            threads: THREADS,
         })
     }
 
@@ -256,7 +258,7 @@ impl Sizes {
         const FEW_UNIT: u64 = 80; // bound by shared memory
         const X: u64 = 32; // bytes a cycle
         const STAGE: u64 = 1000;
-        const FLUSH: u64 = 1200;
+        const FLUSH: u64 = 4000;
         const REMOTE: u64 = 24; // bytes a cycle
         let rounds = placed.blocks.div_ceil(places.max(1));
         let units = placed.block_k / UNIT_DEPTH * division.groups;
@@ -277,7 +279,7 @@ impl Sizes {
         let stages = placed.block_k.div_ceil(placed.stage_k);
         let x = loads * (2 * tokens * placed.block_k / X + stages * STAGE);
         let sums = FLUSH + placed.tile_rows * tokens * 4 / REMOTE;
-        let ranks = self.rank_tiles() * self.planes * placed.block_k / UNIT_DEPTH * tokens * 4;
+        let ranks = self.rank_tiles() * self.planes * placed.block_k / UNIT_DEPTH * tokens * 2;
         rounds * (START + work + x + division.groups * sums + ranks)
     }
 }
@@ -402,6 +404,11 @@ pub unsafe fn launch(
         sums: placed.sums as u32,
         ranks: placed.ranks as u32,
         h_tile: placed.h_tile as u32,
+        flags: std::env::var("FERROTUNE_FLAGS")
+            .ok()
+            .and_then(|one| one.parse().ok())
+            .unwrap_or(0),
+        flags2: 0,
         slots: placed.slots as u32,
     };
     let grid = placed.grid();
