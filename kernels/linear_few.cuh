@@ -2,12 +2,9 @@
 // another but for its part of H, which the blocks of a cluster hand one another while the weight comes.
 #pragma once
 
-#include "linear_small_parts.cuh"
+#include "linear_small_lora.cuh"
 
 namespace ferrotune {
-
-constexpr int FEW_THREADS = 512;
-constexpr uint32_t FEW_WARPS = FEW_THREADS / 32;
 
 // Where the table of pairs begins: on 64 KiB of the block's shared memory. x lies after it, H's sums and tile before it.
 __device__ __forceinline__ unsigned char* few_table() {
@@ -24,7 +21,7 @@ __device__ __forceinline__ uint32_t few_place(uint32_t row, uint32_t piece) {
 __device__ __forceinline__ void load_few_x(const LinearSmall& p, unsigned char* to, uint32_t columns) {
     for (uint32_t row = 0; row < p.m; ++row) {
         const unsigned char* from = static_cast<const unsigned char*>(p.x) + static_cast<uint64_t>(row) * p.k * 2;
-        for (uint32_t piece = threadIdx.x; piece < columns / 8; piece += FEW_THREADS) {
+        for (uint32_t piece = threadIdx.x; piece < columns / 8; piece += SMALL_THREADS) {
             const bool inside = piece * 8 < p.k;
             copy16_async(to + row * columns * 2 + few_place(row, piece), inside ? from + piece * 16 : p.x, inside);
         }
@@ -47,8 +44,8 @@ __device__ __forceinline__ Fragments load_few_piece(const unsigned char* table, 
 // Sixteen bytes of a row tile's sums, counted over its warps: in the table's gaps, where two tiles are added up while two
 // others are read.
 __device__ __forceinline__ unsigned char* few_sum(uint32_t tile, uint32_t i) {
-    static_assert(4 * FEW_WARPS == SMALL_GAPS, "four tiles");
-    return few_table() + small_gap(tile % 4 * FEW_WARPS * 32 + i);
+    static_assert(4 * SMALL_WARPS == SMALL_GAPS, "four tiles");
+    return few_table() + small_gap(tile % 4 * SMALL_WARPS * 32 + i);
 }
 
 // This block's sums of H to every block of the cluster, a slot for each of its warps that has some.
@@ -64,7 +61,7 @@ __device__ __forceinline__ void few_ranks(const LinearSmall& p, uint32_t rank, u
         small_ranks<T, 1>(p, column, warp % rank_tiles, pieces, sums);
     }
     if (2 * (lane % 4) >= p.m) return;
-    const uint32_t slot = rank * (FEW_WARPS / p.splits) + warp;
+    const uint32_t slot = rank * (SMALL_WARPS / p.splits) + warp;
     const uint32_t to = shared_address(small_shared + p.ranks) + (slot * 32 + lane) * 16;
     for (uint32_t other = 0; other < p.splits; ++other) send_shared(to, other, barrier, sums[0]);
 }
@@ -83,17 +80,12 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
     const uint32_t rows = min(p.groups * 16, p.n - min(row0, p.n)), tiles = (rows + 15) / 16;
 
     // To L2, whoever wrote it: nothing of this depends on the kernel before.
-    if (!(p.flags & 1)) {
-        const uint32_t most = p.flags & 2 ? 65536 : 0xFFFFFFFFu;
-        prefetch(p.quant.packed + static_cast<uint64_t>(row0) * (p.k / 2), min(most, rows * (p.k / 2)), threadIdx.x, FEW_THREADS);
-    }
     if (p.r != 0) {
-        prefetch_absmax<NESTED>(p, row0, rows, 0, p.k, FEW_THREADS);
         const uint32_t size = p.wide ? 4 : 2, column0 = min(blockIdx.x % p.splits * p.stage_k, p.k);
         prefetch_rows(static_cast<const unsigned char*>(p.lora_a) + static_cast<uint64_t>(column0) * size, p.r,
-                      min(p.stage_k, p.k - column0) * size, static_cast<uint64_t>(p.k) * size, FEW_THREADS);
+                      min(p.stage_k, p.k - column0) * size, static_cast<uint64_t>(p.k) * size, SMALL_THREADS);
         prefetch(static_cast<const unsigned char*>(p.lora_b) + static_cast<uint64_t>(row0) * p.r * size,
-                 rows * p.r * size, threadIdx.x, FEW_THREADS);
+                 rows * p.r * size, threadIdx.x, SMALL_THREADS);
         if (threadIdx.x == 0) {
             barrier_init(barrier, 1);
             barriers_visible();
@@ -107,7 +99,7 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
     // A lane's sixteen bytes are counted over the whole weight: rows from n on and columns from k on are any others.
     const uint32_t row_chunks = p.k / 32, last = p.n * row_chunks - 1;
     const uint32_t depth_units = p.block_k / SMALL_DEPTH;
-    const uint32_t steps = (depth_units + FEW_WARPS - 1 - min(warp, depth_units)) / FEW_WARPS;  // of two row tiles
+    const uint32_t steps = (depth_units + SMALL_WARPS - 1 - min(warp, depth_units)) / SMALL_WARPS;  // of two row tiles
     const AbsmaxFrom<NESTED> blocks(p.quant, 0);
     uint32_t next_chunk = (row0 + lane / 4) * row_chunks + warp * (SMALL_DEPTH / 32) + quad, next_step = 0;
     const auto load = [&](SmallUnit<NESTED> (&units)[2]) {
@@ -117,9 +109,9 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
             units[i / 2].codes[i % 2] = load_once<uint4>(p.quant.packed + static_cast<uint64_t>(at) * 16);
             units[i / 2].absmax[i % 2].load(blocks, at >> (p.quant.block_shift - 5));
         }
-        next_chunk += FEW_WARPS * (SMALL_DEPTH / 32);
+        next_chunk += SMALL_WARPS * (SMALL_DEPTH / 32);
         if (++next_step == steps) {
-            next_chunk += 32 * row_chunks - steps * FEW_WARPS * (SMALL_DEPTH / 32);
+            next_chunk += 32 * row_chunks - steps * SMALL_WARPS * (SMALL_DEPTH / 32);
             next_step = 0;
         }
     };
@@ -127,12 +119,9 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
     commit_copies();
     uint32_t left = (tiles + 1) / 2 * steps;  // units of two row tiles
     SmallUnit<NESTED> ring[2][2];
-    const auto load_ring = [&]() {
-        if (left > 0) load(ring[0]);
-        if (left > 1) load(ring[1]);
-    };
-    if (p.r == 0) load_ring();
-    fill_pairs<FEW_THREADS>(table, p.quant);
+    if (left > 0) load(ring[0]);
+    if (left > 1) load(ring[1]);
+    fill_pairs<SMALL_THREADS>(table, p.quant);
     if (NESTED && threadIdx.x == 0) offset = nested_offset<NESTED>(p.quant);
     if (NESTED && threadIdx.x < 256) tables.nested_code[threadIdx.x] = __ldg(p.quant.nested_code + threadIdx.x);
     wait_copies(0);
@@ -142,7 +131,6 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
         const uint32_t rank_tiles = (p.r + 15) / 16;
         if (warp < rank_tiles * p.slots) few_ranks<T>(p, blockIdx.x % p.splits, barrier, rank_tiles);
         __syncwarp();
-        load_ring();  // no sooner, for want of registers
     }
 
     // The table starts on 64 KiB, so that a byte of codes is a byte of the address.
@@ -199,7 +187,7 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
                 // Slot `slot` of tile t is warp slot * rank_tiles + t.
                 const float4* from = reinterpret_cast<const float4*>(small_shared + p.ranks) + thread;
                 float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                for (uint32_t other = 0; other < p.splits; ++other, from += FEW_WARPS / p.splits * 32) {
+                for (uint32_t other = 0; other < p.splits; ++other, from += SMALL_WARPS / p.splits * 32) {
 #pragma unroll 4
                     for (uint32_t slot = 0; slot < p.slots; ++slot) add(total, from[slot * rank_tiles * 32]);
                 }
@@ -207,15 +195,15 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
             }
         }
         // Warps take the tiles in turn.
-        const uint32_t mine = tile - 2 + (warp - tile) % FEW_WARPS, end = min(tile, tiles);
+        const uint32_t mine = tile - 2 + (warp - tile) % SMALL_WARPS, end = min(tile, tiles);
         const uint32_t row = (block_again() * p.groups + mine) * 16;
-        Fragments b[2];
-        if (rank_tiles && mine < end) load_small_b<T>(b, p, row, 0);
         __syncthreads();
         if (mine >= end) return;
+        Fragments b[2];
+        if (rank_tiles) load_small_b<T>(b, p, row, 0);
         float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 8
-        for (uint32_t i = lane; i < FEW_WARPS * 32; i += 32) {
+        for (uint32_t i = lane; i < SMALL_WARPS * 32; i += 32) {
             add(total, *reinterpret_cast<const float4*>(few_sum(mine, i)));
         }
         small_finish<T>(p, row, 0, total, b, rank_tiles, h_tile, h_width);
@@ -223,7 +211,7 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
 
     // `turn` says which of the ring is next. A warp without a part of the depth has sums, too.
     const auto next = [&](SmallUnit<NESTED> (&units)[2]) {
-        multiply_units(units, x + step * (FEW_WARPS * SMALL_DEPTH * 2));
+        multiply_units(units, x + step * (SMALL_WARPS * SMALL_DEPTH * 2));
         if (left > 2) load(units);
         --left;
         if (++step < steps) return false;

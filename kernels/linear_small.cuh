@@ -7,7 +7,7 @@
 // boxes.
 #pragma once
 
-#include "linear_small_parts.cuh"
+#include "linear_small_lora.cuh"
 
 namespace ferrotune {
 
@@ -190,7 +190,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
     if (NESTED && threadIdx.x < 256) tables.nested_code[threadIdx.x] = __ldg(p.quant.nested_code + threadIdx.x);
 
     SmallUnit<NESTED> ring[2];
-    if (p.r == 0) load(ring[0]);  // later with H, as registers allow
+    if (TILES < 8 && p.r == 0) load(ring[0]);  // else later, as registers allow
 
     // H by all stages, the first one last: it stays.
     const uint32_t last = p.r != 0 ? (p.block_k - 1) / p.stage_k * p.stage_k : 0;
@@ -203,7 +203,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
         if (begins == 0) break;
         __syncthreads();
     }
-    if (p.r != 0) load(ring[0]);
+    if (TILES == 8 || p.r != 0) load(ring[0]);
     if (left > 1) load(ring[1]);
 
     const uint32_t pairs = shared_address(shared), copy = lane % SMALL_COPIES * sizeof(float2);
@@ -295,11 +295,6 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
         if (of_depth > 0) put_sums<TILES>(p, shared, sums, (of_depth - 1) * row_fragments * 32 + of_warp, 0, 0);
         if (p.k_groups > 1) __syncthreads();
         if (of_depth == 0) put_sums<TILES>(p, shared, sums, of_warp, p.k_groups - 1, row_fragments * 32);
-        // Of the first fragment that this warp writes to y.
-        const uint32_t first = (block / p.splits * p.groups + tile) * p.tile_rows;
-        const uint32_t mine = block % p.splits + p.splits * (thread / 32);
-        Fragments b[2];
-        if (rank_sums) load_small_b<T>(b, p, first + mine / TILES * 16, 0);
         splits_sync(p.splits);
         T* const h_tile = reinterpret_cast<T*>(shared + p.h_tile);  // [8 * TILES][h_width]
         const int h_width = (p.wide ? 3 : 1) * 16 * tiles_of_rank + 8;
@@ -311,10 +306,13 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
             __syncthreads();
         }
         // Each block writes some of the cluster's rows.
+        const uint32_t first = (block / p.splits * p.groups + tile) * p.tile_rows;
+        const uint32_t mine = block % p.splits + p.splits * (thread / 32);
         for (uint32_t i = mine; i < row_fragments; i += p.splits * SMALL_WARPS) {
             const uint32_t row = first + i / TILES * 16, token0 = i % TILES * 8;
             if (row >= p.n || token0 >= p.m) continue;
-            if (rank_sums && i != mine) load_small_b<T>(b, p, row, 0);
+            Fragments b[2];
+            if (rank_sums) load_small_b<T>(b, p, row, 0);
             const float4 total = small_total(shared_address(shared + small_sum(p, i * 32 + own)), p.splits);
             small_finish<T>(p, row, token0, total, b, tiles_of_rank, h_tile, h_width);
         }

@@ -15,6 +15,7 @@ const MOST_RANK: u64 = 64;
 /// Most tokens of a kernel's variants, the first of which is for few.
 const TOKENS: [u64; 4] = [8, 16, 32, 64];
 const THREADS: u32 = 512;
+const WARPS: u64 = 16;
 const GROUPS: u64 = 4;
 /// Rows of a warp's products and of a warpgroup's; depth of what a warp loads at a time.
 const TILE_ROWS: u64 = 16;
@@ -25,8 +26,6 @@ const PAIRS: u64 = 256 * 256;
 const FRAGMENT: u64 = 512;
 /// Sums that the table has room for.
 const GAPS: u64 = 64;
-/// The same of few tokens.
-const FEW_WARPS: u64 = 16;
 /// Where the table of few tokens begins in a block's shared memory, and the least that precedes the dynamic part there.
 const FEW_TABLE: u64 = 1 << 16;
 const RESERVED: u64 = 1024;
@@ -62,11 +61,9 @@ struct LinearSmall {
     sums: u32,
     ranks: u32,
     h_tile: u32,
-    flags: u32,
-    flags2: u32,
     slots: u32,
 }
-const _: () = assert!(size_of::<LinearSmall>() == 200);
+const _: () = assert!(size_of::<LinearSmall>() == 192);
 // SAFETY: the kernel's structure, field for field.
 unsafe impl Parameters for LinearSmall {}
 
@@ -127,14 +124,13 @@ struct Placed {
     slots: u64,
     shared: u64,
     blocks: u64,
-    threads: u32,
 }
 
 impl Placed {
     fn grid(&self) -> Grid {
         Grid {
             blocks: (self.blocks as u32, 1, 1),
-            threads: self.threads,
+            threads: THREADS,
             shared: self.shared as u32,
         }
     }
@@ -186,10 +182,10 @@ impl Sizes {
         let block_k = self.k.next_multiple_of(UNIT_DEPTH);
         let stage_k = self.k.div_ceil(UNIT_DEPTH * splits) * UNIT_DEPTH;
         // Of H a slot for each warp of a block, over the cluster.
-        let ranks = if self.r > 0 { FEW_WARPS * FRAGMENT } else { 0 };
+        let ranks = if self.r > 0 { WARPS * FRAGMENT } else { 0 };
         let before = ranks + self.h_tile(TOKENS[0]);
         let shared = FEW_TABLE - RESERVED + PAIRS + 2 * self.m * block_k;
-        let slots = (FEW_WARPS / splits / self.rank_tiles().max(1)).min(stage_k / UNIT_DEPTH);
+        let slots = (WARPS / splits / self.rank_tiles().max(1)).min(stage_k / UNIT_DEPTH);
         let fits = slots > 0
             && before + STATIC + RESERVED <= FEW_TABLE
             && shared + STATIC <= u64::from(device.shared);
@@ -203,7 +199,6 @@ impl Sizes {
             slots,
             shared,
             blocks: self.n.div_ceil(TILE_ROWS * groups).next_multiple_of(splits),
-            threads: THREADS,
         })
     }
 
@@ -245,7 +240,6 @@ impl Sizes {
             ranks: x + sums,
             h_tile: x + sums + ranks,
             slots: 0,
-            threads: THREADS,
             shared: fixed + 2 * tokens * stage_k,
             blocks: self.n.div_ceil(tile_rows * groups) * splits,
         })
@@ -256,8 +250,8 @@ impl Sizes {
         const START: u64 = 2500;
         const ADAPTER: u64 = 40; // bytes a cycle
         const FEW_UNIT: u64 = 80; // bound by shared memory
-        const X: u64 = 32; // bytes a cycle
-        const STAGE: u64 = 1000;
+        const X: u64 = 24; // bytes a cycle
+        const STAGE: u64 = 1500;
         const FLUSH: u64 = 4000;
         const REMOTE: u64 = 24; // bytes a cycle
         let rounds = placed.blocks.div_ceil(places.max(1));
@@ -277,7 +271,10 @@ impl Sizes {
             1
         };
         let stages = placed.block_k.div_ceil(placed.stage_k);
-        let x = loads * (2 * tokens * placed.block_k / X + stages * STAGE);
+        // For H all stages come once before; the first one stays.
+        let before = if self.r > 0 { stages - 1 } else { 0 };
+        let x = loads * (2 * tokens * placed.block_k / X + stages * STAGE)
+            + before * (2 * tokens * placed.stage_k / X + STAGE);
         let sums = FLUSH + placed.tile_rows * tokens * 4 / REMOTE;
         let ranks = self.rank_tiles() * self.planes * placed.block_k / UNIT_DEPTH * tokens * 2;
         rounds * (START + work + x + division.groups * sums + ranks)
@@ -404,11 +401,6 @@ pub unsafe fn launch(
         sums: placed.sums as u32,
         ranks: placed.ranks as u32,
         h_tile: placed.h_tile as u32,
-        flags: std::env::var("FERROTUNE_FLAGS")
-            .ok()
-            .and_then(|one| one.parse().ok())
-            .unwrap_or(0),
-        flags2: 0,
         slots: placed.slots as u32,
     };
     let grid = placed.grid();
