@@ -1,258 +1,325 @@
-// The kernel of few rows by a 4-bit weight: see linear_small_parts.cuh for how its data lie.
+// Nine to sixty-four tokens by a 4-bit weight, with a warpgroup's products: W's values are their first operand, in
+// registers; x is the second one, in shared memory. A cluster of `splits` blocks takes tiles of rows, each block a range of
+// their depth; so each also has its part of H = scale x A^T.
+//
+// x lies as a warpgroup reads it: of each 128 columns two boxes of 64, of which a token has 128 swizzled bytes; columns
+// are taken in the order that W's sixteen bytes a lane give. Element 32q + 4s + 2h + e of them is 16s + 8h + 2q + e of the
+// boxes.
 #pragma once
 
-#include "linear_small_parts.cuh"
+#include "linear_small_lora.cuh"
 
 namespace ferrotune {
 
-// Floor, 14336 x 4096 nested NF4: (29.4 + 0.9) MB at an H200's 4.2 TB/s = 7.2 us; the lookups, four bytes a value in
-// shared memory, take about as long.
+// Of sixteen bytes of sums, counted.
+__device__ __forceinline__ uint32_t small_sum(const LinearSmall& p, uint32_t i) {
+    return i < SMALL_GAPS * 32 ? small_gap(i) : p.sums + (i - SMALL_GAPS * 32) * 16;
+}
+
+// Sixteen bytes of a box of x.
+__device__ __forceinline__ uint32_t small_box(uint32_t token, uint32_t piece) {
+    return token * 128 + (piece ^ token % 8) * 16;
+}
+
+// `columns` of x from column0 on to shared memory; zeros from k and m on.
+template <int TILES, int TOGETHER>
+__device__ __forceinline__ void load_boxes(const LinearSmall& p, unsigned char* to, uint32_t column0, uint32_t columns) {
+    constexpr uint32_t BOX = 8 * TILES * 128;
+    const uint32_t warp = thread_again() / 32, lane = thread_again() % 32;
+    const uint32_t part = lane % 2 + lane / 16 * 2;  // of the 32 columns of each quarter
+#pragma unroll TOGETHER
+    for (uint32_t i = warp; i < columns / SMALL_DEPTH * TILES; i += SMALL_WARPS) {
+        const uint32_t unit = i / TILES, token = i % TILES * 8 + lane / 2 % 8;
+        const uint32_t column = column0 + unit * SMALL_DEPTH;
+        const uint4* from = reinterpret_cast<const uint4*>(static_cast<const unsigned char*>(p.x) +
+                                                           (static_cast<uint64_t>(token) * p.k + column) * 2);
+        uint4 raw[4];
+#pragma unroll
+        for (int q = 0; q < 4; ++q) {
+            raw[q] = token < p.m && column + 32 * q < p.k ? __ldg(from + 4 * q + part) : make_uint4(0, 0, 0, 0);
+        }
+        unsigned char* box = to + (2 * unit + part / 2) * BOX;
+        const uint32_t piece = part % 2 * 4;
+        *reinterpret_cast<uint4*>(box + small_box(token, piece)) = make_uint4(raw[0].x, raw[1].x, raw[2].x, raw[3].x);
+        *reinterpret_cast<uint4*>(box + small_box(token, piece + 1)) = make_uint4(raw[0].y, raw[1].y, raw[2].y, raw[3].y);
+        *reinterpret_cast<uint4*>(box + small_box(token, piece + 2)) = make_uint4(raw[0].z, raw[1].z, raw[2].z, raw[3].z);
+        *reinterpret_cast<uint4*>(box + small_box(token, piece + 3)) = make_uint4(raw[0].w, raw[1].w, raw[2].w, raw[3].w);
+    }
+}
+
+// sums += a * b of 64 x 16 and 16 x 8 * TILES; a: a warp's sixteen rows, sums as multiply's, a token tile after the other.
+#define FERROTUNE_TOKENS(type, n, list, a0, a1, a2, a3, b, outputs)                                              \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" list "}, {%" a0 ", %" a1     \
+                 ", %" a2 ", %" a3 "}, %" b ", 1, 1, 1, 0;"                                                       \
+                 : outputs                                                                                       \
+                 : "r"(a.part[0]), "r"(a.part[1]), "r"(a.part[2]), "r"(a.part[3]), "l"(x))
+#define FERROTUNE_LIST_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define FERROTUNE_LIST_32 \
+    FERROTUNE_LIST_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define FERROTUNE_16(f, i) FERROTUNE_8(f, i), FERROTUNE_8(f, i + 8)
+#define FERROTUNE_32(f, i) FERROTUNE_16(f, i), FERROTUNE_16(f, i + 16)
+template <typename T, int TILES>
+__device__ __forceinline__ void multiply_tokens(float (&sums)[4 * TILES], const Fragments& a, uint64_t x) {
+    constexpr bool BF16 = std::is_same_v<T, bf16>;
+    if constexpr (TILES == 2) {
+        multiply_16<T, 0>(sums, a, x, 1);
+    } else if constexpr (TILES == 4 && BF16) {
+        FERROTUNE_TOKENS("bf16", "32", FERROTUNE_LIST_16, "16", "17", "18", "19", "20", FERROTUNE_16(FERROTUNE_SUM, 0));
+    } else if constexpr (TILES == 4) {
+        FERROTUNE_TOKENS("f16", "32", FERROTUNE_LIST_16, "16", "17", "18", "19", "20", FERROTUNE_16(FERROTUNE_SUM, 0));
+    } else if constexpr (BF16) {
+        FERROTUNE_TOKENS("bf16", "64", FERROTUNE_LIST_32, "32", "33", "34", "35", "36", FERROTUNE_32(FERROTUNE_SUM, 0));
+    } else {
+        FERROTUNE_TOKENS("f16", "64", FERROTUNE_LIST_32, "32", "33", "34", "35", "36", FERROTUNE_32(FERROTUNE_SUM, 0));
+    }
+}
+
+// Until at most PENDING committed groups of products are under way.
+template <int PENDING>
+__device__ __forceinline__ void products_wait_but() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// Slots of H's sums, of each rank tile: two warps fill one, each for half of the tokens.
+__device__ __forceinline__ uint32_t small_slots(const LinearSmall& p) { return p.r > 32 ? 2 : p.r > 16 ? 4 : 8; }
+
+// H's sums over a stage, to the table's gaps.
+template <typename T, int TILES>
+__device__ __forceinline__ void add_ranks(const LinearSmall& p, unsigned char* shared, uint32_t column0, uint32_t begins,
+                                          bool first_stage) {
+    constexpr int SOME = TILES / 2;  // token tiles of a warp
+    constexpr uint32_t BOX = 8 * TILES * 128;
+    const uint32_t thread = thread_again(), lane = thread % 32, rank_tiles = (p.r + 15) / 16;
+    const uint32_t slot = thread / 64 / rank_tiles, rank_tile = thread / 64 % rank_tiles;
+    const uint32_t units = min(p.stage_k, p.block_k - begins) / SMALL_DEPTH;
+    if (slot >= small_slots(p)) return;
+#pragma unroll 1
+    for (uint32_t first = thread / 32 % 2 * SOME; first < TILES; first += 2 * SOME) {
+        float sums[SOME][4] = {};
+#pragma unroll 1
+        for (uint32_t unit = slot; unit < units; unit += small_slots(p)) {
+            const uint32_t x = shared_address(shared + SMALL_PAIRS) + 2 * unit * BOX + first * 1024;
+            const auto pieces = [&](int t, int two) {
+                const uint32_t piece = two % 2 * 4 + lane / 8;
+                return load_matrices_at<false>(x + two / 2 * BOX + t * 1024 + small_box(lane % 8, piece));
+            };
+            small_ranks<T, SOME>(p, column0 + begins + unit * SMALL_DEPTH, rank_tile, pieces, sums);
+        }
+#pragma unroll
+        for (int t = 0; t < SOME; ++t) {
+            const uint32_t to = ((slot * rank_tiles + rank_tile) * TILES + first + t) * 32 + lane;
+            float4& sum = *reinterpret_cast<float4*>(shared + small_gap(to));
+            const float4 now = make_float4(sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
+            if (first_stage) {
+                sum = now;
+            } else {
+                add(sum, now);
+            }
+        }
+    }
+}
+
+// A warp's sums, with those of `more` planes of others, to place `to` of the block's.
+template <int TILES>
+__device__ __forceinline__ void put_sums(const LinearSmall& p, unsigned char* shared, const float (&sums)[4 * TILES],
+                                         uint32_t to, uint32_t more, uint32_t plane) {
+#pragma unroll
+    for (int t = 0; t < TILES; ++t) {
+        float4 sum = make_float4(sums[4 * t], sums[4 * t + 1], sums[4 * t + 2], sums[4 * t + 3]);
+        for (uint32_t j = 0; j < more; ++j) {
+            add(sum, *reinterpret_cast<const float4*>(shared + small_sum(p, j * plane + to + t * 32)));
+        }
+        *reinterpret_cast<float4*>(shared + small_sum(p, to + t * 32)) = sum;
+    }
+}
+
+// Floor, 4096 x 4096, 64 tokens: a step of 64 rows takes 32 cycles of lookups and 16 of x, so (4096 / 64) * (4096 / 16) *
+// 48 / 132 cycles = 3.4 us.
 template <typename T, bool NESTED, int TILES>
 __device__ __forceinline__ void linear_small(const LinearSmall& p) {
-    constexpr int ROW_TILES = SMALL_ROW_TILES;
-    extern __shared__ __align__(16) unsigned char shared[];
+    constexpr uint32_t UNIT_BYTES = 8 * TILES * SMALL_DEPTH * 2;  // of x
+    unsigned char* const shared = small_shared;
     __shared__ Tables<NESTED> tables;
-    const SmallShared<TILES> place(p);
+    __shared__ float offset;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4;
 
-    const uint32_t rank = blockIdx.x % p.splits, k_warp = warp % p.k_warps, row_warp = warp / p.k_warps;
-    const uint32_t row_warps = WARPS / p.k_warps;
-    const uint32_t row0 = blockIdx.x / p.splits * row_warps * p.groups * (16 * ROW_TILES);
-    const uint32_t column0 = rank * p.block_k;
-    // Nothing of this depends on the kernel before.
-    if (p.r != 0 && column0 < p.k) {
-        const uint32_t size = p.wide ? 4 : 2, rows = min(p.n - row0, row_warps * p.groups * (16 * ROW_TILES));
+    const uint32_t rank = blockIdx.x % p.splits, column0 = rank * p.block_k;
+    const uint32_t k_group = warp / 4 & (p.k_groups - 1), row_group = warp / 4 / p.k_groups;
+    const uint32_t row0 = blockIdx.x / p.splits * p.groups * p.tile_rows;
+    const uint32_t rows = min(p.groups * p.tile_rows, p.n - row0), row_tiles = (rows + p.tile_rows - 1) / p.tile_rows;
+
+    // To L2, whoever wrote it: nothing of this depends on the kernel before.
+    const uint32_t columns = min(p.block_k, p.k - column0);
+    prefetch_rows(p.quant.packed + (static_cast<uint64_t>(row0) * p.k + column0) / 2, rows, columns / 2, p.k / 2,
+                  SMALL_THREADS);
+    prefetch_absmax<NESTED>(p, row0, rows, column0, columns, SMALL_THREADS);
+    prefetch_rows(static_cast<const unsigned char*>(p.x) + static_cast<uint64_t>(column0) * 2, p.m, columns * 2,
+                  static_cast<uint64_t>(p.k) * 2, SMALL_THREADS);
+    if (p.r != 0) {
+        const uint32_t size = p.wide ? 4 : 2;
         prefetch_rows(static_cast<const unsigned char*>(p.lora_a) + static_cast<uint64_t>(column0) * size, p.r,
-                      min(p.block_k, p.k - column0) * size, static_cast<uint64_t>(p.k) * size, threadIdx.x, THREADS);
-        prefetch_rows(static_cast<const unsigned char*>(p.lora_b) + static_cast<uint64_t>(row0) * p.r * size, 1,
-                      rows * p.r * size, 0, rank * THREADS + threadIdx.x, p.splits * THREADS);
+                      columns * size, static_cast<uint64_t>(p.k) * size, SMALL_THREADS);
+        prefetch(static_cast<const unsigned char*>(p.lora_b) + static_cast<uint64_t>(row0) * p.r * size,
+                 rows * p.r * size, rank * SMALL_THREADS + threadIdx.x, p.splits * SMALL_THREADS);
     }
-    for (int i = threadIdx.x; i < 256 * SMALL_COPIES / 2; i += THREADS) {
-        const int byte = i / (SMALL_COPIES / 2), copy = i % (SMALL_COPIES / 2);
-        const float high = CODEBOOKS[p.quant.fp4][byte / 16], low = CODEBOOKS[p.quant.fp4][byte % 16];
-        reinterpret_cast<float4*>(shared + byte * SMALL_STRIDE)[copy] = make_float4(high, low, high, low);
-    }
+    fill_pairs<SMALL_THREADS>(shared, p.quant);
     begin();
 
-    const uint32_t depth_units = p.block_k / (SMALL_DEPTH * p.k_warps);  // of a warp and group
-    const uint32_t units = depth_units * p.groups;
-    const uint32_t row_chunks = p.k / 32;  // a lane's codes of a unit and row
+    const uint32_t row_chunks = p.k / 32;
     const AbsmaxFrom<NESTED> blocks(p.quant, 0);
-    const float offset = nested_offset<NESTED>(p.quant);
-
-    // The group and the unit of its depth that is loaded next.
-    uint32_t next_group = 0, next_depth = 0;
+    // Of the unit that is loaded next: its row and this lane's sixteen bytes of it.
+    uint32_t next_row = row0 + row_group * 64 + warp % 4 * 16 + lane / 4;
+    uint32_t next_chunk = column0 / 32 + k_group * (SMALL_DEPTH / 32) + quad;
+    const uint32_t chunks_end = (column0 + p.block_k) / 32;
     const auto load = [&](SmallUnit<NESTED>& unit) {
-        const uint32_t chunk = min((column0 + (next_depth * p.k_warps + k_warp) * SMALL_DEPTH) / 32 + quad, row_chunks - 1);
-        const uint32_t first = row0 + (next_group * row_warps + row_warp) * (16 * ROW_TILES) + lane / 4;
-#pragma unroll
-        for (int tile = 0; tile < ROW_TILES; ++tile)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const uint32_t at = min(first + 16 * tile + 8 * half, p.n - 1) * row_chunks + chunk;
-                unit.codes[tile][half] = load_once<uint4>(p.quant.packed + static_cast<uint64_t>(at) * 16);
-                unit.absmax[tile][half].load(blocks, at >> (p.quant.block_shift - 5));
-            }
-        if (++next_depth == depth_units) {
-            next_depth = 0;
-            ++next_group;
-        }
-    };
-    load_small_x(p, shared + place.x, column0, p.stage_k);  // before what there is more of
-    commit_copies();
-    SmallUnit<NESTED> ring[2];
-    load(ring[0]);
-    if (units > 1) load(ring[1]);
-    tables.template fill<THREADS>(p.quant);
-    float4* const my_ranks = reinterpret_cast<float4*>(shared + place.ranks) + warp * TILES * 32;
-    const int rank_tiles = (p.r + 15) / 16;
-    const int rank_slots = rank_tiles == 0 ? 0 : rank_tiles == 1 ? 8 : rank_tiles == 2 ? 4 : 2;  // WARPS / rank_tiles
-    if (rank_tiles) {
-#pragma unroll
-        for (int t = 0; t < TILES; ++t) my_ranks[t * 32 + lane] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    }
-
-    const uint32_t pitch = p.stage_k * 2;
-    const SmallToken<TILES> token_place(p.m, pitch);
-    const uint32_t mixed = quad / 2 ^ (lane / 4 & 1) << 1;
-    const uint32_t pair_place = lane % SMALL_COPIES * sizeof(float2);
-    uint32_t group = 0, depth = 0;
-    float sums[ROW_TILES][TILES][4] = {};
-
-    // Sums of a whole group, to shared memory.
-    const auto flush = [&]() {
-        const uint32_t to = lane + ((k_warp * p.groups + group) * row_warps + row_warp) * (ROW_TILES * TILES * 32);
-#pragma unroll
-        for (int tile = 0; tile < ROW_TILES; ++tile)
-#pragma unroll
-            for (int t = 0; t < TILES; ++t) {
-                float(&sum)[4] = sums[tile][t];
-                *reinterpret_cast<float4*>(shared + place.sum(to + (tile * TILES + t) * 32)) =
-                    make_float4(sum[0], sum[1], sum[2], sum[3]);
-                sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
-            }
-        depth = 0;
-        ++group;
-    };
-
-    // `x`: of depth 0 of this lane's columns.
-    const auto multiply_unit = [&](const SmallUnit<NESTED>& unit, uint32_t x) {
-        float scales[ROW_TILES][2];
-#pragma unroll
-        for (int tile = 0; tile < ROW_TILES; ++tile)
-#pragma unroll
-            for (int half = 0; half < 2; ++half) scales[tile][half] = unit.absmax[tile][half].value(tables, offset);
-        x += depth * p.k_warps * (SMALL_DEPTH * 2);
-#pragma unroll
-        for (int word = 0; word < 4; ++word) {
-            Fragments a[ROW_TILES][2];
-#pragma unroll
-            for (int tile = 0; tile < ROW_TILES; ++tile)
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    const uint4 codes = unit.codes[tile][half];
-                    const uint32_t eight = word == 0 ? codes.x : word == 1 ? codes.y : word == 2 ? codes.z : codes.w;
-#pragma unroll
-                    for (int byte = 0; byte < 4; ++byte) {
-                        a[tile][byte / 2].part[byte % 2 * 2 + half] =
-                            small_pair<T>(shared, eight, byte, pair_place, scales[tile][half]);
-                    }
-                }
-#pragma unroll
-            for (int t = 0; t < TILES; ++t) {
-                const uint4 b = load_small_piece(shared, x + token_place(t) + (word ^ mixed) * 16);
-#pragma unroll
-                for (int tile = 0; tile < ROW_TILES; ++tile) multiply<T>(sums[tile][t], a[tile][0], b.x, b.y);
-#pragma unroll
-                for (int tile = 0; tile < ROW_TILES; ++tile) multiply<T>(sums[tile][t], a[tile][1], b.z, b.w);
-            }
-        }
-        if (++depth == depth_units) flush();
-    };
-
-    // With several stages there is one group; a stage is an even number of units.
-    const uint32_t stage_units = p.stage_k / (SMALL_DEPTH * p.k_warps);
-    uint32_t left = units;
-#pragma unroll 1
-    for (uint32_t stage = 0, begins = 0; begins < p.block_k; ++stage, begins += p.stage_k) {
-        // The stage has come for all, and all have left the other one.
-        wait_copies(0);
-        __syncthreads();
-        uint32_t x = place.x + (stage & 1) * place.stage;
-        if (begins + p.stage_k < p.block_k) {
-            load_small_x(p, shared + place.x + (~stage & 1) * place.stage, column0 + begins + p.stage_k, p.stage_k);
-            commit_copies();
-        }
-        if (warp < rank_tiles * rank_slots) {
-            const uint32_t of_x = min(p.stage_k, p.block_k - begins) / SMALL_DEPTH;
-#pragma unroll 1
-            for (uint32_t unit = warp / rank_tiles; unit < of_x; unit += rank_slots) {
-                small_ranks<T, TILES>(p, shared + x, pitch, unit, column0 + begins, warp % rank_tiles, my_ranks);
-            }
-        }
-        x += k_warp * (SMALL_DEPTH * 2) + quad * 64 - begins * 2;
-        const uint32_t after = p.stage_k < p.block_k ? left - min(left, stage_units) : 0;
-#pragma unroll 1
-        while (left > after) {
-#pragma unroll
-            for (int turn = 0; turn < 2; ++turn) {
-                if (left > after) {
-                    multiply_unit(ring[turn], x);
-                    if (left > 2) load(ring[turn]);
-                    --left;
-                }
-            }
-        }
-    }
-    __syncthreads();
-
-    // The block's own sums, over the warps that share its depth.
-    const uint32_t fragments = p.groups * row_warps * ROW_TILES * TILES;
-    if (p.k_warps > 1) {
-        for (uint32_t i = threadIdx.x; i < fragments * 32; i += THREADS) {
-            float4 sum = *reinterpret_cast<const float4*>(shared + place.sum(i));
-            for (uint32_t j = 1; j < p.k_warps; ++j) {
-                const float4 more = *reinterpret_cast<const float4*>(shared + place.sum(j * fragments * 32 + i));
-                sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
-            }
-            *reinterpret_cast<float4*>(shared + place.sum(i)) = sum;
-        }
-    }
-    float4* const block_ranks = reinterpret_cast<float4*>(shared + place.ranks);
-    const uint32_t rank_sums = rank_tiles * TILES * 32;
-    for (uint32_t i = threadIdx.x; i < rank_sums; i += THREADS) {
-        float4 sum = block_ranks[i];
-        for (int j = 1; j < rank_slots; ++j) {
-            const float4 more = block_ranks[j * rank_sums + i];
-            sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
-        }
-        block_ranks[i] = sum;
-    }
-    splits_sync(p.splits);
-
-    const int planes = p.wide ? 3 : 1, columns = 16 * rank_tiles, h_width = planes * columns + 8;
-    T* const h_tile = reinterpret_cast<T*>(shared + place.h);  // [8 * TILES][h_width]
-    if (rank_tiles) {
-        for (uint32_t i = threadIdx.x; i < rank_sums; i += THREADS) {
-            const float4 total = small_total(shared_address(block_ranks + i), p.splits);
-            const float values[4] = {total.x, total.y, total.z, total.w};
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const uint32_t token = i / 32 % TILES * 8 + 2 * (i % 4) + j % 2;
-                const uint32_t column = i / (32 * TILES) * 16 + i % 32 / 4 + j / 2 * 8;
-                float value = values[j] * p.scale;
-                for (int plane = 0; plane < planes; ++plane) {
-                    const T part = from_float<T>(value);
-                    h_tile[token * h_width + plane * columns + column] = part;
-                    if (p.h != nullptr && blockIdx.x == 0 && token < p.m) {
-                        static_cast<T*>(p.h)[token * p.h_stride + plane * p.h_plane + column] = part;
-                    }
-                    value = low_part<T>(value);
-                }
-            }
-        }
-        __syncthreads();
-    }
-
-    // Each block writes some of the cluster's rows.
-    T* const y = static_cast<T*>(p.y);
-    uint32_t block;  // asked for again: what follows from it need not be kept in registers until here
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
-    const uint32_t last_row0 = block / p.splits * row_warps * p.groups * (16 * ROW_TILES);
-    for (uint32_t i = block % p.splits + p.splits * warp; i < fragments; i += p.splits * WARPS) {
-        const uint32_t row = last_row0 + i / TILES * 16, token0 = i % TILES * 8;
-        Fragments b[2];
-        if (rank_tiles) load_small_b<T>(b, p, row, 0);
-        const float4 total = small_total(shared_address(shared + place.sum(i * 32 + lane)), p.splits);
-        float out[4] = {total.x, total.y, total.z, total.w};
-        for (int segment = 0; segment < rank_tiles; ++segment) {
-            const uint32_t* h = reinterpret_cast<const uint32_t*>(h_tile + (token0 + lane / 4) * h_width + segment * 16) + quad;
-            if (segment > 0) load_small_b<T>(b, p, row, segment * 16);
-            if (p.wide) {
-                float lower[4] = {};
-                multiply<T>(lower, b[1], h[0], h[4]);
-                multiply<T>(lower, b[0], h[columns / 2], h[columns / 2 + 4]);
-#pragma unroll
-                for (int j = 0; j < 4; ++j) out[j] += lower[j] * (1.0f / PART_SCALE<T>);
-            }
-            multiply<T>(out, b[0], h[0], h[4]);
-        }
+        const uint32_t chunk = min(next_chunk, row_chunks - 1);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const uint32_t column = row + lane / 4 + 8 * half;
-            if (column >= p.n) continue;
-            float bias = p.bias != nullptr ? to_float(static_cast<const T*>(p.bias)[column]) : 0.0f;
-            if (p.lora_bias != nullptr) bias += p.scale * small_element(p.lora_bias, p.lora_bias_type, column);
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const uint32_t token = token0 + 2 * quad + j;
-                if (token < p.m) y[static_cast<uint64_t>(token) * p.n + column] = from_float<T>(out[2 * half + j] + bias);
-            }
+            const uint32_t at = min(next_row + 8 * half, p.n - 1) * row_chunks + chunk;
+            unit.codes[half] = load_once<uint4>(p.quant.packed + static_cast<uint64_t>(at) * 16);
+            unit.absmax[half].load(blocks, at >> (p.quant.block_shift - 5));
         }
+        next_chunk += p.k_groups * (SMALL_DEPTH / 32);
+        if (next_chunk >= chunks_end) {
+            next_chunk -= p.block_k / 32;
+            next_row += p.tile_rows;
+        }
+    };
+    uint32_t left = row_tiles * (p.block_k / (SMALL_DEPTH * p.k_groups));  // units
+    if (NESTED && threadIdx.x == 0) offset = nested_offset<NESTED>(p.quant);
+    if (NESTED && threadIdx.x < 256) tables.nested_code[threadIdx.x] = __ldg(p.quant.nested_code + threadIdx.x);
+
+    SmallUnit<NESTED> ring[2];
+    if (TILES < 8 && p.r == 0) load(ring[0]);  // else later, as registers allow
+
+    // H by all stages, the first one last: it stays.
+    const uint32_t last = p.r != 0 ? (p.block_k - 1) / p.stage_k * p.stage_k : 0;
+#pragma unroll 1
+    for (uint32_t begins = last;; begins -= p.stage_k) {
+        load_boxes<TILES, 4>(p, shared + SMALL_PAIRS, column0 + begins, min(p.stage_k, p.block_k - begins));
+        fence_async();
+        __syncthreads();
+        if (p.r != 0) add_ranks<T, TILES>(p, shared, column0, begins, begins == last);
+        if (begins == 0) break;
+        __syncthreads();
     }
-    // No block leaves while another reads its sums.
-    __syncwarp();
-    if (p.splits > 1) splits_sync(p.splits);
+    if (TILES == 8 || p.r != 0) load(ring[0]);
+    if (left > 1) load(ring[1]);
+
+    const uint32_t pairs = shared_address(shared), copy = lane % SMALL_COPIES * sizeof(float2);
+    const auto pair = [&](uint32_t word, int byte, float scale) {
+        return small_pair<T>(pairs + __byte_perm(word, copy, 0x7704 | byte << 4), scale);
+    };
+    float sums[4 * TILES];
+
+    const auto multiply_unit = [&](const SmallUnit<NESTED>& unit, uint32_t x) {
+        float scales[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) scales[half] = unit.absmax[half].value(tables, offset);
+        // Products of a step or two are under way while the next values are made.
+        constexpr int TOGETHER = 2;
+#pragma unroll
+        for (int first = 0; first < 8; first += TOGETHER) {
+            Fragments a[TOGETHER];
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const int byte = (first + i) % 2 * 2;
+                    const uint32_t eight = small_word(unit.codes[half], (first + i) / 2);
+                    a[i].part[half] = pair(eight, byte, scales[half]);
+                    a[i].part[2 + half] = pair(eight, byte + 1, scales[half]);
+                }
+            products_begin();
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i) {
+                const uint32_t at = x + (first + i) / 4 * (UNIT_BYTES / 2) + (first + i) % 4 * 32;
+                multiply_tokens<T, TILES>(sums, a[i], operand(at, Swizzle::BYTES_128, 1024));
+            }
+            products_commit();
+            products_wait_but<1>();
+        }
+    };
+
+#pragma unroll 1
+    for (uint32_t tile = 0; left > 0; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 4 * TILES; ++i) sums[i] = 0.0f;
+#pragma unroll 1
+        for (uint32_t begins = 0; begins < p.block_k; begins += p.stage_k) {
+            if (p.stage_k < p.block_k && begins + tile > 0) {
+                const uint32_t column0 = (block_again() & (p.splits - 1)) * p.block_k;
+                __syncthreads();  // all have read what was there
+                load_boxes<TILES, 1>(p, shared + SMALL_PAIRS, column0 + begins, min(p.stage_k, p.block_k - begins));
+                fence_async();
+                __syncthreads();
+            }
+            const uint32_t x0 = shared_address(shared + SMALL_PAIRS) + (thread_again() / 128 & (p.k_groups - 1)) * UNIT_BYTES;
+            const uint32_t units = min(p.stage_k, p.block_k - begins) / (SMALL_DEPTH * p.k_groups);
+#pragma unroll 1
+            for (uint32_t unit = 0; unit < units; ++unit, --left) {
+                multiply_unit(ring[0], x0 + unit * p.k_groups * UNIT_BYTES);
+                ring[0] = ring[1];
+                if (left > 2) load(ring[1]);
+            }
+            products_wait_all();
+        }
+#pragma unroll
+        for (int i = 0; i < 4 * TILES; ++i) asm volatile("" : "+f"(sums[i]));  // no use of them moves up from here
+
+        const uint32_t thread = thread_again(), block = block_again();
+        const uint32_t own = thread % 32, group = thread / 128, tiles_of_rank = (p.r + 15) / 16;
+        const uint32_t rank_sums = tiles_of_rank * (TILES * 32);
+        if (tile > 0) {
+            // All have read the sums before.
+            if (p.splits > 1) {
+                cluster_wait();
+            } else {
+                __syncthreads();
+            }
+        } else if (rank_sums) {
+            __syncthreads();
+            for (uint32_t i = thread; i < rank_sums; i += SMALL_THREADS) {
+                float4 total = *reinterpret_cast<const float4*>(shared + small_gap(i));
+                for (uint32_t j = rank_sums; j < small_slots(p) * rank_sums; j += rank_sums) {
+                    add(total, *reinterpret_cast<const float4*>(shared + small_gap(j + i)));
+                }
+                reinterpret_cast<float4*>(shared + p.ranks)[i] = total;
+            }
+            __syncthreads();
+        }
+        // Of the block's groups of depth all but the first one put their sums down, and the first one adds them to its own.
+        const uint32_t row_fragments = p.tile_rows / 16 * TILES;
+        const uint32_t of_depth = group & (p.k_groups - 1);
+        const uint32_t of_warp = (group / p.k_groups * 4 + thread / 32 % 4) * (TILES * 32) + own;
+        if (of_depth > 0) put_sums<TILES>(p, shared, sums, (of_depth - 1) * row_fragments * 32 + of_warp, 0, 0);
+        if (p.k_groups > 1) __syncthreads();
+        if (of_depth == 0) put_sums<TILES>(p, shared, sums, of_warp, p.k_groups - 1, row_fragments * 32);
+        splits_sync(p.splits);
+        T* const h_tile = reinterpret_cast<T*>(shared + p.h_tile);  // [8 * TILES][h_width]
+        const int h_width = (p.wide ? 3 : 1) * 16 * tiles_of_rank + 8;
+        if (tile == 0 && rank_sums) {
+            for (uint32_t i = thread; i < rank_sums; i += SMALL_THREADS) {
+                const float4 total = small_total(shared_address(shared + p.ranks) + i * 16, p.splits);
+                small_h<T>(p, total, i / (32 * TILES), i / 32 % TILES * 8, tiles_of_rank, h_tile, h_width);
+            }
+            __syncthreads();
+        }
+        // Each block writes some of the cluster's rows.
+        const uint32_t first = (block / p.splits * p.groups + tile) * p.tile_rows;
+        const uint32_t mine = block % p.splits + p.splits * (thread / 32);
+        for (uint32_t i = mine; i < row_fragments; i += p.splits * SMALL_WARPS) {
+            const uint32_t row = first + i / TILES * 16, token0 = i % TILES * 8;
+            if (row >= p.n || token0 >= p.m) continue;
+            Fragments b[2];
+            if (rank_sums) load_small_b<T>(b, p, row, 0);
+            const float4 total = small_total(shared_address(shared + small_sum(p, i * 32 + own)), p.splits);
+            small_finish<T>(p, row, token0, total, b, tiles_of_rank, h_tile, h_width);
+        }
+        __syncwarp();
+        if (p.splits > 1) cluster_arrive();
+    }
+    if (p.splits > 1) cluster_wait();  // no block leaves while another reads its sums
 }
 
 }  // namespace ferrotune

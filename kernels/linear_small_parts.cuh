@@ -1,8 +1,7 @@
 // Few rows by a 4-bit weight: y = x W^T + scale x A^T B^T + bias, W's values made in registers; nothing of W is written.
 //
-// W is the operand of sixteen rows, the tokens are its columns. A lane's sixteen bytes of a row, 32 codes, are what it
-// holds of eight steps of sixteen: x is taken in the same order, as it lies. A cluster of `splits` blocks takes rows of W,
-// each block a range of their depth; so each also has its part of H = scale x A^T. Sums are added up in a fixed order.
+// W is the operand of sixteen rows a warp, the tokens are its columns. A lane's sixteen bytes of a row, 32 codes, are what
+// it holds of eight steps of sixteen; x is taken in the same order. Sums are added up in a fixed order.
 #pragma once
 
 #include "common/hopper.cuh"
@@ -23,7 +22,7 @@ struct LinearSmall {
     const void* lora_b;     // [n, r]
     void* h;                // [m, h_stride] at this projection's columns, or null
     uint64_t h_stride;
-    uint32_t m;  // 1 to 8 * TILES
+    uint32_t m;
     uint32_t k;  // a multiple of 32
     uint32_t n;
     uint32_t r;        // 0 to 64
@@ -31,253 +30,147 @@ struct LinearSmall {
     uint32_t wide;     // 1: the adapter is f32, else of x's type
     uint32_t lora_bias_type;
     float scale;
-    uint32_t splits;    // blocks of a cluster
-    uint32_t k_warps;   // warps of a block that share its depth: 1, 2, 4 or 8
-    uint32_t groups;    // of rows, one after the other
-    uint32_t block_k;   // a block's depth, a multiple of 128 * k_warps
-    uint32_t stage_k;   // of x in shared memory at a time: block_k, or less with one group and room for two stages
-    uint32_t reserved;
+    uint32_t splits;     // blocks of a cluster
+    uint32_t k_groups;   // warpgroups of a block that share its depth: 1, 2 or 4; 1 with few tokens
+    uint32_t tile_rows;  // 64 for each of its groups of rows; 16 with few tokens
+    uint32_t groups;     // row tiles of a cluster; of a block with few tokens
+    uint32_t block_k;    // a block's depth, a multiple of 128 * k_groups; with few tokens columns of x in shared memory
+    uint32_t stage_k;    // of x in shared memory at a time, another such multiple; with few tokens a block's depth of H
+    // Where parts of a block's dynamic shared memory lie. The table of pairs is at 0, x after it; with few tokens both are
+    // elsewhere.
+    uint32_t sums;   // those that find no room in the table's gaps
+    uint32_t ranks;  // sums of H
+    uint32_t h_tile;
+    uint32_t slots;  // of H's sums of a rank tile, a warp's each, with few tokens
 };
-static_assert(sizeof(LinearSmall) == 176, "src/cuda/lora/small.rs lays it out alike");
+static_assert(sizeof(LinearSmall) == 192, "src/cuda/lora/small.rs lays it out alike");
 
-constexpr int SMALL_DEPTH = 128;     // of a unit: what the four lanes of a row load at once
-constexpr int SMALL_ROW_TILES = 2;   // of sixteen, of a unit
-constexpr int SMALL_COPIES = 16;     // of the table of pairs: lanes i and i + 16 have one, in two banks of their own
-constexpr int SMALL_STRIDE = 256;    // bytes from one byte's copies to the next one's, which one permutation multiplies by
-constexpr int SMALL_GAPS = 64;       // fragments of sums that lie in the other halves of the strides
+constexpr int SMALL_THREADS = 512;
+constexpr uint32_t SMALL_WARPS = SMALL_THREADS / 32;
+constexpr uint32_t SMALL_DEPTH = 128;  // of a unit: what the four lanes of a row load at once
+constexpr int SMALL_COPIES = 16;   // of the table of pairs: lanes i and i + 16 have one, in two banks of their own
+constexpr int SMALL_STRIDE = 256;  // bytes from one byte's copies to the next one's, which one permutation multiplies by
+constexpr int SMALL_GAPS = 64;     // fragments of sums that lie in the other halves of the strides
+constexpr uint32_t SMALL_PAIRS = 256 * SMALL_STRIDE;
+constexpr uint32_t SMALL_FRAGMENT = 32 * sizeof(float4);  // of 16 x 8 sums
 
-// Where the parts of a block's shared memory lie, in bytes; src/cuda/lora/small.rs adds up the same.
-template <int TILES>
-struct SmallShared {
-    static constexpr uint32_t PAIRS = 256 * SMALL_STRIDE;
-    static constexpr uint32_t FRAGMENT = 32 * sizeof(float4);  // of 16 x 8 sums
-    uint32_t x, sums, ranks, h, stage;
-    __device__ __forceinline__ SmallShared(const LinearSmall& p) {
-        stage = (TILES == 1 ? p.m : 8 * TILES) * p.stage_k * 2;
-        x = PAIRS;
-        sums = x + stage * (p.stage_k < p.block_k ? 2 : 1);
-        const uint32_t fragments = WARPS * SMALL_ROW_TILES * p.groups * TILES;
-        ranks = sums + (fragments - min(fragments, SMALL_GAPS)) * FRAGMENT;
-        h = ranks + (p.r != 0 ? WARPS * TILES * FRAGMENT : 0);
-    }
-    // Of a lane's sums, counted in lanes and fragments.
-    __device__ __forceinline__ uint32_t sum(uint32_t i) const {
-        return i < SMALL_GAPS * 32 ? i / 8 * SMALL_STRIDE + SMALL_STRIDE / 2 + i * 16 % 128
-                                   : sums + (i - SMALL_GAPS * 32) * 16;
-    }
-};
+// Of sixteen bytes of those, counted.
+__device__ __forceinline__ uint32_t small_gap(uint32_t i) {
+    return i / 8 * SMALL_STRIDE + SMALL_STRIDE / 2 + i * 16 % 128;
+}
+
+// A block's dynamic shared memory begins with the table of pairs, and boxes of x start on 1024 bytes.
+extern __shared__ __align__(1024) unsigned char small_shared[];
 
 // Sixteen bytes a lane of shared memory of block `rank` of the cluster.
-__device__ __forceinline__ float4 load_shared_of([[maybe_unused]] uint32_t address, [[maybe_unused]] uint32_t rank) {
+__device__ __forceinline__ float4 load_shared_of(uint32_t address, uint32_t rank) {
     float4 found;
-#if __CUDA_ARCH__ >= 900
     asm volatile(
         "{\n\t.reg .b32 remote;\n\tmapa.shared::cluster.u32 remote, %4, %5;\n\t"
         "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n\t}"
         : "=f"(found.x), "=f"(found.y), "=f"(found.z), "=f"(found.w)
         : "r"(address), "r"(rank)
         : "memory");
-#else
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(found.x), "=f"(found.y), "=f"(found.z), "=f"(found.w)
-                 : "r"(address)
-                 : "memory");
-#endif
     return found;
 }
+// The same to there; barrier `barrier` of that block, at the same place of each, gets to know of the bytes.
+__device__ __forceinline__ void send_shared(uint32_t address, uint32_t rank, uint32_t barrier, const float (&values)[4]) {
+    asm volatile(
+        "{\n\t.reg .b32 remote, told;\n\tmapa.shared::cluster.u32 remote, %0, %1;\n\t"
+        "mapa.shared::cluster.u32 told, %2, %1;\n\t"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [remote], {%3, %4, %5, %6}, [told];\n\t}" ::"r"(
+            address),
+        "r"(rank), "r"(barrier), "r"(__float_as_uint(values[0])), "r"(__float_as_uint(values[1])),
+        "r"(__float_as_uint(values[2])), "r"(__float_as_uint(values[3]))
+        : "memory");
+}
 
-__device__ __forceinline__ void splits_sync([[maybe_unused]] uint32_t splits) {
-#if __CUDA_ARCH__ >= 900
-    if (splits > 1) {
-        cluster_sync();
-        return;
-    }
-#endif
+// Arrives without a word on what was written before, which would take a fence of the whole device.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// All have come here, and see what the others wrote to shared memory: one fence of the device is enough for a block.
+__device__ __forceinline__ void splits_sync(uint32_t splits) {
     __syncthreads();
+    if (splits == 1) return;
+    if (threadIdx.x == 0) asm volatile("fence.acq_rel.cluster;" ::: "memory");
+    __syncwarp();
+    cluster_arrive();
+    cluster_wait();
 }
 
-// Has `rows` rows of `bytes`, `stride` apart, brought to L2 by `threads` threads: for who reads them soon, and for who
-// writes there before, too.
+// Asked for again, so that what follows from them need not be kept in registers until here.
+__device__ __forceinline__ uint32_t thread_again() {
+    uint32_t thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+__device__ __forceinline__ uint32_t block_again() {
+    uint32_t block;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(block));
+    return block;
+}
+
+__device__ __forceinline__ void add(float4& sum, const float4& more) {
+    sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+}
+
+// Has `bytes` brought to L2 by `threads` threads: for who reads them soon, and for who writes there before, too.
+constexpr uint32_t LINE = 128;
+__device__ __forceinline__ void prefetch(const void* from, uint32_t bytes, uint32_t thread, uint32_t threads) {
+    for (uint32_t at = thread * LINE; at < bytes; at += threads * LINE) {
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const unsigned char*>(from) + at));
+    }
+}
+
+// The same for `rows` rows of `bytes`, `stride` apart: eight threads for one.
 __device__ __forceinline__ void prefetch_rows(const void* from, uint32_t rows, uint32_t bytes, uint64_t stride,
-                                              uint32_t thread, uint32_t threads) {
-    constexpr uint32_t LINE = 128;
-    const uint32_t lines = (bytes + LINE - 1) / LINE;
-    for (uint32_t i = thread; i < rows * lines; i += threads) {
-        const unsigned char* line = static_cast<const unsigned char*>(from) + i / lines * stride + i % lines * LINE;
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+                                              uint32_t threads) {
+    for (uint32_t row = threadIdx.x / 8; row < rows; row += threads / 8) {
+        prefetch(static_cast<const unsigned char*>(from) + row * stride, bytes, threadIdx.x % 8, 8);
     }
 }
 
-// A place of a row of x in shared memory: pieces of sixteen bytes are mixed so that two rows and the four lanes of each,
-// 64 bytes apart, hit other banks.
-__device__ __forceinline__ uint32_t small_place(uint32_t row, uint32_t piece) {
-    return (piece ^ (piece >> 3 & 1u) ^ (row & 1u) << 1) * 16;
-}
-
-// Depth `column0`.. of x, `columns` of it, to shared memory; zeros from k on.
-__device__ __forceinline__ void load_small_x(const LinearSmall& p, unsigned char* to, uint32_t column0,
-                                             uint32_t columns) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (uint32_t row = warp; row < p.m; row += WARPS) {
-        const unsigned char* from =
-            static_cast<const unsigned char*>(p.x) + (static_cast<uint64_t>(row) * p.k + column0) * 2;
-        for (uint32_t piece = lane; piece < columns / 8; piece += 32) {
-            const bool inside = column0 + piece * 8 < p.k;
-            copy16_async(to + row * columns * 2 + small_place(row, piece), inside ? from + piece * 16 : p.x, inside);
-        }
+// The same for what absmax `rows` rows from row0 on have, of columns from column0 on.
+template <bool NESTED>
+__device__ __forceinline__ void prefetch_absmax(const LinearSmall& p, uint32_t row0, uint32_t rows, uint32_t column0,
+                                                uint32_t columns, uint32_t threads) {
+    constexpr uint32_t SIZE = NESTED ? 1 : 4;
+    for (uint32_t row = threadIdx.x; row < rows; row += threads) {
+        const uint64_t first = (static_cast<uint64_t>(row0 + row) * p.k + column0) >> p.quant.block_shift;
+        prefetch(static_cast<const unsigned char*>(p.quant.absmax) + first * SIZE,
+                 ((columns - 1 >> p.quant.block_shift) + 1) * SIZE, 0, 1);
+        if (NESTED) prefetch(p.quant.nested_absmax + (first >> p.quant.nested_shift), 4, 0, 1);
     }
 }
 
-// Where a lane's token of each tile lies in shared memory. Of tokens from m on the sums are of no use, whatever is there;
-// with a few at most they are the last one's again, which costs no bandwidth.
-template <int TILES>
-struct SmallToken {
-    uint32_t first, step;
-    __device__ __forceinline__ SmallToken(uint32_t m, uint32_t pitch) : step(8 * pitch) {
-        const uint32_t token = threadIdx.x % 32 / 4;
-        first = (TILES == 1 ? min(token, m - 1) : token) * pitch;
+// The table of pairs: byte b's values at b * SMALL_STRIDE, SMALL_COPIES times.
+template <int THREADS>
+__device__ __forceinline__ void fill_pairs(unsigned char* pairs, const Quant4bit& quant) {
+    for (int i = threadIdx.x; i < 256 * SMALL_COPIES / 2; i += THREADS) {
+        const int byte = i / (SMALL_COPIES / 2), copy = i % (SMALL_COPIES / 2);
+        const float high = CODEBOOKS[quant.fp4][byte / 16], low = CODEBOOKS[quant.fp4][byte % 16];
+        reinterpret_cast<float4*>(pairs + byte * SMALL_STRIDE)[copy] = make_float4(high, low, high, low);
     }
-    __device__ __forceinline__ uint32_t operator()(int tile) const { return first + tile * step; }
-};
+}
 
-// What a lane loads of a unit: of rows lane / 4 + 8i of each row tile.
+// What a lane loads of a unit, sixteen rows: of rows lane / 4 + 8i.
 template <bool NESTED>
 struct SmallUnit {
-    uint4 codes[SMALL_ROW_TILES][2];
-    Absmax<NESTED> absmax[SMALL_ROW_TILES][2];
+    uint4 codes[2];
+    Absmax<NESTED> absmax[2];
 };
 
-// Two values from a byte's codes.
+__device__ __forceinline__ uint32_t small_word(uint4 codes, int word) {
+    return word == 0 ? codes.x : word == 1 ? codes.y : word == 2 ? codes.z : codes.w;
+}
+
+// Two values of those at `address` of the table, scaled.
 template <typename T>
-__device__ __forceinline__ uint32_t small_pair(const unsigned char* pairs, uint32_t word, int byte, uint32_t lane_place,
-                                               float scale) {
-    const uint32_t place = __byte_perm(word, lane_place, 0x7704 | byte << 4);
-    const float2 two = *reinterpret_cast<const float2*>(pairs + place);
+__device__ __forceinline__ uint32_t small_pair(uint32_t address, float scale) {
+    float2 two;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(two.x), "=f"(two.y) : "r"(address));
     return pack2<T>(mul_ftz(two.x, scale), mul_ftz(two.y, scale));
-}
-
-// Two elements of an adapter's row from `column` on, in the first `parts` parts of x's type; zeros from `columns` on.
-template <typename T, int PARTS_LEFT>
-__device__ __forceinline__ void split_parts(uint32_t (&parts)[PARTS_LEFT], float first, float second) {
-#pragma unroll
-    for (int i = 0; i < PARTS_LEFT; ++i) {
-        parts[i] = pack2<T>(first, second);
-        first = low_part<T>(first);
-        second = low_part<T>(second);
-    }
-}
-
-__device__ __forceinline__ uint4 load_small_piece(const unsigned char* x, uint32_t place) {
-    return *reinterpret_cast<const uint4*>(x + place);
-}
-
-// The rank's sums over one unit's depth of x in shared memory, onto those in `ranks`: one tile of sixteen ranks.
-template <typename T, int TILES>
-__device__ __forceinline__ void small_ranks(const LinearSmall& p, const unsigned char* x, uint32_t pitch,
-                                            uint32_t unit, uint32_t column0, int tile, float4* ranks) {
-    const int lane = threadIdx.x % 32, quad = lane % 4;
-    const uint32_t column = column0 + unit * SMALL_DEPTH + 32 * quad;
-    const uint32_t row = tile * 16 + lane / 4;
-    const bool inside[2] = {row < p.r && column < p.k, row + 8 < p.r && column < p.k};
-    const uint32_t mixed = quad / 2 ^ (lane / 4 & 1) << 1;
-    const uint32_t first[2] = {row * p.k + column, (row + 8) * p.k + column};
-    const uint32_t x_place = unit * (SMALL_DEPTH * 2) + quad * 64;
-    const SmallToken<TILES> token_place(p.m, pitch);
-    float sums[TILES][4] = {};
-    if (!p.wide) {
-        constexpr int TOGETHER = 2;  // under way before the first is used, as registers allow
-#pragma unroll 1
-        for (int start = 0; start < 4; start += TOGETHER) {
-            uint4 raw[TOGETHER][2];
-#pragma unroll
-            for (int piece = 0; piece < TOGETHER; ++piece)
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    raw[piece][i] = inside[i]
-                                        ? __ldg(static_cast<const uint4*>(p.lora_a) + (first[i] / 8 + start + piece))
-                                        : make_uint4(0, 0, 0, 0);
-                }
-#pragma unroll
-            for (int piece = 0; piece < TOGETHER; ++piece) {
-                const Fragments low = {{raw[piece][0].x, raw[piece][1].x, raw[piece][0].y, raw[piece][1].y}};
-                const Fragments high = {{raw[piece][0].z, raw[piece][1].z, raw[piece][0].w, raw[piece][1].w}};
-                const uint32_t place = x_place + (start + piece ^ mixed) * 16;
-#pragma unroll
-                for (int t = 0; t < TILES; ++t) {
-                    const uint4 b = load_small_piece(x, token_place(t) + place);
-                    multiply<T>(sums[t], low, b.x, b.y);
-                    multiply<T>(sums[t], high, b.z, b.w);
-                }
-            }
-        }
-    } else {
-#pragma unroll 1
-        for (int four = 0; four < 8; ++four) {
-            uint32_t parts[2][2][3];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const float4 raw = inside[i] ? __ldg(static_cast<const float4*>(p.lora_a) + (first[i] / 4 + four))
-                                             : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                split_parts<T>(parts[i][0], raw.x, raw.y);
-                split_parts<T>(parts[i][1], raw.z, raw.w);
-            }
-            // Tensor cores cut their sums off: those of the parts are kept apart for sixteen products.
-#pragma unroll
-            for (int t = 0; t < TILES; ++t) {
-                const uint2 b = *reinterpret_cast<const uint2*>(x + token_place(t) + x_place + (four / 2 ^ mixed) * 16 +
-                                                                four % 2 * 8);
-                float few[4] = {};
-#pragma unroll
-                for (int part = 2; part >= 0; --part) {
-                    const Fragments a = {{parts[0][0][part], parts[1][0][part], parts[0][1][part], parts[1][1][part]}};
-                    float now[4] = {};
-                    multiply<T>(now, a, b.x, b.y);
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) few[i] = few[i] * (1.0f / PART_SCALE<T>) + now[i];
-                }
-#pragma unroll
-                for (int i = 0; i < 4; ++i) sums[t][i] += few[i];
-            }
-        }
-    }
-#pragma unroll
-    for (int t = 0; t < TILES; ++t) {
-        float4 sum = ranks[t * 32 + lane];
-        sum.x += sums[t][0], sum.y += sums[t][1], sum.z += sums[t][2], sum.w += sums[t][3];
-        ranks[t * 32 + lane] = sum;
-    }
-}
-
-__device__ __forceinline__ float small_element(const void* from, uint32_t type, uint64_t at) {
-    switch (type) {
-        case F32: return __ldg(static_cast<const float*>(from) + at);
-        case F16: return to_float(static_cast<const f16*>(from)[at]);
-        default: return to_float(static_cast<const bf16*>(from)[at]);
-    }
-}
-
-// Sixteen rows and ranks of B as fragments of its first two parts, as many as products need.
-template <typename T>
-__device__ __forceinline__ void load_small_b(Fragments (&found)[2], const LinearSmall& p, uint32_t row0,
-                                             uint32_t column0) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const uint32_t row = row0 + lane / 4 + i % 2 * 8, column = column0 + 2 * (lane % 4) + i / 2 * 8;
-        const uint64_t at = static_cast<uint64_t>(row) * p.r + column;
-        float values[2];
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const bool inside = row < p.n && column + j < p.r;
-            values[j] = !inside    ? 0.0f
-                        : p.wide ? __ldg(static_cast<const float*>(p.lora_b) + at + j)
-                                 : to_float(static_cast<const T*>(p.lora_b)[at + j]);
-        }
-        uint32_t parts[2];
-        split_parts<T>(parts, values[0], values[1]);
-        found[0].part[i] = parts[0];
-        found[1].part[i] = parts[1];
-    }
 }
 
 // Sums of a fragment over the cluster, in the order of its blocks.
@@ -286,7 +179,7 @@ __device__ __forceinline__ float4 small_total(uint32_t address, uint32_t splits)
 #pragma unroll 4
     for (uint32_t rank = 0; rank < splits; ++rank) {
         const float4 more = load_shared_of(address, rank);
-        total.x += more.x, total.y += more.y, total.z += more.z, total.w += more.w;
+        add(total, more);
     }
     return total;
 }

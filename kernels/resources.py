@@ -107,7 +107,9 @@ def instructions(program: Path, file: str, chip: str) -> dict[str, set[str]]:
 
 def markdown(usages: Sequence[Usage]) -> str:
     """A row a kernel: registers a thread by chip, static shared memory, local memory."""
-    chips = sorted({usage.chip for usage in usages}, key=lambda chip: int(chip.rstrip("a")))
+    chips = sorted(
+        {usage.chip for usage in usages}, key=lambda chip: (int(chip.rstrip("a")), -len(chip))
+    )
     kernels: dict[tuple[str, str], dict[str, Usage]] = {}
     for usage in usages:
         kernels.setdefault((usage.file, usage.kernel), {})[usage.chip] = usage

@@ -58,7 +58,7 @@ HOPPERS_OWN = ("90a", {"HGMMA", "UTMALDG"})
     ("file", "how"),
     [
         *[(file, MMA_SYNC) for file in ("lora_down", "lora_up", "lora_outer", "lora_down_outer")],
-        ("linear_small_sm90a", ("90a", {"HMMA", "LDGSTS"})),
+        ("linear_small_sm90a", ("90a", {"HMMA", "LDS"})),
         *[(file, HOPPERS_OWN) for file in ("gemm_sm90a", "lora_down_sm90a", "lora_outer_sm90a")],
     ],
 )
@@ -74,6 +74,15 @@ def test_products_run_on_tensor_cores(
     for kernel, used in found.items():
         assert needed <= used, kernel
         assert not {"LDL", "STL"} & used, kernel
+
+
+def test_few_rows_run_as_their_number_asks(resources: ModuleType) -> None:
+    """Up to eight tokens by a warp's products, more by a warpgroup's."""
+    program = resources.cuobjdump()
+    if program is None:
+        pytest.skip("no cuobjdump (triton's wheel has one)")
+    for kernel, used in resources.instructions(program, "linear_small_sm90a", "90a").items():
+        assert ("HGMMA" in used) == (not kernel.endswith("_8")), kernel
 
 
 def test_the_table_is_current(resources: ModuleType, usages: list[object]) -> None:

@@ -13,7 +13,7 @@ use crate::error::Result;
 /// (m, n, k, r, parts of an adapter's value); r is 0 without an adapter.
 type SizesOf = (u64, u64, u64, u64, u64);
 
-/// (blocks of a cluster, warps of a block, groups of rows)
+/// (blocks of a cluster, warpgroups that share a block's depth, row tiles of each)
 type DivisionOf = (u64, u64, u64);
 
 fn sizes_of((m, n, k, r, planes): SizesOf) -> Sizes {
@@ -37,7 +37,7 @@ pub struct SmallAdapter(
 #[pyfunction]
 pub fn cuda_small_division(device: usize, sizes: SizesOf) -> Result<Option<DivisionOf>> {
     let found = small::division(Device::get(device)?, &sizes_of(sizes));
-    Ok(found.map(|one| (one.splits, one.k_warps, one.groups)))
+    Ok(found.map(|one| (one.splits, one.k_groups, one.groups)))
 }
 
 /// Writes y, and H unless its address is 0: x and y of `dtype`, bias `[n]` or 0.
@@ -79,10 +79,10 @@ pub fn cuda_small_linear(
     } else {
         small.sizes.r = 0;
     }
-    let (splits, k_warps, groups) = division;
+    let (splits, k_groups, groups) = division;
     let division = Division {
         splits,
-        k_warps,
+        k_groups,
         groups,
     };
     // SAFETY: `ferrotune.ops.cuda_small` allocated what is written and checked what is read.

@@ -108,7 +108,7 @@ def test_runs_are_equal_with_a_gradient_and_without(
 @pytest.mark.parametrize("adapter", [BF16, F32])
 @pytest.mark.parametrize("m", [1, 5, 12, 30, 64])
 def test_every_division(m: int, adapter: torch.dtype, device: torch.device) -> None:
-    """However blocks and warps share the work, and wherever they end within the weight."""
+    """However blocks and warpgroups share the work, and wherever they end within the weight."""
     n, k, r = 300, 2080, 24
     case = case_of("nf4 nested", r, m, (n, k), device, dtype=BF16, adapter_dtype=adapter, bias=True)
     true = truth(case)["y"]
@@ -118,11 +118,11 @@ def test_every_division(m: int, adapter: torch.dtype, device: torch.device) -> N
     assert case.lora_A is not None
     rank = case.scaling * x @ case.lora_A.double().t()
     for splits in (1, 2, 4, 8):
-        for k_warps in (1, 2, 4, 8):
+        for k_groups in (1, 2, 4, 8):
             for groups in (1, 2, 3):
                 y = torch.full((m, n), torch.nan, dtype=BF16, device=device)
                 h = torch.full((m, planes * 48), torch.nan, dtype=BF16, device=device)
-                label = (splits, k_warps, groups)
+                label = (splits, k_groups, groups)
                 try:
                     cuda_small.run(case.x, m, one, label, y, h, 16, 48)
                 except NotImplementedError:

@@ -27,7 +27,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 # Rows of x up to which the kernel was the faster one, beside dequantising and a dense product; the
 # second without an adapter, for which there are launches more, and of weights of fewer elements.
-_LARGE = 1 << 25
+_LARGE = 1 << 24
 _MOST_ROWS, _MOST_ROWS_OF_SMALL = 64, 32
 
 # (n, k) of weights for which it is up to another number; benches/cuda_small.py --tune prints it.

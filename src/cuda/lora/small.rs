@@ -1,5 +1,5 @@
-//! Few rows by a 4-bit weight that is dequantised within the product (`kernels/linear_small.cuh`): its parameters, how
-//! it is divided among blocks, its launch.
+//! Few rows by a 4-bit weight that is dequantised within the product (`kernels/linear_few.cuh`, `linear_small.cuh`):
+//! its parameters, how it is divided among blocks, its launch.
 
 use super::super::device::Device;
 use super::super::launch::{Address, Grid, Parameters, Stream};
@@ -12,21 +12,24 @@ use crate::error::{Error, Result};
 /// Rows of x that one launch takes.
 pub const MOST_ROWS: u64 = 64;
 const MOST_RANK: u64 = 64;
-/// Most tokens of a kernel's variants.
+/// Most tokens of a kernel's variants, the first of which is for few.
 const TOKENS: [u64; 4] = [8, 16, 32, 64];
-/// Blocks of a variant that a multiprocessor has registers for.
-const BLOCKS: [u64; 4] = [2, 2, 1, 1];
-const THREADS: u32 = 256;
-const WARPS: u64 = 8;
-/// Rows and depth of what a warp multiplies at a time.
-const UNIT_ROWS: u64 = 32;
+const THREADS: u32 = 512;
+const WARPS: u64 = 16;
+const GROUPS: u64 = 4;
+/// Rows of a warp's products and of a warpgroup's; depth of what a warp loads at a time.
+const TILE_ROWS: u64 = 16;
+const GROUP_ROWS: u64 = 64;
 const UNIT_DEPTH: u64 = 128;
 /// Bytes of the table of pairs, and of 16 x 8 sums.
 const PAIRS: u64 = 256 * 256;
 const FRAGMENT: u64 = 512;
 /// Sums that the table has room for.
 const GAPS: u64 = 64;
-/// What a block has beside its dynamic shared memory.
+/// Where the table of few tokens begins in a block's shared memory, and the least that precedes the dynamic part there.
+const FEW_TABLE: u64 = 1 << 16;
+const RESERVED: u64 = 1024;
+/// What a block has beside its dynamic shared memory, and the part of that which alignment may take.
 const STATIC: u64 = 2048;
 
 #[repr(C)]
@@ -50,13 +53,17 @@ struct LinearSmall {
     lora_bias_type: u32,
     scale: f32,
     splits: u32,
-    k_warps: u32,
+    k_groups: u32,
+    tile_rows: u32,
     groups: u32,
     block_k: u32,
     stage_k: u32,
-    reserved: u32,
+    sums: u32,
+    ranks: u32,
+    h_tile: u32,
+    slots: u32,
 }
-const _: () = assert!(size_of::<LinearSmall>() == 176);
+const _: () = assert!(size_of::<LinearSmall>() == 192);
 // SAFETY: the kernel's structure, field for field.
 unsafe impl Parameters for LinearSmall {}
 
@@ -96,22 +103,27 @@ pub struct Sizes {
     pub planes: u64,
 }
 
-/// How the work is divided: blocks of a cluster and warps of a block share the depth; a block has so many groups of rows.
+/// How the work is divided: `splits` blocks of a cluster and `k_groups` warpgroups of each share the depth; a cluster has
+/// so many row tiles in turn. With few tokens the blocks of a cluster share H's depth alone, and each has its row tiles.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Division {
     pub splits: u64,
-    pub k_warps: u64,
+    pub k_groups: u64,
     pub groups: u64,
 }
 
-/// A division's consequences.
+/// A division's consequences; see `kernels/linear_small_parts.cuh`.
 #[derive(Debug, Clone, Copy)]
 struct Placed {
+    tile_rows: u64,
     block_k: u64,
     stage_k: u64,
+    sums: u64,
+    ranks: u64,
+    h_tile: u64,
+    slots: u64,
     shared: u64,
     blocks: u64,
-    per_multiprocessor: u64,
 }
 
 impl Placed {
@@ -124,10 +136,6 @@ impl Placed {
     }
 }
 
-fn variant(m: u64) -> usize {
-    TOKENS.iter().position(|&most| m <= most).unwrap_or(0)
-}
-
 impl Sizes {
     fn take(&self) -> bool {
         (1..=MOST_ROWS).contains(&self.m)
@@ -137,95 +145,139 @@ impl Sizes {
             && self.r <= MOST_RANK
             && matches!(self.planes, 1 | 3)
             && self.n.max(self.k) < 1 << 31
-            && self.n * (self.k / 32) < 1 << 32
+            && (self.n + 2 * GROUP_ROWS) * (self.k / 32) < 1 << 32
     }
 
     fn rank_tiles(&self) -> u64 {
         self.r.div_ceil(SEGMENT)
     }
 
-    fn place(&self, device: &Device, division: Division) -> Option<Placed> {
-        let Division {
-            splits,
-            k_warps,
-            groups,
-        } = division;
-        let depth = UNIT_DEPTH * k_warps;
-        let block_k = self.k.div_ceil(depth * splits) * depth;
-        if (splits - 1) * block_k >= self.k {
+    /// The first whose tokens suffice; of few tokens all the depth is in shared memory.
+    fn variant(&self, device: &Device) -> usize {
+        let found = TOKENS.iter().position(|&most| self.m <= most).unwrap_or(0);
+        if found == 0
+            && self
+                .few(device, if self.r > 0 { 8 } else { 1 }, 1)
+                .is_none()
+        {
+            1
+        } else {
+            found
+        }
+    }
+
+    /// Bytes of the tile of H for so many tokens.
+    fn h_tile(&self, tokens: u64) -> u64 {
+        match self.r {
+            0 => 0,
+            _ => 2 * tokens * (self.planes * SEGMENT * self.rank_tiles() + 8),
+        }
+    }
+
+    /// A cluster is there for H alone.
+    fn few(&self, device: &Device, splits: u64, groups: u64) -> Option<Placed> {
+        if (self.r > 0) != (splits > 1) {
             return None;
         }
-        let tokens = TOKENS[variant(self.m)];
-        let tiles = tokens / 8;
-        let mut fixed = PAIRS;
-        if self.r > 0 {
-            let width = self.planes * SEGMENT * self.rank_tiles() + 8;
-            fixed += WARPS * tiles * FRAGMENT + 2 * tokens * width;
-        }
-        let sums = WARPS * (UNIT_ROWS / 16) * groups * tiles;
-        fixed += sums.saturating_sub(GAPS) * FRAGMENT;
-        let limit = u64::from(device.shared).saturating_sub(STATIC);
-        // A multiprocessor has 1 KiB more than the most of a block, and takes as much for each.
-        let fits = |blocks: u64| (u64::from(device.shared) + 1024) / blocks - 1024 - STATIC;
-        let row = 2 * if tiles == 1 { self.m } else { tokens };
-        let whole = fixed + row * block_k;
-        let (stage_k, shared) = if whole <= limit {
-            (block_k, whole)
-        } else {
-            if groups > 1 {
-                return None;
-            }
-            let step = 2 * depth;
-            let stage_k = limit.checked_sub(fixed)? / (2 * row) / step * step;
-            if stage_k == 0 {
-                return None;
-            }
-            let stage_k = stage_k.min(1024.max(step));
-            (stage_k, fixed + 2 * row * stage_k)
-        };
-        let most = BLOCKS[variant(self.m)];
-        let rows = WARPS / k_warps * UNIT_ROWS * groups;
-        Some(Placed {
+        let block_k = self.k.next_multiple_of(UNIT_DEPTH);
+        let stage_k = self.k.div_ceil(UNIT_DEPTH * splits) * UNIT_DEPTH;
+        // Of H a slot for each warp of a block, over the cluster.
+        let ranks = if self.r > 0 { WARPS * FRAGMENT } else { 0 };
+        let before = ranks + self.h_tile(TOKENS[0]);
+        let shared = FEW_TABLE - RESERVED + PAIRS + 2 * self.m * block_k;
+        let slots = (WARPS / splits / self.rank_tiles().max(1)).min(stage_k / UNIT_DEPTH);
+        let fits = slots > 0
+            && before + STATIC + RESERVED <= FEW_TABLE
+            && shared + STATIC <= u64::from(device.shared);
+        fits.then_some(Placed {
+            tile_rows: TILE_ROWS,
             block_k,
             stage_k,
+            sums: 0,
+            ranks: 0,
+            h_tile: ranks,
+            slots,
             shared,
-            blocks: self.n.div_ceil(rows) * splits,
-            per_multiprocessor: if shared <= fits(most) { most } else { 1 },
+            blocks: self.n.div_ceil(TILE_ROWS * groups).next_multiple_of(splits),
         })
     }
 
-    /// Clock cycles, roughly: only comparisons of divisions count.
-    fn cost(&self, device: &Device, kernel: &str, division: Division, placed: &Placed) -> f64 {
-        const ISSUE: f64 = 530.0; // of a unit with few tokens
-        const LATENCY: f64 = 1200.0; // of a unit, where few warps run
-        const START: f64 = 2500.0;
-        const ONE_BLOCK: f64 = 0.8; // of what more than one gets out of a multiprocessor
-        let tiles = TOKENS[variant(self.m)] / 8;
-        let multiprocessors = u64::from(device.multiprocessors);
-        let units = (division.groups * placed.block_k / (UNIT_DEPTH * division.k_warps)) as f64;
-        let issue = ISSUE + 60.0 * tiles as f64;
-        let ranks = self.rank_tiles() as f64 * placed.block_k as f64 / (UNIT_DEPTH * WARPS) as f64;
-        let rows = (self.m * placed.block_k * 2) as f64 / 48.0;
-        let start = START + if division.splits > 1 { 700.0 } else { 0.0 };
-        let wave = |blocks: u64| {
-            let each = blocks.div_ceil(multiprocessors) as f64;
-            let busy = if each > 1.0 { 1.0 } else { ONE_BLOCK };
-            let work = (each * WARPS as f64 / 4.0 * issue / busy).max(LATENCY) * units;
-            let ranks = ranks * (150.0 + 60.0 * tiles as f64) * self.planes as f64 * each * 2.0;
-            start + work + ranks + rows * each
-        };
-        let places = if division.splits > 1 {
-            // Clusters are of one of the chip's groups of multiprocessors, which they may not fill.
-            let cluster = division.splits as u32;
-            match device.clusters(kernel, placed.grid(), cluster) {
-                Ok(clusters) if clusters > 0 => u64::from(clusters) * division.splits,
-                _ => return f64::INFINITY,
-            }
+    fn place(&self, device: &Device, division: Division) -> Option<Placed> {
+        let Division {
+            splits,
+            k_groups,
+            groups,
+        } = division;
+        let variant = self.variant(device);
+        if variant == 0 {
+            return self.few(device, splits, groups).filter(|_| k_groups == 1);
+        }
+        let depth = UNIT_DEPTH * k_groups;
+        let block_k = self.k.div_ceil(depth * splits) * depth;
+        if k_groups > GROUPS || (splits - 1) * block_k >= self.k {
+            return None;
+        }
+        let (tokens, row_groups) = (TOKENS[variant], GROUPS / k_groups);
+        let tiles = tokens / 8;
+        let sums = tiles * GROUP_ROWS / TILE_ROWS * row_groups * (k_groups - 1).max(1);
+        let sums = sums.saturating_sub(GAPS) * FRAGMENT;
+        let ranks = self.rank_tiles() * tiles * FRAGMENT;
+        let fixed = PAIRS + sums + ranks + self.h_tile(tokens);
+        let room =
+            (u64::from(device.shared) - STATIC).checked_sub(fixed)? / (2 * tokens) / depth * depth;
+        if room == 0 {
+            return None;
+        }
+        let stages = block_k.div_ceil(room);
+        let stage_k = block_k.div_ceil(stages * depth) * depth;
+        let x = PAIRS + 2 * tokens * stage_k;
+        let tile_rows = GROUP_ROWS * row_groups;
+        Some(Placed {
+            tile_rows,
+            block_k,
+            stage_k,
+            sums: x,
+            ranks: x + sums,
+            h_tile: x + sums + ranks,
+            slots: 0,
+            shared: fixed + 2 * tokens * stage_k,
+            blocks: self.n.div_ceil(tile_rows * groups) * splits,
+        })
+    }
+
+    /// Clock cycles, roughly: only comparisons of divisions count. `places`: blocks that run at a time.
+    fn cost(&self, device: &Device, division: Division, placed: &Placed, places: u64) -> u64 {
+        const START: u64 = 2500;
+        const ADAPTER: u64 = 40; // bytes a cycle
+        const FEW_UNIT: u64 = 80; // bound by shared memory
+        const X: u64 = 24; // bytes a cycle
+        const STAGE: u64 = 1500;
+        const FLUSH: u64 = 4000;
+        const REMOTE: u64 = 24; // bytes a cycle
+        let rounds = placed.blocks.div_ceil(places.max(1));
+        let units = placed.block_k / UNIT_DEPTH * division.groups;
+        let variant = self.variant(device);
+        if variant == 0 {
+            let adapter = 2 * self.planes * SEGMENT * self.rank_tiles() * placed.stage_k / ADAPTER;
+            return rounds * (START + units * FEW_UNIT + adapter);
+        }
+        let tokens = TOKENS[variant];
+        let row_groups = GROUPS / division.k_groups;
+        // A step of a warpgroup: lookups, and x by its products.
+        let work = units * row_groups * 8 * (40 + tokens / 4);
+        let loads = if placed.stage_k < placed.block_k {
+            division.groups
         } else {
-            multiprocessors * placed.per_multiprocessor
+            1
         };
-        let (full, last) = (placed.blocks / places, placed.blocks % places);
-        full as f64 * wave(places) + if last > 0 { wave(last) } else { 0.0 }
+        let stages = placed.block_k.div_ceil(placed.stage_k);
+        // For H all stages come once before; the first one stays.
+        let before = if self.r > 0 { stages - 1 } else { 0 };
+        let x = loads * (2 * tokens * placed.block_k / X + stages * STAGE)
+            + before * (2 * tokens * placed.stage_k / X + STAGE);
+        let sums = FLUSH + placed.tile_rows * tokens * 4 / REMOTE;
+        let ranks = self.rank_tiles() * self.planes * placed.block_k / UNIT_DEPTH * tokens * 2;
+        rounds * (START + work + x + division.groups * sums + ranks)
     }
 }
 
@@ -234,24 +286,40 @@ pub fn division(device: &Device, sizes: &Sizes) -> Option<Division> {
     if device.capability != (9, 0) || !sizes.take() {
         return None;
     }
-    let kernel = KERNELS[1][1][variant(sizes.m)]; // all of so many tokens take the same
-    let all = (0..4).flat_map(|splits| {
-        (0..4).flat_map(move |k_warps| {
-            (1..=8).map(move |groups| Division {
-                splits: 1 << splits,
-                k_warps: 1 << k_warps,
+    let variant = sizes.variant(device);
+    let kernel = KERNELS[1][1][variant]; // all of so many tokens take the same
+    let mut found: Option<(u64, Division)> = None;
+    for splits in [8, 4, 2, 1] {
+        for k_groups in [1, 2, 4] {
+            let with = |groups| Division {
+                splits,
+                k_groups,
                 groups,
-            })
-        })
-    });
-    all.filter_map(|one| {
-        Some((
-            one,
-            sizes.cost(device, kernel, one, &sizes.place(device, one)?),
-        ))
-    })
-    .min_by(|one, other| one.1.total_cmp(&other.1))
-    .map(|found| found.0)
+            };
+            let Some(one) = sizes.place(device, with(1)) else {
+                continue;
+            };
+            let places = match splits {
+                1 => u64::from(device.multiprocessors),
+                // Clusters are of one of the chip's groups of multiprocessors, which they may not fill.
+                _ => device
+                    .clusters(kernel, one.grid(), splits as u32)
+                    .map_or(0, |clusters| u64::from(clusters) * splits),
+            };
+            if places == 0 {
+                continue;
+            }
+            let how = with(one.blocks.div_ceil(places));
+            let Some(placed) = sizes.place(device, how) else {
+                continue;
+            };
+            let cost = sizes.cost(device, how, &placed, places);
+            if found.is_none_or(|(least, _)| cost < least) {
+                found = Some((cost, how));
+            }
+        }
+    }
+    found.map(|(_, how)| how)
 }
 
 const KERNELS: [[[&str; 4]; 2]; 2] = [
@@ -299,13 +367,12 @@ pub unsafe fn launch(
     division: Division,
 ) -> Result<()> {
     let sizes = &small.sizes;
-    let powers = [division.splits, division.k_warps]
+    let powers = [division.splits, division.k_groups]
         .iter()
         .all(|count| count.is_power_of_two() && *count <= 8);
-    let placed = (sizes.take() && powers && (1..=64).contains(&division.groups))
+    let placed = (sizes.take() && powers && (1..=1 << 24).contains(&division.groups))
         .then(|| sizes.place(device, division))
         .flatten()
-        .filter(|placed| placed.shared <= u64::from(device.shared))
         .ok_or_else(|| Error::unsupported("no product of few rows is divided so"))?;
     let p = LinearSmall {
         quant: Quant4bit::new(&small.weight)?,
@@ -326,15 +393,19 @@ pub unsafe fn launch(
         lora_bias_type: type_number(small.lora_bias_dtype),
         scale: small.scaling,
         splits: division.splits as u32,
-        k_warps: division.k_warps as u32,
+        k_groups: division.k_groups as u32,
+        tile_rows: placed.tile_rows as u32,
         groups: division.groups as u32,
         block_k: placed.block_k as u32,
         stage_k: placed.stage_k as u32,
-        reserved: 0,
+        sums: placed.sums as u32,
+        ranks: placed.ranks as u32,
+        h_tile: placed.h_tile as u32,
+        slots: placed.slots as u32,
     };
     let grid = placed.grid();
     let nested = usize::from(small.weight.nested.is_some());
-    let kernel = KERNELS[nested][small.dtype as usize][variant(sizes.m)];
+    let kernel = KERNELS[nested][small.dtype as usize][sizes.variant(device)];
     let cluster = division.splits as u32;
     // SAFETY: the caller's promise.
     Ok(unsafe { device.launch_clusters(kernel, grid, cluster, stream, &p) }?)
