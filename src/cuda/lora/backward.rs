@@ -36,6 +36,7 @@ pub unsafe fn backward(
     let columns: u64 = projections.iter().map(Projection::columns).sum();
     let g = workspace + layout.g;
     let given = projections.iter().any(|one| one.weight != 0);
+    let bits = kept_mask(device, input, projections, layout, workspace, grad_x);
     let mut jobs = jobs_of_b(input, projections, layout, workspace);
     if grad_x != 0 && !(given && adapters_do(input, projections)) {
         jobs.extend(jobs_of_a(input, projections, layout, workspace));
@@ -81,22 +82,46 @@ pub unsafe fn backward(
     // SAFETY: as above.
     unsafe {
         kernels::reduce(device, stream, &sums_of_g)?;
-        for projection in projections.iter().filter(|_| grad_x != 0) {
-            projection.dequantize(device, stream, input, true)?;
-        }
-        if grad_x != 0 {
-            let write = if given { sum_of_grad_x } else { term_of_grad_x };
-            write(
+        if bits != 0 {
+            sums.extend(grad_a(
                 device,
                 stream,
                 input,
                 projections,
                 layout,
                 workspace,
-                grad_x,
-            )?;
+                bits,
+                false,
+            )?);
         }
-        if projections.iter().any(|projection| projection.grad_a != 0) {
+        for projection in projections.iter().filter(|_| grad_x != 0) {
+            projection.dequantize(device, stream, input, true)?;
+        }
+        if grad_x != 0 {
+            if given {
+                sum_of_grad_x(
+                    device,
+                    stream,
+                    input,
+                    projections,
+                    layout,
+                    workspace,
+                    bits,
+                    grad_x,
+                )?;
+            } else {
+                term_of_grad_x(
+                    device,
+                    stream,
+                    input,
+                    projections,
+                    layout,
+                    workspace,
+                    grad_x,
+                )?;
+            }
+        }
+        if bits == 0 && projections.iter().any(|projection| projection.grad_a != 0) {
             let early = grad_x != 0; // what was launched last writes grad_x alone
             sums.extend(grad_a(
                 device,
@@ -105,10 +130,32 @@ pub unsafe fn backward(
                 projections,
                 layout,
                 workspace,
+                0,
                 early,
             )?);
         }
         kernels::reduce(device, stream, &sums)
+    }
+}
+
+/// Where the mask of an only projection is kept by its pass over x for the product that comes after it; 0 if either has
+/// no use for it.
+fn kept_mask(
+    device: &Device,
+    input: &Input,
+    projections: &[Projection],
+    layout: &Layout,
+    workspace: Address,
+    grad_x: Address,
+) -> Address {
+    let ([one], Some(place)) = (projections, layout.bits) else {
+        return 0;
+    };
+    let used = one.p > 0.0 && one.weight != 0 && one.grad_a != 0 && grad_x != 0;
+    if used && outer90::takes(device, input, input.x, input.k) {
+        workspace + place
+    } else {
+        0
     }
 }
 
@@ -193,7 +240,7 @@ fn sums_of(
     (of_g, of_b)
 }
 
-/// Writes the partial sums of the gradients of A; returns what adds them up.
+/// Writes the partial sums of the gradients of A, and to `bits`, unless 0, the mask; returns what adds them up.
 ///
 /// # Safety
 /// As [`backward`], after G was written.
@@ -204,6 +251,7 @@ unsafe fn grad_a(
     projections: &[Projection],
     layout: &Layout,
     workspace: Address,
+    bits: Address,
     early: bool,
 ) -> Result<Vec<ReduceJob>> {
     let columns: u64 = projections.iter().map(Projection::columns).sum();
@@ -256,7 +304,7 @@ unsafe fn grad_a(
     // SAFETY: the caller's promise.
     unsafe {
         if hopper {
-            outer90::outer(device, stream, input.dtype, count, &outer)?;
+            outer90::outer(device, stream, input.dtype, count, &outer, bits)?;
         } else {
             kernels::outer(device, stream, input.dtype, count, outer)?;
         }
@@ -309,8 +357,10 @@ unsafe fn term_of_grad_x(
     unsafe { kernels::up(device, stream, input.dtype, false, up) }
 }
 
+/// With the mask at `bits`, unless that is 0.
+///
 /// # Safety
-/// As [`backward`], after G was written.
+/// As [`backward`], after G and the mask were written.
 unsafe fn sum_of_grad_x(
     device: &Device,
     stream: Stream,
@@ -318,6 +368,7 @@ unsafe fn sum_of_grad_x(
     projections: &[Projection],
     layout: &Layout,
     workspace: Address,
+    bits: Address,
     grad_x: Address,
 ) -> Result<()> {
     let columns: u64 = projections.iter().map(Projection::columns).sum();
@@ -359,6 +410,7 @@ unsafe fn sum_of_grad_x(
         lower,
         masks: masks(input, projections),
         masked: segments[0],
+        bits,
         bias: 0,
         out: Matrix::new(grad_x, input.m, input.k),
         together: 0,

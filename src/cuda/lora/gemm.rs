@@ -53,6 +53,7 @@ struct Gemm {
     h: TensorMap,
     out: TensorMap,
     bias: Address,
+    bits: Address,
     masks: Masks,
     masked: Segment,
     m: u64,
@@ -156,6 +157,8 @@ pub struct Carried<'a> {
     pub lower: usize,
     pub masks: Masks,
     pub masked: Segment,
+    /// The mask, a bit an element, as `kernels/lora_outer_sm90a.cuh` keeps it; 0: it is made again.
+    pub bits: Address,
     /// f32 `[w]`, or 0.
     pub bias: Address,
     pub out: Matrix,
@@ -248,6 +251,7 @@ pub unsafe fn launch(
         panel: [TensorMap::default(); MAX_PROJECTIONS],
         out: carried.out.map(dtype, 32, 16, Swizzle::Bytes64)?,
         bias: carried.bias,
+        bits: carried.bits,
         masks: carried.masks,
         masked: carried.masked,
         m: carried.out.rows,
@@ -318,6 +322,7 @@ pub unsafe fn product(
         lower: 0,
         masks: Masks::default(),
         masked: Segment::default(),
+        bits: 0,
         bias: 0,
         out,
         together,
