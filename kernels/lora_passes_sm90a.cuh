@@ -13,7 +13,7 @@ constexpr int PASS_THREADS = 512;
 constexpr uint32_t PASS_CONSUMERS = 8;  // warps
 constexpr uint32_t PASS_MAKERS = 7;     // after the one that copies
 constexpr int PASS_CONSUMER_REGISTERS = 200, PASS_OTHER_REGISTERS = 56;
-constexpr int PASS_SHARED = 226 << 10;
+constexpr int PASS_SHARED = 225 << 10;
 constexpr uint32_t PASS_STAGES = 6;  // at most
 
 // Of a stage and a projection: a bit an element, 32 columns a word.

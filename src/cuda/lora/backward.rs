@@ -83,6 +83,7 @@ pub unsafe fn backward(
     unsafe {
         kernels::reduce(device, stream, &sums_of_g)?;
         if bits != 0 {
+            let when = When::First { bits };
             sums.extend(grad_a(
                 device,
                 stream,
@@ -90,39 +91,30 @@ pub unsafe fn backward(
                 projections,
                 layout,
                 workspace,
-                bits,
-                false,
+                when,
             )?);
         }
         for projection in projections.iter().filter(|_| grad_x != 0) {
             projection.dequantize(device, stream, input, true)?;
         }
         if grad_x != 0 {
-            if given {
-                sum_of_grad_x(
-                    device,
-                    stream,
-                    input,
-                    projections,
-                    layout,
-                    workspace,
-                    bits,
-                    grad_x,
-                )?;
-            } else {
-                term_of_grad_x(
-                    device,
-                    stream,
-                    input,
-                    projections,
-                    layout,
-                    workspace,
-                    grad_x,
-                )?;
-            }
+            let write = if given { sum_of_grad_x } else { term_of_grad_x };
+            write(
+                device,
+                stream,
+                input,
+                projections,
+                layout,
+                workspace,
+                grad_x,
+            )?;
         }
         if bits == 0 && projections.iter().any(|projection| projection.grad_a != 0) {
-            let early = grad_x != 0; // what was launched last writes grad_x alone
+            let when = if grad_x == 0 {
+                When::Alone
+            } else {
+                When::Beside
+            };
             sums.extend(grad_a(
                 device,
                 stream,
@@ -130,8 +122,7 @@ pub unsafe fn backward(
                 projections,
                 layout,
                 workspace,
-                0,
-                early,
+                when,
             )?);
         }
         kernels::reduce(device, stream, &sums)
@@ -240,7 +231,18 @@ fn sums_of(
     (of_g, of_b)
 }
 
-/// Writes the partial sums of the gradients of A, and to `bits`, unless 0, the mask; returns what adds them up.
+/// When the pass for the gradients of A runs.
+#[derive(Debug, Clone, Copy)]
+enum When {
+    /// Before x's gradient is written, and keeps the mask for it.
+    First { bits: Address },
+    /// After x's gradient, which alone was launched last: it may start before that is done.
+    Beside,
+    /// Where there is none.
+    Alone,
+}
+
+/// Writes the partial sums of the gradients of A; returns what adds them up.
 ///
 /// # Safety
 /// As [`backward`], after G was written.
@@ -251,8 +253,7 @@ unsafe fn grad_a(
     projections: &[Projection],
     layout: &Layout,
     workspace: Address,
-    bits: Address,
-    early: bool,
+    when: When,
 ) -> Result<Vec<ReduceJob>> {
     let columns: u64 = projections.iter().map(Projection::columns).sum();
     let (segments, count) = segments_of(projections, |_| 1.0);
@@ -269,7 +270,7 @@ unsafe fn grad_a(
         stages: 0,
         rows_per_range: 0,
         vectors: vectors(input.x, input.k),
-        early: u32::from(early),
+        early: u32::from(matches!(when, When::Beside)),
         reserved: 0,
         segments,
     };
@@ -304,6 +305,11 @@ unsafe fn grad_a(
     // SAFETY: the caller's promise.
     unsafe {
         if hopper {
+            let bits = if let When::First { bits } = when {
+                bits
+            } else {
+                0
+            };
             outer90::outer(device, stream, input.dtype, count, &outer, bits)?;
         } else {
             kernels::outer(device, stream, input.dtype, count, outer)?;
@@ -357,8 +363,6 @@ unsafe fn term_of_grad_x(
     unsafe { kernels::up(device, stream, input.dtype, false, up) }
 }
 
-/// With the mask at `bits`, unless that is 0.
-///
 /// # Safety
 /// As [`backward`], after G and the mask were written.
 unsafe fn sum_of_grad_x(
@@ -368,7 +372,6 @@ unsafe fn sum_of_grad_x(
     projections: &[Projection],
     layout: &Layout,
     workspace: Address,
-    bits: Address,
     grad_x: Address,
 ) -> Result<()> {
     let columns: u64 = projections.iter().map(Projection::columns).sum();
@@ -410,7 +413,7 @@ unsafe fn sum_of_grad_x(
         lower,
         masks: masks(input, projections),
         masked: segments[0],
-        bits,
+        bits: kept_mask(device, input, projections, layout, workspace, grad_x),
         bias: 0,
         out: Matrix::new(grad_x, input.m, input.k),
         together: 0,

@@ -13,7 +13,7 @@ const ROWS: u64 = 128;
 const DEPTH: u64 = 64;
 /// Of a block of this pass or of those in [`super::outer90`].
 pub(super) const THREADS: u32 = 512;
-pub(super) const SHARED: u32 = 226 << 10;
+pub(super) const SHARED: u32 = 225 << 10;
 
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
