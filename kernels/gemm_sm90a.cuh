@@ -34,7 +34,7 @@ struct Gemm {
     uint64_t w_columns;
     uint32_t steps[GEMM_PROJECTIONS];  // ceil(depth / 64)
     uint32_t projections;
-    uint32_t lower;   // chunks whose sum is divided by PART_SCALE
+    uint32_t lower;   // chunks whose sum is divided by PART_SCALE; 0 where that is 1
     uint32_t chunks;  // all of them, the lower ones first
     uint32_t rows_together;  // tiles of 256 rows that are taken together, for L2
     uint32_t adapters;       // 1: panels are adapters

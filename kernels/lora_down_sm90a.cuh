@@ -68,7 +68,7 @@ __device__ __forceinline__ void lora_down90(const LoraDown90& p) {
         return (rank * steps + around) * boxes * DOWN90_DEPTH;
     };
     if (warp >= PASS_CONSUMERS) {
-        give_registers<PASS_OTHER_REGISTERS>();
+        give_registers<other_registers(PARTS, PLANES)>();
         if (warp > PASS_CONSUMERS && masked) {
             const auto place = [&](uint32_t step, uint64_t& row, uint32_t& column) {
                 row = row0;
@@ -103,9 +103,10 @@ __device__ __forceinline__ void lora_down90(const LoraDown90& p) {
         return;
     }
 
-    take_registers<PASS_CONSUMER_REGISTERS>();
+    take_registers<consumer_registers(PARTS, PLANES)>();
     const uint32_t group = warp / 4;
     float sums[8 * PARTS] = {};
+    Apart<PARTS, PLANES> apart(p.m);
     uint32_t at = 0, parity = 0;
     for (uint32_t step = 0; step < steps; ++step) {
         barrier_wait(full + 8 * at, parity);
@@ -120,7 +121,7 @@ __device__ __forceinline__ void lora_down90(const LoraDown90& p) {
             if constexpr (PLANES == 1) products_begin();
             for (uint32_t box = 0; box < boxes; ++box) {
                 multiply_64<T, PARTS, PLANES, 0, 0>(
-                    sums, [&](int k) { return operand(x(box), Swizzle::BYTES_128, 1024) + 2 * k; },
+                    sums, apart, [&](int k) { return operand(x(box), Swizzle::BYTES_128, 1024) + 2 * k; },
                     [&](int part, int k) { return panel(box, part, k); });
             }
             if constexpr (PLANES == 1) {
@@ -132,7 +133,7 @@ __device__ __forceinline__ void lora_down90(const LoraDown90& p) {
                 constexpr uint32_t STRIDE = 4 * DOWN90_MASK_WORDS;
                 const auto mask = [&](uint32_t i) { return ring.mask(step, i) + 64 * group * STRIDE + 8 * box; };
                 multiply_kept<T, PARTS, PLANES, 0>(
-                    sums, p.segments, ring.count,
+                    sums, apart, p.segments, ring.count,
                     [&](Fragments(&kept)[4], uint32_t i) { load_kept_rows(kept, x(box), mask(i), STRIDE); },
                     [&](int part, int k) { return panel(box, part, k); });
             }

@@ -82,7 +82,7 @@ __device__ __forceinline__ void lora_outer90(const LoraOuter90& p) {
     begin(p.early);
 
     if (warp >= PASS_CONSUMERS) {
-        give_registers<PASS_OTHER_REGISTERS>();
+        give_registers<other_registers(PARTS, PLANES)>();
         if (warp > PASS_CONSUMERS && masked) {
             const auto place = [&](uint32_t step, uint64_t& row, uint32_t& column) {
                 row = first_row + static_cast<uint64_t>(step) * OUTER90_ROWS;
@@ -127,9 +127,10 @@ __device__ __forceinline__ void lora_outer90(const LoraOuter90& p) {
         return;
     }
 
-    take_registers<PASS_CONSUMER_REGISTERS>();
+    take_registers<consumer_registers(PARTS, PLANES)>();
     const uint32_t group = warp / 4, group_warp = warp % 4;
     float sums[2][8 * PARTS] = {};
+    Apart<PARTS, PLANES> apart(p.m);
     if constexpr (DOWN) barrier_wait(panel_full, 0);
     uint32_t at = 0, parity = 0;
     for (uint32_t step = 0; step < steps; ++step) {
@@ -148,7 +149,7 @@ __device__ __forceinline__ void lora_outer90(const LoraOuter90& p) {
                 if constexpr (DOWN) {
                     const uint32_t rows = panel + (128 * group + 64 * box) * SEGMENT * 2;
                     multiply_64<T, PARTS, PLANES, 0, 1>(
-                        down, [&](int k) { return x + 2 * k; },
+                        down, apart, [&](int k) { return x + 2 * k; },
                         [&](int part, int k) {
                             return operand(rows + part * PLANES * OUTER90_PANEL, Swizzle::BYTES_32, 256,
                                            OUTER90_PANEL) +
@@ -156,7 +157,7 @@ __device__ __forceinline__ void lora_outer90(const LoraOuter90& p) {
                         });
                 }
                 multiply_64<T, PARTS, PLANES, 1, 1>(
-                    sums[box], [&](int k) { return x + 128 * k; }, of_g);
+                    sums[box], apart, [&](int k) { return x + 128 * k; }, of_g);
             }
             if constexpr (PLANES == 1) {
                 products_commit();
@@ -168,10 +169,10 @@ __device__ __forceinline__ void lora_outer90(const LoraOuter90& p) {
             const uint32_t tile = boxes + group_warp / 2 * OUTER90_BOX, chunk = group_warp % 2 * 4;
             const auto mask = [&](uint32_t i) { return ring.mask(step, i) + 4 * (4 * group + group_warp); };
             multiply_kept<T, PARTS, PLANES, 1>(
-                sums[0], p.segments, ring.count,
+                sums[0], apart, p.segments, ring.count,
                 [&](Fragments(&kept)[4], uint32_t i) { load_kept_columns<0>(kept, tile, chunk, mask(i), STRIDE); }, of_g);
             multiply_kept<T, PARTS, PLANES, 1>(
-                sums[1], p.segments, ring.count,
+                sums[1], apart, p.segments, ring.count,
                 [&](Fragments(&kept)[4], uint32_t i) { load_kept_columns<1>(kept, tile, chunk + 2, mask(i), STRIDE); },
                 of_g);
         }

@@ -12,7 +12,11 @@ namespace ferrotune {
 constexpr int PASS_THREADS = 512;
 constexpr uint32_t PASS_CONSUMERS = 8;  // warps
 constexpr uint32_t PASS_MAKERS = 7;     // after the one that copies
-constexpr int PASS_CONSUMER_REGISTERS = 200, PASS_OTHER_REGISTERS = 56;
+// Registers of a thread that multiplies, the more the more sums it has, and of the others: 256 together.
+__host__ __device__ constexpr int consumer_registers(int parts, int planes) { return parts * planes < 9 ? 184 : 208; }
+__host__ __device__ constexpr int other_registers(int parts, int planes) {
+    return 256 - consumer_registers(parts, planes);
+}
 constexpr int PASS_SHARED = 225 << 10;
 constexpr uint32_t PASS_STAGES = 6;  // at most
 
@@ -21,7 +25,7 @@ constexpr uint32_t MASK_WORDS = 512;
 constexpr uint32_t MASK_BYTES = 4 * MASK_WORDS;
 constexpr uint32_t MASK_MEMORY = 8 * MASK_BYTES;
 constexpr uint32_t MASK_SLOTS = 4;  // at most
-constexpr uint32_t MASK_TASKS = MASK_WORDS / 32;
+constexpr uint32_t MASK_TASKS = MASK_WORDS / 64;  // two words a lane: enough arithmetic under way for a warp by itself
 
 __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
     uint32_t word;
@@ -33,7 +37,7 @@ __device__ __forceinline__ void store_shared(uint32_t address, float value) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }
 
-// Where masks lie: `slots` of `count` of them, and their barriers, which are full at an arrival for each 32 words.
+// Where masks lie: `slots` of `count` of them, and their barriers, which are full at an arrival for each 64 words.
 struct MaskRing {
     uint32_t memory, full, empty;  // addresses in shared memory
     uint32_t count, slots;
@@ -78,20 +82,29 @@ __device__ __forceinline__ void make_masks(const Masks& masks, const Segment (&s
         if (segments[part].first) order |= static_cast<uint32_t>(part) << 8 * found++;
     }
     const uint32_t tasks = ring.count * MASK_TASKS;
+    uint32_t now = ~0u;  // the projection whose segment this is
+    Segment segment;
     for (uint32_t step = 0, task = maker;; task += PASS_MAKERS) {
         for (; task >= tasks; task -= tasks) ++step;
         if (step >= steps) return;
+        const uint32_t i = task / MASK_TASKS;
+        if (i != now) segment = segments[order >> 8 * i & 0xFFu], now = i;
+        uint64_t row0;
+        uint32_t column0;
+        place(step, row0, column0);
+        uint32_t kept[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const uint32_t word = task % MASK_TASKS * 64 + half * 32 + lane;
+            const uint64_t row = row0 + word / WORDS;
+            const uint32_t column = column0 + word % WORDS * 32;
+            kept[half] = kept_of_four_calls(seed, segment, row * (masks.columns / 8) + column / 8);
+            if (bits != nullptr && row < m && column / 32 < words) bits[row * words + column / 32] = kept[half];
+        }
         barrier_wait(ring.empty + 8 * ring.slot(step), ring.turn(step) ^ 1);
-        const uint32_t i = task / MASK_TASKS, word = task % MASK_TASKS * 32 + lane;
-        const Segment& segment = segments[order >> 8 * i & 0xFFu];
-        uint64_t row;
-        uint32_t column;
-        place(step, row, column);
-        row += word / WORDS;
-        column += word % WORDS * 32;
-        const uint32_t kept = kept_of_four_calls(seed, segment, row * (masks.columns / 8) + column / 8);
-        store_shared(ring.mask(step, i) + 4 * word, __uint_as_float(kept));
-        if (bits != nullptr && row < m && column / 32 < words) bits[row * words + column / 32] = kept;
+        const uint32_t to = ring.mask(step, i) + 4 * (task % MASK_TASKS * 64 + lane);
+        store_shared(to, __uint_as_float(kept[0]));
+        store_shared(to + 128, __uint_as_float(kept[1]));
         __syncwarp();
         if (lane == 0) barrier_arrive(ring.full + 8 * ring.slot(step));
     }
@@ -149,19 +162,30 @@ __device__ __forceinline__ void load_kept_columns(Fragments (&kept)[4], uint32_t
     }
 }
 
+// Sums that are kept apart, of as many columns as are taken together. `never` is 0, which the compiler does not know: where
+// it does, ptxas 13.0 leaves out some of the products that start them, or gives each its own registers.
+__host__ __device__ constexpr int together(int parts) { return parts < 2 ? 1 : 2; }
+template <int PARTS, int PLANES>
+struct Apart {
+    float sums[PLANES == 1 ? 1 : 8 * PLANES * together(PARTS)] = {};
+    uint32_t never;
+    __device__ __forceinline__ explicit Apart(uint64_t rows) : never(static_cast<uint32_t>(rows >> 63)) {}
+};
+
 // sums += products over 64 of the depth with `a(k)`, k of four steps of sixteen. `b(part, k)` are the sixteen columns of
 // a part, PLANES times where values are sums of that many, and of the parts after it. With one plane the products are
 // left under way. With three they are done: tensor cores cut their sums off, and those of 64 are kept apart and added in
 // f32.
-template <typename T, int PARTS, int PLANES, int A_DOWN_ROWS, int B_DOWN_ROWS, typename A, typename B>
-__device__ __forceinline__ void multiply_64(float (&sums)[8 * PARTS], const A& a, const B& b) {
+template <typename T, int PARTS, int PLANES, int A_DOWN_ROWS, int B_DOWN_ROWS, int ALL, typename A, typename B>
+__device__ __forceinline__ void multiply_64(float (&sums)[8 * PARTS], Apart<ALL, PLANES>& apart, const A& a,
+                                            const B& b) {
     if constexpr (PLANES == 1) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) multiply_narrow<T, 16 * PARTS, A_DOWN_ROWS, B_DOWN_ROWS>(sums, a(k), b(0, k), 1);
     } else {
         static_assert(PLANES == 3);
         constexpr float SCALE = 1.0f / PART_SCALE<T>;
-        constexpr int TOGETHER = PARTS < 2 ? 1 : 2;
+        constexpr int TOGETHER = together(PARTS);
 #pragma unroll
         for (int part = 0; part < PARTS; part += TOGETHER) {
             const auto some = [&](auto count) {
@@ -170,7 +194,7 @@ __device__ __forceinline__ void multiply_64(float (&sums)[8 * PARTS], const A& a
                 products_begin();
 #pragma unroll
                 for (int k = 0; k < 4; ++k) {
-                    multiply_narrow<T, 48 * COUNT, A_DOWN_ROWS, B_DOWN_ROWS>(now, a(k), b(part, k), k > 0);
+                    multiply_narrow<T, 48 * COUNT, A_DOWN_ROWS, B_DOWN_ROWS>(now, a(k), b(part, k), k == 0 ? apart.never : 1);
                 }
                 products_commit();
                 products_wait_all();
@@ -191,14 +215,15 @@ __device__ __forceinline__ void multiply_64(float (&sums)[8 * PARTS], const A& a
 
 // The same, done, with operands that `load(kept, i)` brings under the mask of projection i of `count`.
 template <typename T, int PARTS, int PLANES, int B_DOWN_ROWS, typename Load, typename B>
-__device__ __forceinline__ void multiply_kept(float (&sums)[8 * PARTS], const Segment (&segments)[MAX_SEGMENTS],
-                                              uint32_t count, const Load& load, const B& b) {
+__device__ __forceinline__ void multiply_kept(float (&sums)[8 * PARTS], Apart<PARTS, PLANES>& apart,
+                                              const Segment (&segments)[MAX_SEGMENTS], uint32_t count,
+                                              const Load& load, const B& b) {
     Fragments kept[4] = {};
     const auto a = [&](int k) { return kept[k]; };
     if (PARTS == 1 || count == 1) {
         load(kept, 0);
         if constexpr (PLANES == 1) products_begin();
-        multiply_64<T, PARTS, PLANES, 0, B_DOWN_ROWS>(sums, a, b);
+        multiply_64<T, PARTS, PLANES, 0, B_DOWN_ROWS>(sums, apart, a, b);
         if constexpr (PLANES == 1) {
             products_commit();
             products_wait_all();
@@ -211,7 +236,7 @@ __device__ __forceinline__ void multiply_kept(float (&sums)[8 * PARTS], const Se
         if (segments[part].first) load(kept, i++);
         float now[8] = {};
         if constexpr (PLANES == 1) products_begin();
-        multiply_64<T, 1, PLANES, 0, B_DOWN_ROWS>(now, a, [&](int, int k) { return b(part, k); });
+        multiply_64<T, 1, PLANES, 0, B_DOWN_ROWS>(now, apart, a, [&](int, int k) { return b(part, k); });
         if constexpr (PLANES == 1) {
             products_commit();
             products_wait_all();

@@ -140,12 +140,12 @@ __device__ __forceinline__ void keep_call(uint32_t& bits, uint64_t seed, const S
 }
 __device__ __forceinline__ uint32_t kept_of_four_calls(uint64_t seed, const Segment& segment, uint64_t call) {
     const uint32_t threshold = segment.threshold > 0xFFFFu ? 0xFFFFFFFFu : segment.threshold << 16;
-    uint32_t bits = 0;
-    keep_call<0>(bits, seed, segment, call, threshold);
-    keep_call<1>(bits, seed, segment, call, threshold);
-    keep_call<2>(bits, seed, segment, call, threshold);
-    keep_call<3>(bits, seed, segment, call, threshold);
-    return bits;
+    uint32_t bits[4] = {};
+    keep_call<0>(bits[0], seed, segment, call, threshold);
+    keep_call<1>(bits[1], seed, segment, call, threshold);
+    keep_call<2>(bits[2], seed, segment, call, threshold);
+    keep_call<3>(bits[3], seed, segment, call, threshold);
+    return bits[0] | bits[1] | bits[2] | bits[3];
 }
 
 // The same of elements (row, column) .. (row, column + 7), `column` a multiple of 8.

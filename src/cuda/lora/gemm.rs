@@ -258,7 +258,10 @@ pub unsafe fn launch(
         w_columns: carried.out.columns,
         steps: [0; MAX_PROJECTIONS],
         projections: carried.products.len() as u32,
-        lower: carried.lower as u32,
+        lower: match dtype {
+            Float16::F16 => carried.lower as u32,
+            Float16::BF16 => 0, // its parts are not scaled: one sum
+        },
         chunks: carried.chunks.len() as u32,
         rows_together: together,
         adapters: u32::from(carried.adapters),
