@@ -130,6 +130,7 @@ __device__ __forceinline__ void lora_outer90(const LoraOuter90& p) {
     take_registers<consumer_registers(PARTS, PLANES)>();
     const uint32_t group = warp / 4, group_warp = warp % 4;
     float sums[2][8 * PARTS] = {};
+    [[maybe_unused]] float down[8 * PARTS] = {};
     Apart<PARTS, PLANES> apart(p.m);
     if constexpr (DOWN) barrier_wait(panel_full, 0);
     uint32_t at = 0, parity = 0;
@@ -140,7 +141,14 @@ __device__ __forceinline__ void lora_outer90(const LoraOuter90& p) {
         const auto of_g = [&](int part, int k) {
             return operand(g_tile + part * PLANES * OUTER90_G, Swizzle::BYTES_32, 256, OUTER90_G) + 32 * k;
         };
-        [[maybe_unused]] float down[8 * PARTS] = {};
+        if constexpr (DOWN) {
+#pragma unroll
+            for (int i = 0; i < 8 * PARTS; ++i) {
+                // Zeros, each a value of its own: ptxas 13.0 takes sums onto one zero for the same, and leaves out all but
+                // one of their products.
+                down[i] = PLANES == 1 ? 0.0f : __uint_as_float(__float_as_uint(down[i]) & apart.never);
+            }
+        }
         if (!masked) {
             if constexpr (PLANES == 1) products_begin();
 #pragma unroll
