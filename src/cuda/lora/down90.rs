@@ -11,8 +11,14 @@ const MAX_PANELS: usize = 12;
 /// Of a cluster of two blocks.
 const ROWS: u64 = 128;
 const DEPTH: u64 = 64;
-/// Of a block of this pass or of those in [`super::outer90`].
-pub(super) const THREADS: u32 = 512;
+/// Threads of a block of this pass or of those in [`super::outer90`].
+pub(super) fn threads(segments: usize, planes: u64) -> u32 {
+    if segments as u64 * planes >= 9 {
+        512
+    } else {
+        640
+    }
+}
 pub(super) const SHARED: u32 = 225 << 10;
 
 #[repr(C)]
@@ -103,7 +109,7 @@ pub unsafe fn launch(
     }
     let grid = Grid {
         blocks: (2 * input.m.div_ceil(ROWS) as u32, 1, 1),
-        threads: THREADS,
+        threads: threads(segments.1, input.planes),
         shared: SHARED,
     };
     let kernels = if input.planes == 1 {
