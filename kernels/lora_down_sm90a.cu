@@ -2,8 +2,7 @@
 
 // lora_down90_{f16,bf16}_r{16,32,48,64}, lora_down90_parts_..
 #define DOWN90(kernel, name, T, r, planes)                                                                \
-    extern "C" __global__ void __cluster_dims__(2, 1, 1)                                                  \
-        __launch_bounds__(ferrotune::pass_threads(r / 16, planes), 1)                                     \
+    extern "C" __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(ferrotune::PASS_THREADS, 1)    \
         kernel##_##name##_r##r(const __grid_constant__ ferrotune::LoraDown90 p) {                         \
         ferrotune::lora_down90<T, r, planes>(p);                                                          \
     }

@@ -2,7 +2,7 @@
 
 // lora_outer90_{f16,bf16}_r{16,32,48,64}, lora_outer90_parts_.., lora_down_outer90_.., lora_down_outer90_parts_..
 #define OUTER90(kernel, name, T, r, planes, down)                                       \
-    extern "C" __global__ void __launch_bounds__(ferrotune::pass_threads(r / 16, planes), 1) \
+    extern "C" __global__ void __launch_bounds__(ferrotune::PASS_THREADS, 1)            \
         kernel##_##name##_r##r(const __grid_constant__ ferrotune::LoraOuter90 p) {      \
         ferrotune::lora_outer90<T, r, planes, down>(p);                                 \
     }

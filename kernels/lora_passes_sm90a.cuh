@@ -8,14 +8,15 @@
 
 namespace ferrotune {
 
-// Two warpgroups multiply; of the others one warp copies, and the rest make masks: seven, or eleven where sums leave them
-// registers.
-__host__ __device__ constexpr bool many_sums(int parts, int planes) { return parts * planes >= 9; }
-__host__ __device__ constexpr int pass_threads(int parts, int planes) { return many_sums(parts, planes) ? 512 : 640; }
-__host__ __device__ constexpr uint32_t pass_makers(int parts, int planes) { return many_sums(parts, planes) ? 7 : 11; }
-__host__ __device__ constexpr int consumer_registers(int parts, int planes) { return many_sums(parts, planes) ? 208 : 152; }
-__host__ __device__ constexpr int other_registers(int parts, int planes) { return many_sums(parts, planes) ? 48 : 56; }
+// Two warpgroups multiply; of the other two one warp copies, and seven make masks.
+constexpr int PASS_THREADS = 512;
 constexpr uint32_t PASS_CONSUMERS = 8;  // warps
+constexpr uint32_t PASS_MAKERS = 7;     // after the one that copies
+// Registers of a thread that multiplies, the more the more sums it has, and of the others: 256 together.
+__host__ __device__ constexpr int consumer_registers(int parts, int planes) { return parts * planes < 9 ? 184 : 208; }
+__host__ __device__ constexpr int other_registers(int parts, int planes) {
+    return 256 - consumer_registers(parts, planes);
+}
 constexpr int PASS_SHARED = 225 << 10;
 constexpr uint32_t PASS_STAGES = 6;  // at most
 
@@ -69,7 +70,7 @@ __device__ __forceinline__ uint32_t masks_of(const Segment (&segments)[MAX_SEGME
 
 // A maker's share of the masks of all steps. Those of a step are of WORDS words a row, from the row and the column that
 // `place` gives; columns of the masked matrix are a multiple of 8. They also go to `bits`, [m, words], unless null.
-template <int PARTS, int PLANES, uint32_t WORDS, typename Place>
+template <int PARTS, uint32_t WORDS, typename Place>
 __device__ __forceinline__ void make_masks(const Masks& masks, const Segment (&segments)[MAX_SEGMENTS],
                                            const MaskRing& ring, uint32_t maker, uint32_t steps, const Place& place,
                                            uint32_t* bits, uint64_t m) {
@@ -83,7 +84,7 @@ __device__ __forceinline__ void make_masks(const Masks& masks, const Segment (&s
     const uint32_t tasks = ring.count * MASK_TASKS;
     uint32_t now = ~0u;  // the projection whose segment this is
     Segment segment;
-    for (uint32_t step = 0, task = maker;; task += pass_makers(PARTS, PLANES)) {
+    for (uint32_t step = 0, task = maker;; task += PASS_MAKERS) {
         for (; task >= tasks; task -= tasks) ++step;
         if (step >= steps) return;
         const uint32_t i = task / MASK_TASKS;

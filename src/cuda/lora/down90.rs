@@ -11,14 +11,8 @@ const MAX_PANELS: usize = 12;
 /// Of a cluster of two blocks.
 const ROWS: u64 = 128;
 const DEPTH: u64 = 64;
-/// Threads of a block of this pass or of those in [`super::outer90`].
-pub(super) fn threads(segments: usize, planes: u64) -> u32 {
-    if segments as u64 * planes >= 9 {
-        512
-    } else {
-        640
-    }
-}
+/// Of a block of this pass or of those in [`super::outer90`].
+pub(super) const THREADS: u32 = 512;
 pub(super) const SHARED: u32 = 225 << 10;
 
 #[repr(C)]
@@ -109,7 +103,7 @@ pub unsafe fn launch(
     }
     let grid = Grid {
         blocks: (2 * input.m.div_ceil(ROWS) as u32, 1, 1),
-        threads: threads(segments.1, input.planes),
+        threads: THREADS,
         shared: SHARED,
     };
     let kernels = if input.planes == 1 {

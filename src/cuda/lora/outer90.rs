@@ -2,7 +2,7 @@
 
 use super::super::device::Device;
 use super::super::launch::{Address, Grid, Parameters, Stream};
-use super::down90::{SHARED, threads};
+use super::down90::{SHARED, THREADS};
 use super::gemm::{Matrix, Swizzle, TensorMap};
 use super::kernels::{
     DownOuter, MAX_SEGMENTS, Masks, Outer, SEGMENT, Segment, Variants, divide, variants,
@@ -106,9 +106,8 @@ pub unsafe fn outer(
     };
     let kernels = if of.planes == 1 { OUTER } else { OUTER_PARTS };
     let kernel = kernels[dtype as usize][segments - 1];
-    let threads = threads(segments, u64::from(of.planes));
     // SAFETY: the caller's promise.
-    Ok(unsafe { device.launch(kernel, grid(of.w, ranges, threads), stream, &p) }?)
+    Ok(unsafe { device.launch(kernel, grid(of.w, ranges), stream, &p) }?)
 }
 
 /// `h` is H of the whole group, and the projection's starts at `h_column`.
@@ -153,19 +152,18 @@ pub unsafe fn down_outer(
         DOWN_OUTER_PARTS
     };
     let kernel = kernels[dtype as usize][segments - 1];
-    let threads = threads(segments, u64::from(of.planes));
     // SAFETY: the caller's promise.
-    Ok(unsafe { device.launch(kernel, grid(of.n, ranges, threads), stream, &p) }?)
+    Ok(unsafe { device.launch(kernel, grid(of.n, ranges), stream, &p) }?)
 }
 
 fn box_of(dtype: Float16, matrix: Matrix) -> Result<TensorMap> {
     matrix.map(dtype, 64, ROWS as u32, Swizzle::Bytes128)
 }
 
-fn grid(w: u64, ranges: u64, threads: u32) -> Grid {
+fn grid(w: u64, ranges: u64) -> Grid {
     Grid {
         blocks: (w.div_ceil(COLUMNS) as u32, ranges as u32, 1),
-        threads,
+        threads: THREADS,
         shared: SHARED,
     }
 }
