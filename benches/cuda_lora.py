@@ -2,7 +2,8 @@
 
 ``python benches/cuda_lora.py --peers FOLDER`` writes results/cuda_lora.{md,json} and exits with 1
 if a bar is missed. Peers that cannot be imported are left out. ``--quick`` measures ferrotune and
-the frozen layer alone, and ``--profile`` prints the kernels of one call; neither writes results.
+the frozen layer alone, ``--match`` only cases of 8192 tokens whose name has its text, and
+``--profile`` prints the kernels of one call; none of them writes results.
 """
 
 from __future__ import annotations
@@ -67,12 +68,16 @@ def cell(times: dict[str, cuda.DeviceTiming], name: str, refused: list[str]) -> 
     return f"{times[name].median / times['frozen'].median:.3f}{'*' if name in refused else ''}"
 
 
-def long(report: Report, peers: Peers, quant: bool, adapter: torch.dtype, quick: bool) -> None:
+def long(
+    report: Report, peers: Peers, quant: bool, adapter: torch.dtype, quick: bool, match: str = ""
+) -> None:
     """8192 tokens, by graphs: the shapes, with dropout, with r = 64."""
     rows: Rows = []
     columns = ["ferrotune"] + ([] if quick else list(PEERS[quant]))
     for k, n, most_quant, most_dense in SHAPES:
         layer = Layer(k, n, 8192, quant, adapter)
+        if match not in f"{layer} {kind(layer)}":
+            continue
         made = Contenders(layer, peers, DROPOUT, torch.device("cuda"))
         forwards = made.forwards(alone=quick)
         made.check(forwards)
@@ -96,6 +101,8 @@ def long(report: Report, peers: Peers, quant: bool, adapter: torch.dtype, quick:
         )
         del made, forwards, work
         torch.cuda.empty_cache()
+    if not rows:
+        return
     header = ["layer", "frozen µs", "more µs"]
     header += [text for column in columns for text in (column, "… dropout")] + ["r = 64 / r = 16"]
     report.table(f"{kind(layer)}: multiples of the frozen layer's time, by graphs", header, rows)
@@ -206,7 +213,7 @@ def main() -> int:
     parser.add_argument("--peers", help="folder with the peers' packages")
     parser.add_argument("--quick", action="store_true", help="ferrotune and the frozen layer alone")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one call")
-    parser.add_argument("--match", default="", help="profile only cases whose name has this")
+    parser.add_argument("--match", default="", help="only cases whose name has this")
     parser.add_argument("--adapters", choices=["bfloat16", "float32"], help="one type alone")
     options = parser.parse_args()
     start = time.perf_counter()
@@ -222,12 +229,15 @@ def main() -> int:
     report = Report()
     for adapter in adapters:
         for quant in (True, False):
-            long(report, peers, quant, adapter, options.quick)
+            long(report, peers, quant, adapter, options.quick, options.match)
+        if options.match:
+            continue
         short(report, peers, adapter, options.quick)
         memory(report, peers, adapter, options.quick)
-    host(report, peers, options.quick)
+    if not options.match:
+        host(report, peers, options.quick)
     took = time.perf_counter() - start
-    if options.quick or options.adapters is not None:
+    if options.quick or options.match or options.adapters is not None:
         print(f"\n{common.bar_table(report.bars)}\n\n{took:.0f} s; results are not written")
         return 0 if all(bar.passed for bar in report.bars) else 1
     record["results"] = report.results

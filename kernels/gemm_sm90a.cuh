@@ -27,13 +27,14 @@ struct Gemm {
     TensorMap h;                    // 16 columns, 128 rows
     TensorMap out;                  // 32 columns, 16 rows
     const float* bias;              // [w], or null
+    const uint32_t* bits;           // the mask, [m, ceil(w_columns / 32)], or null: it is made here
     Masks masks;
     Segment masked;                 // whose mask; its scale is in H
     uint64_t m;
     uint64_t w_columns;
     uint32_t steps[GEMM_PROJECTIONS];  // ceil(depth / 64)
     uint32_t projections;
-    uint32_t lower;   // chunks whose sum is divided by PART_SCALE
+    uint32_t lower;   // chunks whose sum is divided by PART_SCALE; 0 where that is 1
     uint32_t chunks;  // all of them, the lower ones first
     uint32_t rows_together;  // tiles of 256 rows that are taken together, for L2
     uint32_t adapters;       // 1: panels are adapters
@@ -138,10 +139,12 @@ __device__ __forceinline__ void gemm_copy(const Gemm& p, uint32_t shared, uint32
     }
 }
 
-// The three warps that neither copy nor multiply make the masks of tiles, a bit an element, ahead of their use.
+// The three warps that neither copy nor multiply bring the masks of tiles, or make them, a bit an element, ahead of their
+// use. (To make them costs the products time: the warps share the registers' ports.)
 __device__ __forceinline__ void gemm_mask(const Gemm& p, uint32_t shared, uint32_t rank) {
     const uint32_t full = shared + GEMM_MASK_BARRIERS, empty = full + 8 * 2;
     const uint64_t seed = *p.masks.seed;
+    const uint32_t words = static_cast<uint32_t>((p.w_columns + 31) / 32);
     const GemmTiles tiles(p);
     GemmRing<2> ring;
     for (uint32_t tile = blockIdx.x / 2; tile < tiles.count(); tile += gridDim.x / 2, ring.next()) {
@@ -151,11 +154,13 @@ __device__ __forceinline__ void gemm_mask(const Gemm& p, uint32_t shared, uint32
         barrier_wait(empty + 8 * ring.at, ring.parity ^ 1);
         const uint32_t mask = shared + GEMM_MASKS + ring.at * GEMM_MASK_BYTES;
         for (uint32_t word = threadIdx.x - 32; word < GEMM_MASK_BYTES / 4; word += 96) {
-            const uint64_t first = static_cast<uint64_t>(row + word / 8) * p.masks.columns + column + word % 8 * 32;
+            const uint64_t at_row = row + word / 8;
+            const uint32_t at_column = column + word % 8 * 32;
             uint32_t bits = 0;
-#pragma unroll 2
-            for (uint32_t byte = 0; byte < 4; ++byte) {
-                bits |= kept_of_call<false>(seed, p.masked, first / 8 + byte) << 8 * byte;
+            if (p.bits == nullptr) {
+                bits = kept_of_four_calls(seed, p.masked, at_row * (p.masks.columns / 8) + at_column / 8);
+            } else if (at_row < p.m && at_column / 32 < words) {
+                bits = __ldg(p.bits + at_row * words + at_column / 32);
             }
             asm volatile("st.shared.u32 [%0], %1;" ::"r"(mask + 4 * word), "r"(bits) : "memory");
         }
@@ -186,7 +191,8 @@ __device__ __forceinline__ void gemm_apply_mask(float (&sums)[128], uint32_t mas
                     for (int byte = 0; byte < 4; ++byte) {
                         uint32_t keep;
                         asm("prmt.b32 %0, %1, 0, %2;" : "=r"(keep) : "r"(signs), "r"(0x8888u + 0x1111u * byte));
-                        sums[4 * (16 * part + 4 * word + byte) + 2 * half + i] *= __uint_as_float(keep & 0x3F800000u);  // 1
+                        float& sum = sums[4 * (16 * part + 4 * word + byte) + 2 * half + i];
+                        asm("and.b32 %0, %0, %1;" : "+f"(sum) : "r"(keep));
                     }
                 }
         }
@@ -340,8 +346,8 @@ __device__ __forceinline__ void gemm(const Gemm& p) {
         barriers_visible();
     }
     cluster_sync();
-    // Masks need nothing of the kernel before this one, but no other may start before that is done.
-    if (threadIdx.x / 32 - 1 >= 3) begin();
+    // Masks that are made here need nothing of the kernel before this one, but no other may start before that is done.
+    if (threadIdx.x / 32 - 1 >= 3 || p.bits != nullptr) begin();
     if (threadIdx.x < 128) {
         give_registers<56>();
         if (threadIdx.x == 0) {

@@ -52,7 +52,7 @@ __device__ __forceinline__ void load_eight(float (&values)[8], const PackJob& jo
     for (int i = 0; i < 8; ++i) values[i] = to_float(loaded[i]);
 }
 
-// A thread eight columns of a row; a row of blocks a job.
+// A thread eight columns of a row; threads lie as `from` does; a row of blocks a job.
 template <typename T>
 __device__ __forceinline__ void lora_pack(const LoraPack& p) {
     const PackJob& job = p.jobs[blockIdx.y];
@@ -66,9 +66,11 @@ __device__ __forceinline__ void lora_pack(const LoraPack& p) {
         }
         return;
     }
-    for (; index < job.rows * job.parts * 2; index += step) {
-        const uint64_t row = index % job.rows;
-        const uint32_t first = static_cast<uint32_t>(index / job.rows) * 8;
+    const uint32_t eights = job.parts * 2;
+    const bool rows_first = job.column_stride != 1;  // as `from` lies
+    for (; index < job.rows * eights; index += step) {
+        const uint64_t row = rows_first ? index % job.rows : index / eights;
+        const uint32_t first = static_cast<uint32_t>(rows_first ? index / job.rows : index % eights) * 8;
         float values[8];
         switch (job.type) {
             case F32: load_eight<float>(values, job, row, first); break;

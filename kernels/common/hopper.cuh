@@ -83,6 +83,15 @@ __device__ __forceinline__ void wait_stores() { asm volatile("cp.async.bulk.wait
 // Ordinary stores to shared memory, before copies and warpgroup products read it.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// To the same place of shared memory in block `rank` of the cluster.
+__device__ __forceinline__ void store_remote(uint32_t place, uint32_t rank, float value) {
+    asm volatile(
+        "{\n\t.reg .b32 remote;\n\tmapa.shared::cluster.u32 remote, %0, %1;\n\t"
+        "st.shared::cluster.f32 [remote], %2;\n\t}" ::"r"(place),
+        "r"(rank), "f"(value)
+        : "memory");
+}
+
 __device__ __forceinline__ uint32_t cluster_rank() {
     uint32_t rank;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -152,36 +161,62 @@ __device__ __forceinline__ void multiply_256(float (&sums)[128], uint64_t a, uin
     }
 }
 
-// The same for b of 16 x 16, sums as of columns 0 to 15; A_DOWN_ROWS: a's depth runs down the rows, too.
-#define FERROTUNE_MULTIPLY_16(type)                                                                               \
-    asm volatile("{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %10, 0;\n\t"                                          \
-                 "wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type                                      \
-                 " {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, add, 1, 1, %11, %12;\n\t}"                            \
-                 : FERROTUNE_8(FERROTUNE_SUM, 0)                                                                  \
-                 : "l"(a), "l"(b), "r"(add), "n"(A_DOWN_ROWS), "n"(B_DOWN_ROWS))
-template <typename T, int A_DOWN_ROWS, int B_DOWN_ROWS>
-__device__ __forceinline__ void multiply_16(float (&sums)[8], uint64_t a, uint64_t b, uint32_t add) {
-    if constexpr (std::is_same_v<T, bf16>) {
-        FERROTUNE_MULTIPLY_16("bf16");
-    } else {
-        FERROTUNE_MULTIPLY_16("f16");
+// The same for b of 16 x N, sums as of N columns; A_DOWN_ROWS: a's depth runs down the rows, too. What follows the sums'
+// names are those of a, b, `add` and what is transposed.
+#define FERROTUNE_16(f, i) FERROTUNE_8(f, i), FERROTUNE_8(f, i + 8)
+#define FERROTUNE_PRODUCT_OF(type, n, sums, names, a, b, add, turned, ...)                                           \
+    asm volatile("{\n\t.reg .pred add;\n\tsetp.ne.b32 add, " add ", 0;\n\t"                                        \
+                 "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" names "}, " a ", " b            \
+                 ", add, 1, 1, " turned ";\n\t}"                                                                   \
+                 : sums                                                                                              \
+                 : __VA_ARGS__)
+#define FERROTUNE_SUMS_8 FERROTUNE_8(FERROTUNE_SUM, 0)
+#define FERROTUNE_SUMS_16 FERROTUNE_16(FERROTUNE_SUM, 0)
+#define FERROTUNE_SUMS_24 FERROTUNE_16(FERROTUNE_SUM, 0), FERROTUNE_8(FERROTUNE_SUM, 16)
+#define FERROTUNE_SUMS_32 FERROTUNE_16(FERROTUNE_SUM, 0), FERROTUNE_16(FERROTUNE_SUM, 16)
+#define FERROTUNE_SUMS_48 FERROTUNE_SUMS_32, FERROTUNE_16(FERROTUNE_SUM, 32)
+#define FERROTUNE_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define FERROTUNE_NAMES_16 FERROTUNE_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define FERROTUNE_NAMES_24 FERROTUNE_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define FERROTUNE_NAMES_32 FERROTUNE_NAMES_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define FERROTUNE_NAMES_48                                                                                           \
+    FERROTUNE_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define FERROTUNE_SHARED(n, count, a_, b_, add_, turned)                                                             \
+    if constexpr (std::is_same_v<T, bf16>) {                                                                         \
+        FERROTUNE_PRODUCT_OF("bf16", n, FERROTUNE_SUMS_##count, FERROTUNE_NAMES_##count, a_, b_, add_, turned,       \
+                             "l"(a), "l"(b), "r"(add), "n"(A_DOWN_ROWS), "n"(B_DOWN_ROWS));                          \
+    } else {                                                                                                         \
+        FERROTUNE_PRODUCT_OF("f16", n, FERROTUNE_SUMS_##count, FERROTUNE_NAMES_##count, a_, b_, add_, turned,        \
+                             "l"(a), "l"(b), "r"(add), "n"(A_DOWN_ROWS), "n"(B_DOWN_ROWS));                          \
     }
+#define FERROTUNE_LOADED(n, count, a_, b_, add_, turned)                                                             \
+    if constexpr (std::is_same_v<T, bf16>) {                                                                         \
+        FERROTUNE_PRODUCT_OF("bf16", n, FERROTUNE_SUMS_##count, FERROTUNE_NAMES_##count, a_, b_, add_, turned,       \
+                             "r"(a.part[0]), "r"(a.part[1]), "r"(a.part[2]), "r"(a.part[3]), "l"(b), "r"(add),       \
+                             "n"(B_DOWN_ROWS));                                                                      \
+    } else {                                                                                                         \
+        FERROTUNE_PRODUCT_OF("f16", n, FERROTUNE_SUMS_##count, FERROTUNE_NAMES_##count, a_, b_, add_, turned,        \
+                             "r"(a.part[0]), "r"(a.part[1]), "r"(a.part[2]), "r"(a.part[3]), "l"(b), "r"(add),       \
+                             "n"(B_DOWN_ROWS));                                                                      \
+    }
+template <typename T, int N, int A_DOWN_ROWS, int B_DOWN_ROWS>
+__device__ __forceinline__ void multiply_narrow(float (&sums)[N / 2], uint64_t a, uint64_t b, uint32_t add) {
+    static_assert(N == 16 || N == 32 || N == 48 || N == 64 || N == 96);
+    if constexpr (N == 16) FERROTUNE_SHARED("16", 8, "%8", "%9", "%10", "%11, %12")
+    if constexpr (N == 32) FERROTUNE_SHARED("32", 16, "%16", "%17", "%18", "%19, %20")
+    if constexpr (N == 48) FERROTUNE_SHARED("48", 24, "%24", "%25", "%26", "%27, %28")
+    if constexpr (N == 64) FERROTUNE_SHARED("64", 32, "%32", "%33", "%34", "%35, %36")
+    if constexpr (N == 96) FERROTUNE_SHARED("96", 48, "%48", "%49", "%50", "%51, %52")
 }
-
-// The same with a in registers: a warp's sixteen rows as load_matrices<false> brings them.
-#define FERROTUNE_MULTIPLY_16_LOADED(type)                                                                       \
-    asm volatile("{\n\t.reg .pred add;\n\tsetp.ne.b32 add, %13, 0;\n\t"                                         \
-                 "wgmma.mma_async.sync.aligned.m64n16k16.f32." type "." type                                     \
-                 " {%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, add, 1, 1, %14;\n\t}"               \
-                 : FERROTUNE_8(FERROTUNE_SUM, 0)                                                                 \
-                 : "r"(a.part[0]), "r"(a.part[1]), "r"(a.part[2]), "r"(a.part[3]), "l"(b), "r"(add), "n"(B_DOWN_ROWS))
-template <typename T, int B_DOWN_ROWS>
-__device__ __forceinline__ void multiply_16(float (&sums)[8], const Fragments& a, uint64_t b, uint32_t add) {
-    if constexpr (std::is_same_v<T, bf16>) {
-        FERROTUNE_MULTIPLY_16_LOADED("bf16");
-    } else {
-        FERROTUNE_MULTIPLY_16_LOADED("f16");
-    }
+// With a in registers: a warp's sixteen rows as load_matrices<false> brings them.
+template <typename T, int N, int A_DOWN_ROWS, int B_DOWN_ROWS>
+__device__ __forceinline__ void multiply_narrow(float (&sums)[N / 2], const Fragments& a, uint64_t b, uint32_t add) {
+    static_assert(N == 16 || N == 32 || N == 48 || N == 64 || N == 96);
+    if constexpr (N == 16) FERROTUNE_LOADED("16", 8, "{%8, %9, %10, %11}", "%12", "%13", "%14")
+    if constexpr (N == 32) FERROTUNE_LOADED("32", 16, "{%16, %17, %18, %19}", "%20", "%21", "%22")
+    if constexpr (N == 48) FERROTUNE_LOADED("48", 24, "{%24, %25, %26, %27}", "%28", "%29", "%30")
+    if constexpr (N == 64) FERROTUNE_LOADED("64", 32, "{%32, %33, %34, %35}", "%36", "%37", "%38")
+    if constexpr (N == 96) FERROTUNE_LOADED("96", 48, "{%48, %49, %50, %51}", "%52", "%53", "%54")
 }
 
 // Until all committed products are done: any sums and operands in registers may then be used.

@@ -124,6 +124,30 @@ __device__ __forceinline__ uint32_t kept_of_call(uint64_t seed, const Segment& s
     return bits;
 }
 
+// The same of four calls in a row, a byte each: bit i for element i of the 32.
+template <int CALL>
+__device__ __forceinline__ void keep_call(uint32_t& bits, uint64_t seed, const Segment& segment, uint64_t call,
+                                          uint32_t threshold) {
+    const uint4 uniforms = dropout_uniforms(seed, segment.stream, call + CALL);
+    keep_bit<8 * CALL>(bits, uniforms.x << 16, threshold);
+    keep_bit<8 * CALL + 1>(bits, uniforms.x, threshold);
+    keep_bit<8 * CALL + 2>(bits, uniforms.y << 16, threshold);
+    keep_bit<8 * CALL + 3>(bits, uniforms.y, threshold);
+    keep_bit<8 * CALL + 4>(bits, uniforms.z << 16, threshold);
+    keep_bit<8 * CALL + 5>(bits, uniforms.z, threshold);
+    keep_bit<8 * CALL + 6>(bits, uniforms.w << 16, threshold);
+    keep_bit<8 * CALL + 7>(bits, uniforms.w, threshold);
+}
+__device__ __forceinline__ uint32_t kept_of_four_calls(uint64_t seed, const Segment& segment, uint64_t call) {
+    const uint32_t threshold = segment.threshold > 0xFFFFu ? 0xFFFFFFFFu : segment.threshold << 16;
+    uint32_t bits[4] = {};
+    keep_call<0>(bits[0], seed, segment, call, threshold);
+    keep_call<1>(bits[1], seed, segment, call, threshold);
+    keep_call<2>(bits[2], seed, segment, call, threshold);
+    keep_call<3>(bits[3], seed, segment, call, threshold);
+    return bits[0] | bits[1] | bits[2] | bits[3];
+}
+
 // The same of elements (row, column) .. (row, column + 7), `column` a multiple of 8.
 template <bool PAIRED>
 __device__ __forceinline__ uint32_t kept_bits(uint64_t seed, const Segment& segment, uint64_t row, uint64_t column,

@@ -439,7 +439,13 @@ def cuda_product(
 ) -> None: ...
 def cuda_lora_max_columns(device: int, planes: int) -> int: ...
 def cuda_lora_workspace(
-    device: int, m: int, k: int, planes: int, sizes: list[tuple[int, int]], backward: bool
+    device: int,
+    m: int,
+    k: int,
+    planes: int,
+    sizes: list[tuple[int, int]],
+    backward: bool,
+    dropped: bool,
 ) -> int: ...
 def cuda_lora_forward(
     device: int,

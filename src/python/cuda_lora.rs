@@ -128,7 +128,9 @@ fn group(
         .map(GroupProjection::get)
         .collect::<Result<Vec<_>>>()?;
     let sizes: Vec<_> = projections.iter().map(|one| (one.n, one.r)).collect();
-    let layout = Layout::new(device, input.m, input.k, input.planes, &sizes, backward)?;
+    let dropped = projections.iter().any(|one| one.p > 0.0);
+    let (m, k, planes) = (input.m, input.k, input.planes);
+    let layout = Layout::new(device, m, k, planes, &sizes, backward, dropped)?;
     Ok((input, projections, layout))
 }
 
@@ -202,9 +204,10 @@ pub fn cuda_lora_workspace(
     planes: u64,
     sizes: Vec<(u64, u64)>,
     backward: bool,
+    dropped: bool,
 ) -> Result<u64> {
     let device = Device::get(device)?;
-    Ok(Layout::new(device, m, k, planes, &sizes, backward)?.bytes)
+    Ok(Layout::new(device, m, k, planes, &sizes, backward, dropped)?.bytes)
 }
 
 /// Writes H and every projection's LoRA term with its biases, and with its weight's product if that is given.

@@ -15,7 +15,7 @@ from lora_cases import Case, error, make, ours, peft, run, truth
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 TYPES = [(F32, F32), (F16, F16), (F16, F32), (BF16, BF16), (BF16, F32)]  # of x, of the adapter
 IDS = [f"{str(x)[6:]}-adapter-{str(adapter)[6:]}" for x, adapter in TYPES]
-RANKS = (0, 1, 3, 4, 8, 16, 17, 32, 64, 65, 100, 128, 256)
+RANKS = (0, 1, 3, 4, 8, 16, 17, 32, 48, 64, 65, 100, 128, 256)
 # x and n: tiny, odd, no multiples of 8 or 16, beyond one tile in every direction, 1-D to 4-D.
 SHAPES = [
     ((1, 1), 1), ((3, 5), 7), ((7, 33), 17), ((129,), 8), ((2, 9, 40), 24), ((1, 2, 3, 64), 5),
@@ -83,7 +83,7 @@ def test_no_less_exact_at_the_size_of_layers(
     m, sizes = (1030, [(1024, 1536), (2048, 520)]) if device.type == "cuda" else (96, [(256, 320)])
     errors = Exactness()
     for i, (k, n) in enumerate(sizes):
-        for r in (8, 16, 64, 200):
+        for r in (8, 16, 48, 64, 200):
             for dropout_p in (0.0, 0.05):
                 case = make(
                     (2, m // 2, k), n, r, dtype=dtype, adapter_dtype=adapter,

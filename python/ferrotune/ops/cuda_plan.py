@@ -143,12 +143,15 @@ def _plan(x: Tensor, projections: Sequence[Projection], use: str, small: str) ->
         if len(few) < len(members):
             few = ()
         terms = "small" if few else "left" if carried else "added" if one.onto else "written"
+        dropped = any(member.dropout_p for member in members)
         taken.append(
             one._replace(
                 terms=terms,
                 small=few,
-                dropped=any(member.dropout_p for member in members),
-                workspace=_workspace_bytes(index, m, k, one.planes, sizes, False) if m else 0,
+                dropped=dropped,
+                workspace=_workspace_bytes(index, m, k, one.planes, sizes, False, dropped)
+                if m
+                else 0,
             )
         )
     done = {i for one in taken for i in one.members}
@@ -175,9 +178,15 @@ def _carries(use: str, index: int, m: int, w: int, depth: int, down_rows: bool) 
 
 @functools.lru_cache(maxsize=4096)
 def _workspace_bytes(
-    index: int, m: int, k: int, planes: int, sizes: tuple[tuple[int, int], ...], backward: bool
+    index: int,
+    m: int,
+    k: int,
+    planes: int,
+    sizes: tuple[tuple[int, int], ...],
+    backward: bool,
+    dropped: bool,
 ) -> int:
-    return _native.cuda_lora_workspace(index, m, k, planes, list(sizes), backward)
+    return _native.cuda_lora_workspace(index, m, k, planes, list(sizes), backward, dropped)
 
 
 def _planes(x: Tensor, projection: Projection) -> int:
@@ -283,14 +292,15 @@ def _plan_backward(
             if i in members
         ]
         sizes = tuple((projections[i].shape[0], projections[i].rank) for i in members)
+        dropped = any(projections[i].dropout_p for i in members)
         taken.append(
             BackwardPass(
                 one.members[0],
                 live,
                 one.columns,
                 one.planes,
-                any(projections[i].dropout_p for i in members),
-                _workspace_bytes(plan.device, plan.m, plan.k, one.planes, sizes, True)
+                dropped,
+                _workspace_bytes(plan.device, plan.m, plan.k, one.planes, sizes, True, dropped)
                 if plan.m
                 else 0,
             )

@@ -36,6 +36,7 @@ pub unsafe fn backward(
     let columns: u64 = projections.iter().map(Projection::columns).sum();
     let g = workspace + layout.g;
     let given = projections.iter().any(|one| one.weight != 0);
+    let bits = kept_mask(device, input, projections, layout, workspace, grad_x);
     let mut jobs = jobs_of_b(input, projections, layout, workspace);
     if grad_x != 0 && !(given && adapters_do(input, projections)) {
         jobs.extend(jobs_of_a(input, projections, layout, workspace));
@@ -81,6 +82,18 @@ pub unsafe fn backward(
     // SAFETY: as above.
     unsafe {
         kernels::reduce(device, stream, &sums_of_g)?;
+        if bits != 0 {
+            let when = When::First { bits };
+            sums.extend(grad_a(
+                device,
+                stream,
+                input,
+                projections,
+                layout,
+                workspace,
+                when,
+            )?);
+        }
         for projection in projections.iter().filter(|_| grad_x != 0) {
             projection.dequantize(device, stream, input, true)?;
         }
@@ -96,8 +109,12 @@ pub unsafe fn backward(
                 grad_x,
             )?;
         }
-        if projections.iter().any(|projection| projection.grad_a != 0) {
-            let early = grad_x != 0; // what was launched last writes grad_x alone
+        if bits == 0 && projections.iter().any(|projection| projection.grad_a != 0) {
+            let when = if grad_x == 0 {
+                When::Alone
+            } else {
+                When::Beside
+            };
             sums.extend(grad_a(
                 device,
                 stream,
@@ -105,10 +122,31 @@ pub unsafe fn backward(
                 projections,
                 layout,
                 workspace,
-                early,
+                when,
             )?);
         }
         kernels::reduce(device, stream, &sums)
+    }
+}
+
+/// Where the mask of an only projection is kept by its pass over x for the product that comes after it; 0 if either has
+/// no use for it.
+fn kept_mask(
+    device: &Device,
+    input: &Input,
+    projections: &[Projection],
+    layout: &Layout,
+    workspace: Address,
+    grad_x: Address,
+) -> Address {
+    let ([one], Some(place)) = (projections, layout.bits) else {
+        return 0;
+    };
+    let used = one.p > 0.0 && one.weight != 0 && one.grad_a != 0 && grad_x != 0;
+    if used && outer90::takes(device, input, input.x, input.k) {
+        workspace + place
+    } else {
+        0
     }
 }
 
@@ -193,6 +231,17 @@ fn sums_of(
     (of_g, of_b)
 }
 
+/// When the pass for the gradients of A runs.
+#[derive(Debug, Clone, Copy)]
+enum When {
+    /// Before x's gradient is written, and keeps the mask for it.
+    First { bits: Address },
+    /// After x's gradient, which alone was launched last: it may start before that is done.
+    Beside,
+    /// Where there is none.
+    Alone,
+}
+
 /// Writes the partial sums of the gradients of A; returns what adds them up.
 ///
 /// # Safety
@@ -204,7 +253,7 @@ unsafe fn grad_a(
     projections: &[Projection],
     layout: &Layout,
     workspace: Address,
-    early: bool,
+    when: When,
 ) -> Result<Vec<ReduceJob>> {
     let columns: u64 = projections.iter().map(Projection::columns).sum();
     let (segments, count) = segments_of(projections, |_| 1.0);
@@ -221,7 +270,7 @@ unsafe fn grad_a(
         stages: 0,
         rows_per_range: 0,
         vectors: vectors(input.x, input.k),
-        early: u32::from(early),
+        early: u32::from(matches!(when, When::Beside)),
         reserved: 0,
         segments,
     };
@@ -256,7 +305,12 @@ unsafe fn grad_a(
     // SAFETY: the caller's promise.
     unsafe {
         if hopper {
-            outer90::outer(device, stream, input.dtype, count, &outer)?;
+            let bits = if let When::First { bits } = when {
+                bits
+            } else {
+                0
+            };
+            outer90::outer(device, stream, input.dtype, count, &outer, bits)?;
         } else {
             kernels::outer(device, stream, input.dtype, count, outer)?;
         }
@@ -310,7 +364,7 @@ unsafe fn term_of_grad_x(
 }
 
 /// # Safety
-/// As [`backward`], after G was written.
+/// As [`backward`], after G and the mask were written.
 unsafe fn sum_of_grad_x(
     device: &Device,
     stream: Stream,
@@ -359,6 +413,7 @@ unsafe fn sum_of_grad_x(
         lower,
         masks: masks(input, projections),
         masked: segments[0],
+        bits: kept_mask(device, input, projections, layout, workspace, grad_x),
         bias: 0,
         out: Matrix::new(grad_x, input.m, input.k),
         together: 0,

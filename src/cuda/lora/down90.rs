@@ -8,10 +8,12 @@ use super::{Hopper, Input, Projection};
 use crate::error::Result;
 
 const MAX_PANELS: usize = 12;
-const ROWS: u64 = 64;
+/// Of a cluster of two blocks.
+const ROWS: u64 = 128;
 const DEPTH: u64 = 64;
-const THREADS: u32 = 288;
-const SHARED: u32 = 224 << 10;
+/// Of a block of this pass or of those in [`super::outer90`].
+pub(super) const THREADS: u32 = 512;
+pub(super) const SHARED: u32 = 225 << 10;
 
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
@@ -22,7 +24,7 @@ struct Down90 {
     masks: Masks,
     m: u64,
     steps: u32,
-    planes: u32,
+    reserved: u32,
     segments: [Segment; MAX_SEGMENTS],
     panel_of: [u8; 4 * MAX_SEGMENTS],
     row_of: [u8; MAX_SEGMENTS],
@@ -31,11 +33,11 @@ const _: () = assert!(size_of::<Down90>() == 1856);
 // SAFETY: the kernel's structure, field for field.
 unsafe impl Parameters for Down90 {}
 
-/// Whether this pass takes a group: on Hopper, where rows of x and of the adapters start on 16 bytes, and blocks of
-/// [`ROWS`] rows fill the device.
+/// Whether this pass takes a group: on Hopper, where rows of x and of the adapters start on 16 bytes, and clusters
+/// of [`ROWS`] rows fill the device.
 pub fn takes(device: &Device, input: &Input, projections: &[Projection]) -> bool {
     let multiprocessors = u64::from(device.multiprocessors);
-    let blocks = input.m.div_ceil(ROWS);
+    let blocks = 2 * input.m.div_ceil(ROWS);
     let places = blocks.next_multiple_of(multiprocessors);
     let alignment = if input.planes == 1 { 8 } else { 16 };
     let used = match input.hopper {
@@ -44,6 +46,7 @@ pub fn takes(device: &Device, input: &Input, projections: &[Projection]) -> bool
         Hopper::Never => false,
     };
     used && device.capability == (9, 0)
+        && matches!(input.planes, 1 | 3)
         && input.k.is_multiple_of(alignment)
         && input.x.is_multiple_of(16)
         && input.m.max(input.k) < 1 << 31
@@ -51,6 +54,7 @@ pub fn takes(device: &Device, input: &Input, projections: &[Projection]) -> bool
 }
 
 const KERNELS: Variants = variants!("lora_down90");
+const KERNELS_PARTS: Variants = variants!("lora_down90_parts");
 
 /// Writes H. `panels` are where each projection's A lies, `[planes, r, k]`.
 ///
@@ -76,7 +80,7 @@ pub unsafe fn launch(
         masks,
         m: input.m,
         steps: input.k.div_ceil(DEPTH) as u32,
-        planes: input.planes as u32,
+        reserved: 0,
         segments: segments.0,
         panel_of: [0; 4 * MAX_SEGMENTS],
         row_of: [0; MAX_SEGMENTS],
@@ -98,11 +102,16 @@ pub unsafe fn launch(
         segment += projection.segments();
     }
     let grid = Grid {
-        blocks: (input.m.div_ceil(ROWS) as u32, 1, 1),
+        blocks: (2 * input.m.div_ceil(ROWS) as u32, 1, 1),
         threads: THREADS,
         shared: SHARED,
     };
-    let kernel = KERNELS[input.dtype as usize][segments.1 - 1];
+    let kernels = if input.planes == 1 {
+        KERNELS
+    } else {
+        KERNELS_PARTS
+    };
+    let kernel = kernels[input.dtype as usize][segments.1 - 1];
     // SAFETY: the caller's promise.
     Ok(unsafe { device.launch(kernel, grid, stream, &p) }?)
 }

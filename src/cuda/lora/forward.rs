@@ -194,6 +194,7 @@ unsafe fn whole(
         lower,
         masks: Masks::default(),
         masked: Segment::default(),
+        bits: 0,
         bias: bias_of(projection, layout, workspace, i),
         out: Matrix::new(projection.y, input.m, projection.n),
         together: 0,

@@ -53,6 +53,7 @@ struct Gemm {
     h: TensorMap,
     out: TensorMap,
     bias: Address,
+    bits: Address,
     masks: Masks,
     masked: Segment,
     m: u64,
@@ -156,6 +157,8 @@ pub struct Carried<'a> {
     pub lower: usize,
     pub masks: Masks,
     pub masked: Segment,
+    /// The mask, a bit an element, as `kernels/lora_outer_sm90a.cuh` keeps it; 0: it is made again.
+    pub bits: Address,
     /// f32 `[w]`, or 0.
     pub bias: Address,
     pub out: Matrix,
@@ -248,13 +251,17 @@ pub unsafe fn launch(
         panel: [TensorMap::default(); MAX_PROJECTIONS],
         out: carried.out.map(dtype, 32, 16, Swizzle::Bytes64)?,
         bias: carried.bias,
+        bits: carried.bits,
         masks: carried.masks,
         masked: carried.masked,
         m: carried.out.rows,
         w_columns: carried.out.columns,
         steps: [0; MAX_PROJECTIONS],
         projections: carried.products.len() as u32,
-        lower: carried.lower as u32,
+        lower: match dtype {
+            Float16::F16 => carried.lower as u32,
+            Float16::BF16 => 0, // its parts are not scaled: one sum
+        },
         chunks: carried.chunks.len() as u32,
         rows_together: together,
         adapters: u32::from(carried.adapters),
@@ -318,6 +325,7 @@ pub unsafe fn product(
         lower: 0,
         masks: Masks::default(),
         masked: Segment::default(),
+        bits: 0,
         bias: 0,
         out,
         together,

@@ -249,6 +249,8 @@ pub struct Layout {
     g_partial: Vec<u64>,
     b_partial: Vec<u64>,
     a_partial: u64,
+    /// An only projection's mask, `[m, ceil(k / 32)]` words; None where nothing is dropped, or not by one alone.
+    bits: Option<u64>,
     plans: Vec<DownOuterPlan>,
     pub bytes: u64,
 }
@@ -266,6 +268,7 @@ impl Layout {
         planes: u64,
         sizes: &[Size],
         backward: bool,
+        dropped: bool,
     ) -> Result<Self, Error> {
         let padded = |r: u64| r.next_multiple_of(SEGMENT);
         let columns: u64 = sizes.iter().map(|size| padded(size.1)).sum();
@@ -294,6 +297,7 @@ impl Layout {
             g_partial: Vec::new(),
             b_partial: Vec::new(),
             a_partial: 0,
+            bits: None,
             plans: Vec::new(),
             bytes: 0,
         };
@@ -312,6 +316,7 @@ impl Layout {
             let (ranges, _) = kernels::outer_ranges(device, m, k);
             let ranges = ranges.max(outer90::ranges(device, m, k).0);
             layout.a_partial = take(4 * ranges * k * columns);
+            layout.bits = (dropped && sizes.len() == 1).then(|| take(4 * m * k.div_ceil(32)));
         } else {
             layout.bias = sizes.iter().map(|&(n, _)| take(4 * n)).collect();
         }

@@ -2,6 +2,7 @@
 
 use super::super::device::Device;
 use super::super::launch::{Address, Grid, Parameters, Stream};
+use super::down90::{SHARED, THREADS};
 use super::gemm::{Matrix, Swizzle, TensorMap};
 use super::kernels::{
     DownOuter, MAX_SEGMENTS, Masks, Outer, SEGMENT, Segment, Variants, divide, variants,
@@ -11,8 +12,6 @@ use crate::error::Result;
 
 const ROWS: u64 = 64;
 const COLUMNS: u64 = 256;
-const THREADS: u32 = 288;
-const SHARED: u32 = 224 << 10;
 /// Rows from which on these passes are the faster ones.
 const MANY: u64 = 1024;
 
@@ -25,20 +24,20 @@ struct Outer90 {
     partial: Address,
     g_partial: Address,
     masks: Masks,
+    bits: Address,
     m: u64,
     w: u64,
     g_column: u32,
+    g_plane: u32,
     rows_per_range: u32,
     early: u32,
-    reserved: u32,
     segments: [Segment; MAX_SEGMENTS],
 }
 const _: () = assert!(size_of::<Outer90>() == 576);
 // SAFETY: the kernel's structure, field for field.
 unsafe impl Parameters for Outer90 {}
 
-/// Whether a pass over `[m, w]` at `address` runs here: on Hopper, for adapters of its type, where rows start on
-/// 16 bytes.
+/// Whether a pass over `[m, w]` at `address` runs here: on Hopper, where rows start on 16 bytes.
 pub fn takes(device: &Device, input: &Input, address: Address, w: u64) -> bool {
     let used = match input.hopper {
         Hopper::Auto => input.m >= MANY,
@@ -46,7 +45,7 @@ pub fn takes(device: &Device, input: &Input, address: Address, w: u64) -> bool {
         Hopper::Never => false,
     };
     used && device.capability == (9, 0)
-        && input.planes == 1
+        && matches!(input.planes, 1 | 3)
         && w.is_multiple_of(8)
         && address.is_multiple_of(16)
         && input.m.max(w) < 1 << 31
@@ -68,8 +67,12 @@ pub fn column_blocks(w: u64) -> u64 {
 }
 
 const OUTER: Variants = variants!("lora_outer90");
+const OUTER_PARTS: Variants = variants!("lora_outer90_parts");
 const DOWN_OUTER: Variants = variants!("lora_down_outer90");
+const DOWN_OUTER_PARTS: Variants = variants!("lora_down_outer90_parts");
 
+/// `bits`: where an only projection's mask is kept, `[m, ceil(w / 32)]` words, or 0.
+///
 /// # Safety
 /// [`takes`] said yes; the addresses are `device`'s and hold what `kernels/lora_outer_sm90a.cuh` says.
 ///
@@ -81,6 +84,7 @@ pub unsafe fn outer(
     dtype: Float16,
     segments: usize,
     of: &Outer,
+    bits: Address,
 ) -> Result<()> {
     let (ranges, rows) = ranges(device, of.m, of.w);
     let g = Matrix::new(of.g, of.m, u64::from(of.g_stride));
@@ -91,15 +95,17 @@ pub unsafe fn outer(
         partial: of.partial,
         g_partial: 0,
         masks: of.masks,
+        bits,
         m: of.m,
         w: of.w,
         g_column: 0,
+        g_plane: of.g_plane,
         rows_per_range: rows as u32,
         early: of.early,
-        reserved: 0,
         segments: of.segments,
     };
-    let kernel = OUTER[dtype as usize][segments - 1];
+    let kernels = if of.planes == 1 { OUTER } else { OUTER_PARTS };
+    let kernel = kernels[dtype as usize][segments - 1];
     // SAFETY: the caller's promise.
     Ok(unsafe { device.launch(kernel, grid(of.w, ranges), stream, &p) }?)
 }
@@ -122,7 +128,7 @@ pub unsafe fn down_outer(
 ) -> Result<()> {
     let (ranges, rows) = ranges(device, of.m, of.n);
     let h = Matrix::new(h, of.m, u64::from(of.h_stride));
-    let width = SEGMENT * segments as u64;
+    let width = u64::from(of.planes) * SEGMENT * segments as u64;
     let panel = Matrix::new(of.panel, of.n, width);
     let p = Outer90 {
         x: box_of(dtype, Matrix::new(of.grad, of.m, of.n))?,
@@ -131,15 +137,21 @@ pub unsafe fn down_outer(
         partial: of.panel_partial,
         g_partial: of.g_partial,
         masks: Masks::default(),
+        bits: 0,
         m: of.m,
         w: of.n,
         g_column: h_column as u32,
+        g_plane: of.h_plane,
         rows_per_range: rows as u32,
         early: 0,
-        reserved: 0,
         segments: [Segment::default(); MAX_SEGMENTS],
     };
-    let kernel = DOWN_OUTER[dtype as usize][segments - 1];
+    let kernels = if of.planes == 1 {
+        DOWN_OUTER
+    } else {
+        DOWN_OUTER_PARTS
+    };
+    let kernel = kernels[dtype as usize][segments - 1];
     // SAFETY: the caller's promise.
     Ok(unsafe { device.launch(kernel, grid(of.n, ranges), stream, &p) }?)
 }

@@ -1,0 +1,249 @@
+// What Hopper's passes over x and over the gradients share: the roles of a block's warps, products over 64 of the depth,
+// and masks, which warps of their own make ahead of their use.
+#pragma once
+
+#include "common/hopper.cuh"
+#include "common/launch.cuh"
+#include "common/lora.cuh"
+
+namespace ferrotune {
+
+// Two warpgroups multiply; of the other two one warp copies, and seven make masks.
+constexpr int PASS_THREADS = 512;
+constexpr uint32_t PASS_CONSUMERS = 8;  // warps
+constexpr uint32_t PASS_MAKERS = 7;     // after the one that copies
+// Registers of a thread that multiplies, the more the more sums it has, and of the others: 256 together.
+__host__ __device__ constexpr int consumer_registers(int parts, int planes) { return parts * planes < 9 ? 184 : 208; }
+__host__ __device__ constexpr int other_registers(int parts, int planes) {
+    return 256 - consumer_registers(parts, planes);
+}
+constexpr int PASS_SHARED = 225 << 10;
+constexpr uint32_t PASS_STAGES = 6;  // at most
+
+// Of a stage and a projection: a bit an element, 32 columns a word.
+constexpr uint32_t MASK_WORDS = 512;
+constexpr uint32_t MASK_BYTES = 4 * MASK_WORDS;
+constexpr uint32_t MASK_MEMORY = 8 * MASK_BYTES;
+constexpr uint32_t MASK_SLOTS = 4;  // at most
+constexpr uint32_t MASK_TASKS = MASK_WORDS / 64;  // two words a lane: enough arithmetic under way for a warp by itself
+
+__device__ __forceinline__ uint32_t load_shared(uint32_t address) {
+    uint32_t word;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+    return word;
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, float value) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+// Where masks lie: `slots` of `count` of them, and their barriers, which are full at an arrival for each 64 words.
+struct MaskRing {
+    uint32_t memory, full, empty;  // addresses in shared memory
+    uint32_t count, slots;
+
+    __device__ __forceinline__ MaskRing(uint32_t memory, uint32_t barriers, uint32_t count)
+        : memory(memory), full(barriers), empty(barriers + 8 * MASK_SLOTS), count(count), slots(count <= 2 ? 4 : 2) {}
+    __device__ __forceinline__ void init() const {
+        for (uint32_t slot = 0; slot < slots; ++slot) {
+            barrier_init(full + 8 * slot, count * MASK_TASKS);
+            barrier_init(empty + 8 * slot, PASS_CONSUMERS);
+        }
+    }
+    __device__ __forceinline__ uint32_t slot(uint32_t step) const { return step & (slots - 1); }
+    __device__ __forceinline__ uint32_t turn(uint32_t step) const { return step / slots & 1; }
+    __device__ __forceinline__ uint32_t mask(uint32_t step, uint32_t i) const {
+        return memory + (slot(step) * count + i) * MASK_BYTES;
+    }
+    __device__ __forceinline__ void wait(uint32_t step) const { barrier_wait(full + 8 * slot(step), turn(step)); }
+    __device__ __forceinline__ void release(uint32_t step) const { barrier_arrive(empty + 8 * slot(step)); }
+};
+
+// How many projections have segments here.
+template <int PARTS>
+__device__ __forceinline__ uint32_t masks_of(const Segment (&segments)[MAX_SEGMENTS]) {
+    uint32_t count = 0;
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) count += segments[part].first;
+    return count;
+}
+
+// A maker's share of the masks of all steps. Those of a step are of WORDS words a row, from the row and the column that
+// `place` gives; columns of the masked matrix are a multiple of 8. They also go to `bits`, [m, words], unless null.
+template <int PARTS, uint32_t WORDS, typename Place>
+__device__ __forceinline__ void make_masks(const Masks& masks, const Segment (&segments)[MAX_SEGMENTS],
+                                           const MaskRing& ring, uint32_t maker, uint32_t steps, const Place& place,
+                                           uint32_t* bits, uint64_t m) {
+    const uint64_t seed = *masks.seed;
+    const uint32_t lane = threadIdx.x % 32, words = static_cast<uint32_t>((masks.columns + 31) / 32);
+    uint32_t order = 0, found = 0;  // the first segment of mask i in byte i
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+        if (segments[part].first) order |= static_cast<uint32_t>(part) << 8 * found++;
+    }
+    const uint32_t tasks = ring.count * MASK_TASKS;
+    uint32_t now = ~0u;  // the projection whose segment this is
+    Segment segment;
+    for (uint32_t step = 0, task = maker;; task += PASS_MAKERS) {
+        for (; task >= tasks; task -= tasks) ++step;
+        if (step >= steps) return;
+        const uint32_t i = task / MASK_TASKS;
+        if (i != now) segment = segments[order >> 8 * i & 0xFFu], now = i;
+        uint64_t row0;
+        uint32_t column0;
+        place(step, row0, column0);
+        uint32_t kept[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const uint32_t word = task % MASK_TASKS * 64 + half * 32 + lane;
+            const uint64_t row = row0 + word / WORDS;
+            const uint32_t column = column0 + word % WORDS * 32;
+            kept[half] = kept_of_four_calls(seed, segment, row * (masks.columns / 8) + column / 8);
+            if (bits != nullptr && row < m && column / 32 < words) bits[row * words + column / 32] = kept[half];
+        }
+        barrier_wait(ring.empty + 8 * ring.slot(step), ring.turn(step) ^ 1);
+        const uint32_t to = ring.mask(step, i) + 4 * (task % MASK_TASKS * 64 + lane);
+        store_shared(to, __uint_as_float(kept[0]));
+        store_shared(to + 128, __uint_as_float(kept[1]));
+        __syncwarp();
+        if (lane == 0) barrier_arrive(ring.full + 8 * ring.slot(step));
+    }
+}
+
+// Elements of the lower half of `pair` where byte BYTE of `low` has its sign set, of the upper where that of `high` has.
+template <int BYTE>
+__device__ __forceinline__ uint32_t keep_pair(uint32_t pair, uint32_t low, uint32_t high) {
+    uint32_t keep;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(keep) : "r"(low), "r"(high), "n"(0xCC88 + 0x1111 * BYTE));
+    return pair & keep;
+}
+
+// Four operands of a warp's sixteen rows and 64 columns of x at `tile`, with 128 bytes a row as a copy swizzles them;
+// rows of `mask` are `stride` bytes.
+__device__ __forceinline__ void load_kept_rows(Fragments (&kept)[4], uint32_t tile, uint32_t mask, uint32_t stride) {
+    const uint32_t lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
+    const uint32_t mask_row = mask + (threadIdx.x / 32 % 4 * 16 + lane / 4) * stride, shift = 7 - 2 * (lane % 4);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const uint32_t first = load_shared(mask_row + 4 * half), second = load_shared(mask_row + 8 * stride + 4 * half);
+        const uint32_t low = first << shift, high = first << (shift - 1);
+        const uint32_t low8 = second << shift, high8 = second << (shift - 1);
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            Fragments& f = kept[2 * half + k];
+            f = load_matrices_at(tile + row * 128 + 16 * ((4 * half + 2 * k + lane / 16) ^ (row % 8)));
+            f.part[0] = k == 0 ? keep_pair<0>(f.part[0], low, high) : keep_pair<2>(f.part[0], low, high);
+            f.part[1] = k == 0 ? keep_pair<0>(f.part[1], low8, high8) : keep_pair<2>(f.part[1], low8, high8);
+            f.part[2] = k == 0 ? keep_pair<1>(f.part[2], low, high) : keep_pair<3>(f.part[2], low, high);
+            f.part[3] = k == 0 ? keep_pair<1>(f.part[3], low8, high8) : keep_pair<3>(f.part[3], low8, high8);
+        }
+    }
+}
+
+// Four operands of 64 rows and sixteen columns of x, transposed: columns 16 * SIXTEEN.. of the 32 whose masks' words are
+// at `mask`, a row each `stride` bytes; `chunk` is the first column's place in the row, in 16 bytes.
+template <int SIXTEEN>
+__device__ __forceinline__ void load_kept_columns(Fragments (&kept)[4], uint32_t tile, uint32_t chunk, uint32_t mask,
+                                                  uint32_t stride) {
+    const uint32_t lane = threadIdx.x % 32, row = lane % 8 + lane / 16 * 8, shift = 7 - lane / 4;
+    const uint32_t mask_row = mask + lane % 4 * 2 * stride;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        const uint32_t place = (16 * k + row) * 128 + 16 * ((chunk + lane / 8 % 2) ^ (row % 8));
+        Fragments& f = kept[k];
+        f = load_matrices_at<true>(tile + place);
+#pragma unroll
+        for (int eight = 0; eight < 2; ++eight) {
+            const uint32_t at = mask_row + (16 * k + 8 * eight) * stride;
+            const uint32_t low = load_shared(at) << shift, high = load_shared(at + stride) << shift;
+            f.part[2 * eight] = keep_pair<2 * SIXTEEN>(f.part[2 * eight], low, high);
+            f.part[2 * eight + 1] = keep_pair<2 * SIXTEEN + 1>(f.part[2 * eight + 1], low, high);
+        }
+    }
+}
+
+// Sums that are kept apart, of as many columns as are taken together. `never` is 0, which the compiler does not know: where
+// it does, ptxas 13.0 leaves out some of the products that start them, or gives each its own registers.
+__host__ __device__ constexpr int together(int parts) { return parts < 2 ? 1 : 2; }
+template <int PARTS, int PLANES>
+struct Apart {
+    float sums[PLANES == 1 ? 1 : 8 * PLANES * together(PARTS)] = {};
+    uint32_t never;
+    __device__ __forceinline__ explicit Apart(uint64_t rows) : never(static_cast<uint32_t>(rows >> 63)) {}
+};
+
+// sums += products over 64 of the depth with `a(k)`, k of four steps of sixteen. `b(part, k)` are the sixteen columns of
+// a part, PLANES times where values are sums of that many, and of the parts after it. With one plane the products are
+// left under way. With three they are done: tensor cores cut their sums off, and those of 64 are kept apart and added in
+// f32.
+template <typename T, int PARTS, int PLANES, int A_DOWN_ROWS, int B_DOWN_ROWS, int ALL, typename A, typename B>
+__device__ __forceinline__ void multiply_64(float (&sums)[8 * PARTS], Apart<ALL, PLANES>& apart, const A& a,
+                                            const B& b) {
+    if constexpr (PLANES == 1) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) multiply_narrow<T, 16 * PARTS, A_DOWN_ROWS, B_DOWN_ROWS>(sums, a(k), b(0, k), 1);
+    } else {
+        static_assert(PLANES == 3);
+        constexpr float SCALE = 1.0f / PART_SCALE<T>;
+        constexpr int TOGETHER = together(PARTS);
+#pragma unroll
+        for (int part = 0; part < PARTS; part += TOGETHER) {
+            const auto some = [&](auto count) {
+                constexpr int COUNT = decltype(count)::value;
+                float now[24 * COUNT];
+                products_begin();
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    multiply_narrow<T, 48 * COUNT, A_DOWN_ROWS, B_DOWN_ROWS>(now, a(k), b(part, k), k == 0 ? apart.never : 1);
+                }
+                products_commit();
+                products_wait_all();
+#pragma unroll
+                for (int i = 0; i < 8 * COUNT; ++i) {
+                    const float* of = now + i / 8 * 24 + i % 8;
+                    sums[8 * part + i] += of[0] + (of[8] + of[16] * SCALE) * SCALE;
+                }
+            };
+            if (part + TOGETHER <= PARTS) {
+                some(std::integral_constant<int, TOGETHER>());
+            } else {
+                some(std::integral_constant<int, 1>());
+            }
+        }
+    }
+}
+
+// The same, done, with operands that `load(kept, i)` brings under the mask of projection i of `count`.
+template <typename T, int PARTS, int PLANES, int B_DOWN_ROWS, typename Load, typename B>
+__device__ __forceinline__ void multiply_kept(float (&sums)[8 * PARTS], Apart<PARTS, PLANES>& apart,
+                                              const Segment (&segments)[MAX_SEGMENTS], uint32_t count,
+                                              const Load& load, const B& b) {
+    Fragments kept[4] = {};
+    const auto a = [&](int k) { return kept[k]; };
+    if (PARTS == 1 || count == 1) {
+        load(kept, 0);
+        if constexpr (PLANES == 1) products_begin();
+        multiply_64<T, PARTS, PLANES, 0, B_DOWN_ROWS>(sums, apart, a, b);
+        if constexpr (PLANES == 1) {
+            products_commit();
+            products_wait_all();
+        }
+        return;
+    }
+    uint32_t i = 0;
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+        if (segments[part].first) load(kept, i++);
+        float now[8] = {};
+        if constexpr (PLANES == 1) products_begin();
+        multiply_64<T, 1, PLANES, 0, B_DOWN_ROWS>(now, apart, a, [&](int, int k) { return b(part, k); });
+        if constexpr (PLANES == 1) {
+            products_commit();
+            products_wait_all();
+        }
+#pragma unroll
+        for (int at = 0; at < 8; ++at) sums[8 * part + at] += now[at];
+    }
+}
+
+}  // namespace ferrotune
