@@ -47,33 +47,6 @@ __device__ __forceinline__ void load_boxes(const LinearSmall& p, unsigned char* 
     }
 }
 
-// sums += a * b of 64 x 16 and 16 x 8 * TILES; a: a warp's sixteen rows, sums as multiply's, a token tile after the other.
-#define FERROTUNE_TOKENS(type, n, list, a0, a1, a2, a3, b, outputs)                                              \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" list "}, {%" a0 ", %" a1     \
-                 ", %" a2 ", %" a3 "}, %" b ", 1, 1, 1, 0;"                                                       \
-                 : outputs                                                                                       \
-                 : "r"(a.part[0]), "r"(a.part[1]), "r"(a.part[2]), "r"(a.part[3]), "l"(x))
-#define FERROTUNE_LIST_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define FERROTUNE_LIST_32 \
-    FERROTUNE_LIST_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define FERROTUNE_16(f, i) FERROTUNE_8(f, i), FERROTUNE_8(f, i + 8)
-#define FERROTUNE_32(f, i) FERROTUNE_16(f, i), FERROTUNE_16(f, i + 16)
-template <typename T, int TILES>
-__device__ __forceinline__ void multiply_tokens(float (&sums)[4 * TILES], const Fragments& a, uint64_t x) {
-    constexpr bool BF16 = std::is_same_v<T, bf16>;
-    if constexpr (TILES == 2) {
-        multiply_16<T, 0>(sums, a, x, 1);
-    } else if constexpr (TILES == 4 && BF16) {
-        FERROTUNE_TOKENS("bf16", "32", FERROTUNE_LIST_16, "16", "17", "18", "19", "20", FERROTUNE_16(FERROTUNE_SUM, 0));
-    } else if constexpr (TILES == 4) {
-        FERROTUNE_TOKENS("f16", "32", FERROTUNE_LIST_16, "16", "17", "18", "19", "20", FERROTUNE_16(FERROTUNE_SUM, 0));
-    } else if constexpr (BF16) {
-        FERROTUNE_TOKENS("bf16", "64", FERROTUNE_LIST_32, "32", "33", "34", "35", "36", FERROTUNE_32(FERROTUNE_SUM, 0));
-    } else {
-        FERROTUNE_TOKENS("f16", "64", FERROTUNE_LIST_32, "32", "33", "34", "35", "36", FERROTUNE_32(FERROTUNE_SUM, 0));
-    }
-}
-
 // Until at most PENDING committed groups of products are under way.
 template <int PENDING>
 __device__ __forceinline__ void products_wait_but() {
@@ -234,7 +207,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
 #pragma unroll
             for (int i = 0; i < TOGETHER; ++i) {
                 const uint32_t at = x + (first + i) / 4 * (UNIT_BYTES / 2) + (first + i) % 4 * 32;
-                multiply_tokens<T, TILES>(sums, a[i], operand(at, Swizzle::BYTES_128, 1024));
+                multiply_narrow<T, 8 * TILES, 0, 0>(sums, a[i], operand(at, Swizzle::BYTES_128, 1024), 1);
             }
             products_commit();
             products_wait_but<1>();
