@@ -79,20 +79,15 @@ pub unsafe fn backward(
         sums.extend(of_b);
         column += width;
     }
+    let of_a = |when| {
+        // SAFETY: as above.
+        unsafe { grad_a(device, stream, input, projections, layout, workspace, when) }
+    };
     // SAFETY: as above.
     unsafe {
         kernels::reduce(device, stream, &sums_of_g)?;
         if bits != 0 {
-            let when = When::First { bits };
-            sums.extend(grad_a(
-                device,
-                stream,
-                input,
-                projections,
-                layout,
-                workspace,
-                when,
-            )?);
+            sums.extend(of_a(When::First { bits })?);
         }
         for projection in projections.iter().filter(|_| grad_x != 0) {
             projection.dequantize(device, stream, input, true)?;
@@ -110,20 +105,11 @@ pub unsafe fn backward(
             )?;
         }
         if bits == 0 && projections.iter().any(|projection| projection.grad_a != 0) {
-            let when = if grad_x == 0 {
+            sums.extend(of_a(if grad_x == 0 {
                 When::Alone
             } else {
                 When::Beside
-            };
-            sums.extend(grad_a(
-                device,
-                stream,
-                input,
-                projections,
-                layout,
-                workspace,
-                when,
-            )?);
+            })?);
         }
         kernels::reduce(device, stream, &sums)
     }
