@@ -144,7 +144,6 @@ pub unsafe fn thin(with: Loop, sides: &Sides, sums: Sums, panels: usize) {
                 left: sides.left.add(from / of_a_word),
                 right: sides.right.add(COLUMNS * from),
                 words: len.div_ceil(of_a_word),
-                ..*sides
             };
             let add = sums.add || from > 0;
             with.multiply(&sides, Sums { add, ..sums }, 1, panels);

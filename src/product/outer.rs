@@ -211,16 +211,18 @@ impl Step {
                 } else {
                     _mm512_loadu_ps(right.cast())
                 };
-                for i in 0..ROWS {
-                    found[i] = _mm512_fmadd_ps(_mm512_set1_ps(*left.add(i)), right, found[i]);
+                for (i, found) in found.iter_mut().enumerate() {
+                    *found = _mm512_fmadd_ps(_mm512_set1_ps(*left.add(i)), right, *found);
                 }
             }
-            for i in 0..ROWS {
+            for (i, found) in found.iter().enumerate() {
                 let to = self.to.add(i * self.wide);
-                if self.add {
-                    found[i] = _mm512_add_ps(found[i], _mm512_loadu_ps(to));
-                }
-                _mm512_storeu_ps(to, found[i]);
+                let found = if self.add {
+                    _mm512_add_ps(*found, _mm512_loadu_ps(to))
+                } else {
+                    *found
+                };
+                _mm512_storeu_ps(to, found);
             }
         }
         ROWS

@@ -108,10 +108,8 @@ impl Right<'_> {
     ) {
         debug_assert!(len <= MOST && panel.len() <= MOST);
         if self.transposed {
-            (0..AHEAD).for_each(|row| {
-                self.source
-                    .fetch((panel.start + row) * self.inner + from, len)
-            });
+            let start = |row: usize| (panel.start + row) * self.inner + from;
+            (0..AHEAD).for_each(|row| self.source.fetch(start(row), len));
         } else {
             let start = |row: usize| (from + row) * self.columns + panel.start;
             (0..AHEAD).for_each(|row| self.source.fetch(start(row), panel.len()));

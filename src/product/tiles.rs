@@ -168,6 +168,7 @@ impl Operand<'_> {
             }
             if right {
                 for tile in 0..steps * self.planes.count() {
+                    #[expect(clippy::cast_ptr_alignment, reason = "tiles start on 64 bytes")]
                     let at = out.add(tile * TILE_BYTES).cast::<u32>();
                     transpose_words(at, 16, at);
                 }

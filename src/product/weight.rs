@@ -118,8 +118,8 @@ impl FourBit<'_> {
                     let mut target = to.at(from - start, 0);
                     // The table twice: the permutation reads five bits, of which the fifth is not the code's.
                     let mut twice = [_mm512_setzero_si512(); PLANES];
-                    for p in 0..PLANES {
-                        twice[p] = _mm512_broadcast_i64x4(tables[p]);
+                    for (twice, table) in twice.iter_mut().zip(tables) {
+                        *twice = _mm512_broadcast_i64x4(table);
                     }
                     for _ in 0..vectors {
                         let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(source.cast()));
@@ -135,8 +135,8 @@ impl FourBit<'_> {
                 }
                 if from < until {
                     let mut small = [[0_u16; 16]; PLANES];
-                    for p in 0..PLANES {
-                        _mm256_storeu_si256(small[p].as_mut_ptr().cast(), tables[p]);
+                    for (small, table) in small.iter_mut().zip(tables) {
+                        _mm256_storeu_si256(small.as_mut_ptr().cast(), table);
                     }
                     for element in from..until {
                         let byte = self.packed[element / 2];
@@ -204,18 +204,18 @@ impl FourBit<'_> {
                         let scale = self.scales.get(block);
                         most = most.max(scale.to_bits() & 0x7fff_ffff);
                         let found = self.tables(values, scale, planes);
-                        for p in 0..PLANES {
-                            tables[p] = if half == 0 {
-                                _mm512_inserti64x4::<0>(tables[p], found[p])
+                        for (table, found) in tables.iter_mut().zip(found) {
+                            *table = if half == 0 {
+                                _mm512_inserti64x4::<0>(*table, found)
                             } else {
-                                _mm512_inserti64x4::<1>(tables[p], found[p])
+                                _mm512_inserti64x4::<1>(*table, found)
                             };
                         }
                     }
                 }
                 let source = self.packed.as_ptr();
-                let even = _mm_loadu_si128(source.add((starts[0] + at) / 2).cast());
-                let odd = _mm_loadu_si128(source.add((starts[1] + at) / 2).cast());
+                let even = _mm_loadu_si128(source.add(starts[0] / 2 + at / 2).cast());
+                let odd = _mm_loadu_si128(source.add(starts[1] / 2 + at / 2).cast());
                 let pairs = [_mm_unpacklo_epi8(even, odd), _mm_unpackhi_epi8(even, odd)];
                 for (i, pairs) in pairs.iter().enumerate() {
                     let pairs = _mm512_cvtepu16_epi64(*pairs);
