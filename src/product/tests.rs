@@ -349,6 +349,58 @@ fn values_that_tiles_are_not_exact_for_are_refused() {
 }
 
 #[test]
+fn three_parts_of_a_weight_add_up_to_it() {
+    use super::parts::Planes;
+    use super::weight::Target;
+    let vectors = is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vbmi");
+    if !(vectors && is_x86_feature_detected!("avx512bf16")) {
+        return;
+    }
+    let (n, k) = (6, 160);
+    for (blocksize, double) in [(32, false), (64, true), (512, true)] {
+        let weight = quantize_4bit(
+            &numbers(n * k, 1),
+            &[n, k],
+            QuantType::Nf4,
+            blocksize,
+            double,
+        )
+        .unwrap();
+        let (view, exact) = (view(&weight), values(&weight));
+        for (start, len) in [(0_usize, 160_usize), (3, 157), (65, 31), (160, 640)] {
+            let width = len.next_multiple_of(32);
+            let mut out = vec![0_u16; 3 * width];
+            let to = Target {
+                start: out.as_mut_ptr(),
+                vector: 32,
+                plane: width,
+            };
+            // SAFETY: the CPU has the features; the matrix and `out` have the elements.
+            unsafe { view.decode(start, len, Planes::Three, to) };
+            let out = wide(&out);
+            for at in 0..len {
+                let found: f32 = (0..3).map(|p| out[p * width + at]).sum();
+                assert_eq!(found, exact[start + at], "{blocksize} {start} {at}");
+            }
+        }
+        let mut out = vec![0_u16; 3 * 2 * 64];
+        let to = Target {
+            start: out.as_mut_ptr(),
+            vector: 32,
+            plane: 128,
+        };
+        let starts = [32, 32 + k];
+        // SAFETY: as above.
+        unsafe { view.decode_pair(starts, 64, Planes::Three, to) };
+        let out = wide(&out);
+        for at in 0..128 {
+            let found: f32 = (0..3).map(|p| out[p * 128 + at]).sum();
+            assert_eq!(found, exact[starts[at % 2] + at / 2], "{blocksize} {at}");
+        }
+    }
+}
+
+#[test]
 fn infinities_and_nan_of_bf16_spread_as_in_any_product() {
     let (m, n, k) = (3, 8, 40);
     let dense: Vec<_> = numbers(n * k, 1).into_iter().map(bf16::from_f32).collect();
