@@ -126,11 +126,12 @@ def gradients(model: Any) -> dict[str, Array]:
 
 
 def cancelling(truth: Mapping[str, Array]) -> dict[str, float]:
-    """What the gradients of BERT's queries and keys are small differences of.
+    """What some gradients are small differences of.
 
-    They pass through soft-max, whose gradient is p∘(dp − Σ p∘dp): in an attention that every token
+    Those of BERT's queries and keys pass through soft-max, whose gradient is p∘(dp − Σ p∘dp): in an attention that every token
     shares, the difference of sums as large as the values' own gradient. A key's bias moves all of
-    a row's scores alike, and its gradient is nothing but rounding.
+    a row's scores alike, and its gradient is nothing but rounding. The bias of the norm before a
+    classification head sums what few rows pull to either side, with sizes that its weight's shows.
     """
     sizes: dict[str, float] = {}
     for name in truth:
@@ -138,4 +139,6 @@ def cancelling(truth: Mapping[str, Array]) -> dict[str, float]:
         if found and (".query." in name or ".key." in name):
             parts = (x for other, x in truth.items() if other.startswith(f"{attention}.self."))
             sizes[name] = float(np.sqrt(sum(np.square(x).sum() for x in parts)))
+        elif name.endswith(".ln_f.bias"):
+            sizes[name] = float(np.linalg.norm(truth[f"{name.removesuffix('bias')}weight"]))
     return sizes
