@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from ferrotune import _native, ops  # noqa: E402
-from ferrotune.ops import backend, cpu_lora, cpu_products, reference  # noqa: E402
+from ferrotune.ops import backend, cpu_lora, cpu_products, flat, reference  # noqa: E402
 from lora_cases import Case, error, make, ours, peft, run, truth  # noqa: E402
 
 UNITS = getattr(_native, "cpu_product_units", list)()
@@ -157,6 +157,24 @@ def test_the_ranks_alone_are_those_of_forward(dtype: torch.dtype) -> None:
         for first, second in zip(hs, alone, strict=True):
             assert first is not None
             assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize(("dtype", "adapter"), TYPES)
+def test_what_is_kept_is_what_compilers_are_told(
+    dtype: torch.dtype, adapter: torch.dtype, dropout_p: float
+) -> None:
+    case = make((9, 64), 40, 4, dtype=dtype, adapter_dtype=adapter, quant_type="nf4")
+    one = ops.Projection(None, case.quant, None, case.lora_A, case.lora_B, None, 2.0, dropout_p)
+    seed = torch.tensor([5])
+    for some in ([one], [one, one._replace(quant=None, weight=case.weight.to(dtype))]):
+        _, hs = cpu_lora.forward(case.x, some, seed)
+        told = cpu_lora.saved(case.x, some)
+        assert [None if h is None else (tuple(h.shape), h.dtype) for h in hs] == told
+    given = (case.x, seed, *flat.tensors(one), *(column[0] for column in flat.numbers([one])))
+    torch.library.opcheck(
+        torch.ops.ferrotune.lora_linear.default, given, test_utils="test_faketensor"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

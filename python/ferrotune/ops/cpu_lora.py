@@ -16,7 +16,7 @@ import torch
 from . import dropout, reference
 from .cpu_products import NAMES, bias_of, product, unit, whole
 from .products import down, down_backward, term_dtype, up_backward
-from .reference import dequantize_4bit, laid_out, plan, quantize_4bit, saved
+from .reference import dequantize_4bit, laid_out, plan, quantize_4bit
 from .types import Grads, Need, Projection
 
 if TYPE_CHECKING:
@@ -44,6 +44,19 @@ _MOST_IN_F32 = 1 << 22
 def usable() -> bool:
     """Whether the native product runs on this CPU, and faster than PyTorch's."""
     return unit() is not None
+
+
+def saved(
+    x: Tensor, projections: Sequence[Projection]
+) -> list[tuple[tuple[int, int], torch.dtype] | None]:
+    """As ``reference.saved``: what a native call makes is float32."""
+    found = reference.saved(x, projections)
+    if not all(_takes(x, projection) for projection in projections):
+        return found
+    return [
+        (form[0], torch.float32) if form is not None and _is_whole(x, projection) else form
+        for form, projection in zip(found, projections, strict=True)
+    ]
 
 
 def forward(
