@@ -5,11 +5,11 @@
 
 namespace ferrotune {
 
-// Two elements of an adapter's row from `column` on, in the first `parts` parts of x's type; zeros from `columns` on.
-template <typename T, int PARTS_LEFT>
-__device__ __forceinline__ void split_parts(uint32_t (&parts)[PARTS_LEFT], float first, float second) {
+// Two values, side by side, in their first COUNT parts of type T.
+template <typename T, int COUNT>
+__device__ __forceinline__ void split_parts(uint32_t (&parts)[COUNT], float first, float second) {
 #pragma unroll
-    for (int i = 0; i < PARTS_LEFT; ++i) {
+    for (int i = 0; i < COUNT; ++i) {
         parts[i] = pack2<T>(first, second);
         first = low_part<T>(first);
         second = low_part<T>(second);
@@ -26,28 +26,23 @@ __device__ __forceinline__ void small_ranks(const LinearSmall& p, uint32_t colum
     const bool inside[2] = {row < p.r && column < p.k, row + 8 < p.r && column < p.k};
     const uint32_t first[2] = {row * p.k + column, (row + 8) * p.k + column};
     if (!p.wide) {
-        constexpr int TOGETHER = 4;  // under way before the first is used, as registers allow
-#pragma unroll 1
-        for (int start = 0; start < 4; start += TOGETHER) {
-            uint4 raw[TOGETHER][2];
+        uint4 raw[4][2];  // all under way before the first is used
 #pragma unroll
-            for (int two = 0; two < TOGETHER; ++two)
+        for (int two = 0; two < 4; ++two)
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    raw[two][i] = inside[i]
-                                      ? __ldg(static_cast<const uint4*>(p.lora_a) + (first[i] / 8 + start + two))
-                                      : make_uint4(0, 0, 0, 0);
-                }
+            for (int i = 0; i < 2; ++i) {
+                raw[two][i] = inside[i] ? __ldg(static_cast<const uint4*>(p.lora_a) + (first[i] / 8 + two))
+                                        : make_uint4(0, 0, 0, 0);
+            }
 #pragma unroll
-            for (int two = 0; two < TOGETHER; ++two) {
-                const Fragments low = {{raw[two][0].x, raw[two][1].x, raw[two][0].y, raw[two][1].y}};
-                const Fragments high = {{raw[two][0].z, raw[two][1].z, raw[two][0].w, raw[two][1].w}};
+        for (int two = 0; two < 4; ++two) {
+            const Fragments low = {{raw[two][0].x, raw[two][1].x, raw[two][0].y, raw[two][1].y}};
+            const Fragments high = {{raw[two][0].z, raw[two][1].z, raw[two][0].w, raw[two][1].w}};
 #pragma unroll
-                for (int t = 0; t < TILES; ++t) {
-                    const Fragments b = x(t, start + two);
-                    multiply<T>(sums[t], low, b.part[0], b.part[1]);
-                    multiply<T>(sums[t], high, b.part[2], b.part[3]);
-                }
+            for (int t = 0; t < TILES; ++t) {
+                const Fragments b = x(t, two);
+                multiply<T>(sums[t], low, b.part[0], b.part[1]);
+                multiply<T>(sums[t], high, b.part[2], b.part[3]);
             }
         }
         return;

@@ -82,7 +82,9 @@ def test_few_rows_run_as_their_number_asks(resources: ModuleType) -> None:
     if program is None:
         pytest.skip("no cuobjdump (triton's wheel has one)")
     for kernel, used in resources.instructions(program, "linear_small_sm90a", "90a").items():
-        assert ("HGMMA" in used) == (not kernel.endswith("_8")), kernel
+        few = kernel.endswith("_8")
+        assert ("HGMMA" in used) == (not few), kernel
+        assert not few or "LDGSTS" in used, kernel
 
 
 def test_the_table_is_current(resources: ModuleType, usages: list[object]) -> None:
