@@ -24,6 +24,7 @@ pub struct Adapter<'a> {
 
 // SAFETY: tasks write to parts of what the pointers are to that do not overlap.
 unsafe impl Sync for Adapter<'_> {}
+
 /// An adapter, with `by` packed: blocks of [`WORDS`] inner elements behind each other.
 pub struct Down<'a> {
     adapter: &'a Adapter<'a>,
