@@ -128,10 +128,11 @@ def gradients(model: Any) -> dict[str, Array]:
 def cancelling(truth: Mapping[str, Array]) -> dict[str, float]:
     """What some gradients are small differences of.
 
-    Those of BERT's queries and keys pass through soft-max, whose gradient is p∘(dp − Σ p∘dp): in an attention that every token
-    shares, the difference of sums as large as the values' own gradient. A key's bias moves all of
-    a row's scores alike, and its gradient is nothing but rounding. The bias of the norm before a
-    classification head sums what few rows pull to either side, with sizes that its weight's shows.
+    Those of BERT's queries and keys pass through soft-max, whose gradient is p∘(dp − Σ p∘dp): in an
+    attention that every token shares, the difference of sums as large as the values' own gradient.
+    A key's bias moves all of a row's scores alike, and its gradient is nothing but rounding. The
+    bias of the norm before a classification head sums what few rows pull to either side, with sizes
+    that its weight's shows.
     """
     sizes: dict[str, float] = {}
     for name in truth:
