@@ -111,7 +111,9 @@ def worker(name: str, options: argparse.Namespace) -> dict[str, Any]:
     folder = Path(options.models) / f"{case.shape}-{case.layers}"
     if not (folder / "config.json").is_file():
         cuda_step.make(case, folder)
-    return measure(load(name, case, folder), options)
+    model = load(name, case, folder)
+    torch.cuda.reset_peak_memory_stats()  # of making the model, too
+    return measure(model, options)
 
 
 def load(name: str, case: cuda_step.Case, folder: Path) -> Any:
