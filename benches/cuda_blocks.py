@@ -69,8 +69,13 @@ def liger() -> dict[str, Operation]:
     except ImportError as error:
         print(f"without Liger: {error}", file=sys.stderr)
         return {}
+
+    def norm(x: Tensor, w: Tensor) -> Any:
+        return LigerRMSNormFunction.apply(x, w, 1e-5, 0.0, "llama", False)
+
     return {
-        "RMSNorm": lambda x, w: LigerRMSNormFunction.apply(x, w, 1e-5, 0.0, "llama", False),
+        "RMSNorm": norm,
+        "RMSNorm, frozen": norm,
         "SwiGLU": LigerSiLUMulFunction.apply,
         "RoPE": lambda q, k, cos, sin: LigerRopeFunction.apply(q, k, cos, sin),
     }
@@ -88,6 +93,8 @@ def alone(
     cases: dict[str, tuple[Operation, list[Shape], list[Tensor], int, int]] = {
         "RMSNorm": (lambda x, w: ops.rms_norm(x, w, 1e-5), [(m, 4096), (4096,)], [],
                     4 * m * 4096, 6 * m * 4096),
+        "RMSNorm, frozen": (lambda x, w: ops.rms_norm(x, w, 1e-5), [(m, 4096)], [draw(4096)],
+                            4 * m * 4096, 6 * m * 4096),
         "SwiGLU": (ops.glu, [(m, 14336), (m, 14336)], [], 6 * m * 14336, 10 * m * 14336),
         "RoPE": (ops.rope, [(*heads, 32, 128), (*heads, 8, 128)], list(tables),
                  4 * m * 40 * 128, 4 * m * 40 * 128),

@@ -1,18 +1,20 @@
 #include "rms_norm.cuh"
 
-#define FERROTUNE_NORM(NAME, CALL)                                                                                 \
-    __global__ void __launch_bounds__(ferrotune::NORM_THREADS) NAME(const __grid_constant__ ferrotune::RmsNorm p) { \
-        ferrotune::begin();                                                                                        \
-        ferrotune::CALL(p);                                                                                        \
+#define FERROTUNE_KERNEL(NAME, P, BLOCKS, ...)                                                            \
+    __global__ void __launch_bounds__(ferrotune::NORM_THREADS, BLOCKS)                                    \
+        NAME(const __grid_constant__ ferrotune::P p) {                                                    \
+        ferrotune::begin();                                                                               \
+        ferrotune::__VA_ARGS__(p);                                                                        \
     }
-#define FERROTUNE_NORMS(SUFFIX, T)                                                                                 \
-    FERROTUNE_NORM(rms_norm_##SUFFIX, rms_norm<T COMMA 256>)                                                       \
-    FERROTUNE_NORM(rms_norm_short_##SUFFIX, rms_norm<T COMMA 32>)                                                  \
-    FERROTUNE_NORM(rms_norm_backward_##SUFFIX, rms_norm_backward<T COMMA 256 COMMA false>)                         \
-    FERROTUNE_NORM(rms_norm_backward_short_##SUFFIX, rms_norm_backward<T COMMA 32 COMMA false>)                    \
-    FERROTUNE_NORM(rms_norm_backward_weight_##SUFFIX, rms_norm_backward<T COMMA 256 COMMA true>)                   \
-    FERROTUNE_NORM(rms_norm_backward_weight_short_##SUFFIX, rms_norm_backward<T COMMA 32 COMMA true>)
-#define COMMA ,
+#define FERROTUNE_NORMS(SUFFIX, T)                                                                        \
+    FERROTUNE_KERNEL(rms_norm_##SUFFIX, RmsNorm, 4, rms_norm<T, 256, 4, false>)                           \
+    FERROTUNE_KERNEL(rms_norm_half_##SUFFIX, RmsNorm, 6, rms_norm<T, 256, 2, true>)                       \
+    FERROTUNE_KERNEL(rms_norm_short_##SUFFIX, RmsNorm, 4, rms_norm<T, 32, 4, false>)                      \
+    FERROTUNE_KERNEL(rms_norm_backward_##SUFFIX, RmsNorm, 1, rms_norm_backward<T, 256, false>)            \
+    FERROTUNE_KERNEL(rms_norm_backward_short_##SUFFIX, RmsNorm, 1, rms_norm_backward<T, 32, false>)       \
+    FERROTUNE_KERNEL(rms_norm_backward_weight_##SUFFIX, RmsNorm, 1, rms_norm_backward<T, 256, true>)      \
+    FERROTUNE_KERNEL(rms_norm_backward_weight_short_##SUFFIX, RmsNorm, 1, rms_norm_backward<T, 32, true>) \
+    FERROTUNE_KERNEL(norm_weight_##SUFFIX, NormWeight, 1, norm_weight<T>)
 
 extern "C" {
 FERROTUNE_NORMS(f32, float)

@@ -373,7 +373,7 @@ def cuda_glu_backward(
 _Normalised = tuple[int, int, str, int, bool, float, float]
 
 # Pairs: a residual and where its sum with x goes; x and 1 / rms of its rows; a gradient and one
-# that is added to x's. 0 stands for none.
+# that is added to x's; room for partial sums, and where the weight's gradient goes. 0 is none.
 def cuda_rms_norm(
     device: int,
     stream: int,
@@ -390,7 +390,7 @@ def cuda_rms_norm_backward(
     x: tuple[int, int],
     grad: tuple[int, int],
     out: int,
-    partial: int,
+    weight: tuple[int, int],
 ) -> None: ...
 def cuda_rms_norm_partial_rows(device: int, rows: int, columns: int, dtype: str) -> int | None: ...
 

@@ -9,8 +9,12 @@ const THREADS: u32 = 256;
 const WARP: u32 = 32;
 /// Vectors of 16 bytes that a thread keeps of a row.
 const KEPT: u32 = 4;
-/// Blocks a multiprocessor that the weight's gradient is summed in.
+/// Blocks a multiprocessor: of those that the weight's gradient is summed in, and of those that stay.
 const SUMMING: u64 = 2;
+/// Of a block that stays, for rows that come: `kernels/rms_norm_sm90a.cuh`'s `NORM90_SHARED`.
+const SHARED: u32 = 104 << 10;
+/// Columns of [`weight_sums`]' blocks.
+const SUMMED: u64 = 32;
 
 /// Rows and what is normalised in them.
 #[derive(Debug, Clone, Copy)]
@@ -51,8 +55,22 @@ struct RmsNorm {
 unsafe impl Parameters for RmsNorm {}
 const _: () = assert!(size_of::<RmsNorm>() == 96);
 
-/// Rows of partial sums that [`backward`] writes for the gradient of a weight of `columns`, and leaves to the caller to
-/// add; `None` where rows are too long for it.
+/// `kernels/rms_norm.cuh`'s `NormWeight`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct NormWeight {
+    partial: Address,
+    out: Address,
+    groups: u32,
+    columns: u32,
+}
+
+// SAFETY: the kernel's structure, field for field.
+unsafe impl Parameters for NormWeight {}
+const _: () = assert!(size_of::<NormWeight>() == 24);
+
+/// Rows of the partial sums of [`backward`] for the gradient of a weight of `columns`; `None` where rows are too long
+/// for it.
 pub fn partial_rows(device: &Device, rows: u64, columns: u32, dtype: DType) -> Option<u64> {
     let lanes = 16 / dtype.size() as u32;
     let short = is_short(columns, lanes);
@@ -85,37 +103,18 @@ pub unsafe fn forward(
     inverse: Address,
 ) -> Result<()> {
     let parameters = parameters(norm, x, (residual, sum), 0, out, (inverse, 0));
-    let lanes = 16 / norm.dtype.size() as u32;
-    let short = is_short(norm.columns, lanes);
-    let kernel = match (norm.dtype, short) {
-        (DType::F32, false) => "rms_norm_f32",
-        (DType::F16, false) => "rms_norm_f16",
-        (DType::BF16, false) => "rms_norm_bf16",
-        (DType::F32, true) => "rms_norm_short_f32",
-        (DType::F16, true) => "rms_norm_short_f16",
-        (DType::BF16, true) => "rms_norm_short_bf16",
-    };
-    let per_block = if short { THREADS / WARP } else { 1 };
     // SAFETY: the caller's promise.
-    unsafe {
-        launch(
-            device,
-            stream,
-            kernel,
-            norm.rows.div_ceil(per_block.into()),
-            &parameters,
-        )
-    }
+    unsafe { launch(device, stream, norm, "", &parameters) }
 }
 
 /// The gradient of x to `out`, `residual` (0: none) added to it, from that of [`forward`]'s `out`; and, unless `partial`
-/// is 0, the sums that add up to the weight's.
+/// is 0, the weight's to `grad_weight`, in the weight's type.
 ///
 /// # Safety
 /// As [`forward`], whose `inverse` this is; `partial` has room for [`partial_rows`] rows of f32.
 ///
 /// # Errors
-/// The launch failed.
+/// A launch failed.
 pub unsafe fn backward(
     device: &Device,
     stream: Stream,
@@ -123,33 +122,47 @@ pub unsafe fn backward(
     (x, inverse): (Address, Address),
     (grad, residual): (Address, Address),
     out: Address,
-    partial: Address,
+    (partial, grad_weight): (Address, Address),
 ) -> Result<()> {
     let parameters = parameters(norm, x, (residual, 0), grad, out, (inverse, partial));
-    let lanes = 16 / norm.dtype.size() as u32;
-    let short = is_short(norm.columns, lanes);
-    let kernel = match (norm.dtype, short, partial != 0) {
-        (DType::F32, false, false) => "rms_norm_backward_f32",
-        (DType::F16, false, false) => "rms_norm_backward_f16",
-        (DType::BF16, false, false) => "rms_norm_backward_bf16",
-        (DType::F32, true, false) => "rms_norm_backward_short_f32",
-        (DType::F16, true, false) => "rms_norm_backward_short_f16",
-        (DType::BF16, true, false) => "rms_norm_backward_short_bf16",
-        (DType::F32, false, true) => "rms_norm_backward_weight_f32",
-        (DType::F16, false, true) => "rms_norm_backward_weight_f16",
-        (DType::BF16, false, true) => "rms_norm_backward_weight_bf16",
-        (DType::F32, true, true) => "rms_norm_backward_weight_short_f32",
-        (DType::F16, true, true) => "rms_norm_backward_weight_short_f16",
-        (DType::BF16, true, true) => "rms_norm_backward_weight_short_bf16",
+    let weight = partial != 0;
+    let which = if weight {
+        "_backward_weight"
+    } else {
+        "_backward"
     };
-    let per_block = u64::from(if short { THREADS / WARP } else { 1 });
-    let summed = partial_rows(device, norm.rows, norm.columns, norm.dtype);
-    let blocks = match summed {
-        Some(groups) if partial != 0 => groups / per_block,
-        _ => norm.rows.div_ceil(per_block),
+    // SAFETY: the caller's promise, here and below.
+    unsafe { launch(device, stream, norm, which, &parameters) }?;
+    if weight {
+        unsafe { weight_sums(device, stream, norm, partial, grad_weight) }?;
+    }
+    Ok(())
+}
+
+/// # Safety
+/// As [`backward`], after the partial sums.
+unsafe fn weight_sums(
+    device: &Device,
+    stream: Stream,
+    norm: &Norm,
+    partial: Address,
+    out: Address,
+) -> Result<()> {
+    let groups = partial_rows(device, norm.rows, norm.columns, norm.dtype).unwrap_or(0);
+    let sums = NormWeight {
+        partial,
+        out,
+        groups: groups as u32,
+        columns: norm.columns,
     };
+    let kernel = match (norm.wide, norm.dtype) {
+        (true, _) | (_, DType::F32) => "norm_weight_f32",
+        (_, DType::F16) => "norm_weight_f16",
+        (_, DType::BF16) => "norm_weight_bf16",
+    };
+    let grid = Grid::cover(norm.columns.into(), SUMMED, THREADS);
     // SAFETY: the caller's promise.
-    unsafe { launch(device, stream, kernel, blocks, &parameters) }
+    unsafe { device.launch(kernel, grid, stream, &sums) }
 }
 
 fn parameters(
@@ -181,17 +194,58 @@ fn parameters(
     }
 }
 
+/// `which` kernel, in the form that is the fastest for these rows.
+///
+/// # Safety
+/// As the caller's.
 unsafe fn launch(
     device: &Device,
     stream: Stream,
-    kernel: &str,
-    blocks: u64,
+    norm: &Norm,
+    which: &str,
     parameters: &RmsNorm,
 ) -> Result<()> {
-    if parameters.rows == 0 || parameters.columns == 0 {
+    if norm.rows == 0 || norm.columns == 0 {
         return Ok(());
     }
+    let lanes = 16 / norm.dtype.size() as u32;
+    let dtype = match norm.dtype {
+        DType::F32 => "f32",
+        DType::F16 => "f16",
+        DType::BF16 => "bf16",
+    };
+    let staying = SUMMING * u64::from(device.multiprocessors);
+    let short = is_short(norm.columns, lanes);
+    let kept = norm.columns.div_ceil(THREADS * lanes).next_power_of_two();
+    // SAFETY: the caller's promise, here and below.
+    if device.capability == (9, 0)
+        && norm.dtype != DType::F32
+        && parameters.vectors != 0
+        && !short
+        && kept <= KEPT
+        && norm.rows > staying
+        && parameters.grad != 0
+    {
+        let grid = Grid {
+            blocks: (staying as u32, 1, 1),
+            threads: THREADS,
+            shared: SHARED,
+        };
+        let kernel = format!("rms_norm90{which}_{dtype}_{kept}");
+        return unsafe { device.launch(&kernel, grid, stream, parameters) };
+    }
+    let (form, per_block) = if short {
+        ("_short", u64::from(THREADS / WARP))
+    } else if parameters.grad == 0 && parameters.vectors != 0 && kept <= KEPT / 2 {
+        ("_half", 1)
+    } else {
+        ("", 1)
+    };
+    let blocks = match partial_rows(device, norm.rows, norm.columns, norm.dtype) {
+        Some(groups) if parameters.partial != 0 => groups / per_block,
+        _ => norm.rows.div_ceil(per_block),
+    };
+    let kernel = format!("rms_norm{which}{form}_{dtype}");
     let grid = Grid::cover(blocks, 1, THREADS);
-    // SAFETY: the caller's promise.
-    unsafe { device.launch(kernel, grid, stream, parameters) }
+    unsafe { device.launch(&kernel, grid, stream, parameters) }
 }

@@ -5,8 +5,10 @@ use super::error::Result;
 use super::launch::{Address, Grid, Parameters, Stream, aligned};
 use crate::dtype::DType;
 
-const MOST_THREADS: u32 = 512;
+const MOST_THREADS: u32 = 256;
 const WARP: u32 = 32;
+/// Heads of a thread.
+const HEADS: u32 = 4;
 
 /// `kernels/rope.cu`'s `Heads`: a tensor `[batch, heads, length, head size]` read and one written, by their strides in
 /// elements; the last one is 1.
@@ -116,7 +118,7 @@ pub unsafe fn rope(
         DType::F16 => "rope_f16",
         DType::BF16 => "rope_bf16",
     };
-    let wanted = ((sizes.q_heads + sizes.k_heads) * items).next_multiple_of(WARP);
+    let wanted = ((sizes.q_heads + sizes.k_heads).div_ceil(HEADS) * items).next_multiple_of(WARP);
     let grid = Grid::cover(tokens, 1, wanted.min(MOST_THREADS));
     // SAFETY: the caller's promise.
     unsafe { device.launch(kernel, grid, stream, &parameters) }

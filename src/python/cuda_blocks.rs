@@ -91,7 +91,8 @@ pub fn cuda_rms_norm(
     Ok(())
 }
 
-/// Writes the gradient of x to `out`, and partial sums of the weight's to `partial` unless it is 0.
+/// Writes the gradient of x to `out`, and the weight's to the second of `weight`, whose first has room for partial sums,
+/// unless they are 0.
 #[pyfunction]
 pub fn cuda_rms_norm_backward(
     device: usize,
@@ -100,16 +101,16 @@ pub fn cuda_rms_norm_backward(
     x: (u64, u64),
     grad: (u64, u64),
     out: u64,
-    partial: u64,
+    weight: (u64, u64),
 ) -> Result<()> {
     let norm = norm.get()?;
     let device = Device::get(device)?;
     // SAFETY: as above.
-    unsafe { rms_norm::backward(device, stream, &norm, x, grad, out, partial) }?;
+    unsafe { rms_norm::backward(device, stream, &norm, x, grad, out, weight) }?;
     Ok(())
 }
 
-/// Rows of `partial`; None where rows are too long for the kernel.
+/// Rows of the partial sums; None where rows are too long for the kernel.
 #[pyfunction]
 pub fn cuda_rms_norm_partial_rows(
     device: usize,

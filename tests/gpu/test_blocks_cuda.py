@@ -16,8 +16,12 @@ pytestmark = pytest.mark.usefixtures("device")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Rows and columns: a warp's and a block's, lengths that fit no vector, rows longer than a block
-# keeps of f32 and of the 16-bit types, more rows than summing blocks, one row, none.
-SIZES = ((7, 64), (33, 130), (5, 1024), (3, 4096), (2, 5003), (3, 9000), (700, 96), (1, 1), (0, 64))
+# keeps of f32 and of the 16-bit types, more rows than summing blocks, one row, none; and more rows
+# than blocks that stay, of each of their lengths, of one that fills no vector, and too long.
+SIZES = (
+    (7, 64), (33, 130), (5, 1024), (3, 4096), (2, 5003), (3, 9000), (700, 96), (1, 1), (0, 64),
+    (801, 1032), (2777, 3584), (300, 8192), (531, 5120), (301, 4097), (300, 8200),
+)  # fmt: skip
 
 
 def rand(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:

@@ -63,11 +63,12 @@ def rms_norm_backward(
     index, stream = prepared_stream(x)
     rows, columns = inverse.numel(), x.shape[-1]
     out = torch.empty_like(x)
-    partial = None
+    partial = grad_weight = None
     if need_weight and rows:
         count = _native.cuda_rms_norm_partial_rows(index, rows, columns, NAMES[x.dtype])
         if count is not None:
             partial = x.new_empty(count, columns, dtype=torch.float32)
+            grad_weight = torch.empty_like(weight)
     _native.cuda_rms_norm_backward(
         index,
         stream,
@@ -75,14 +76,12 @@ def rms_norm_backward(
         (x.data_ptr(), inverse.data_ptr()),
         (grad.data_ptr(), address(grad_sum)),
         out.data_ptr(),
-        address(partial),
+        (address(partial), address(grad_weight)),
     )
-    if not need_weight:
-        return out, None
-    if partial is None:  # rows longer than a block keeps, or none
+    if need_weight and grad_weight is None:  # rows longer than a block keeps, or none
         scaled = x.reshape(rows, columns).float() * inverse[:, None]
-        partial = grad.reshape(rows, columns).float() * scaled
-    return out, partial.sum(0).to(weight.dtype)
+        grad_weight = (grad.reshape(rows, columns).float() * scaled).sum(0).to(weight.dtype)
+    return out, grad_weight
 
 
 def glu(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
