@@ -2,11 +2,15 @@
 // product that carries its LoRA term in the same f32 sums. Forward: one projection, H [m, R] and P = B's panel.
 // Backward: x are the gradients dY of a group's projections, W their weights, H = G and P = A's panel; with one
 // projection its term is masked.
+//
+// Gated: forward of gate and up at once, and hidden = activation(gate) * up of what is written of them. A tile's columns
+// are 128 of gate's and the same of up's, so that a thread has both; a chunk adds to one of them.
 #pragma once
 
 #include "common/hopper.cuh"
 #include "common/launch.cuh"
 #include "common/lora.cuh"
+#include "glu.cuh"
 
 namespace ferrotune {
 
@@ -25,7 +29,9 @@ struct Gemm {
     TensorMap w[GEMM_PROJECTIONS];  // [w, depth]: 64 columns, 128 rows; [depth, w]: 64 columns, 64 rows
     TensorMap panel[GEMM_PROJECTIONS];  // 16 columns, 128 rows; of adapters: 64 columns, 16 rows
     TensorMap h;                    // 16 columns, 128 rows
-    TensorMap out;                  // 32 columns, 16 rows
+    TensorMap out;                  // 32 columns, 16 rows; gated: of gate
+    TensorMap up;                   // gated: alike
+    TensorMap hidden;
     const float* bias;              // [w], or null
     const uint32_t* bits;           // the mask, [m, ceil(w_columns / 32)], or null: it is made here
     Masks masks;
@@ -38,10 +44,10 @@ struct Gemm {
     uint32_t chunks;  // all of them, the lower ones first
     uint32_t rows_together;  // tiles of 256 rows that are taken together, for L2
     uint32_t adapters;       // 1: panels are adapters
-    uint32_t reserved;
+    uint32_t activation;     // gated
     GemmChunk chunk[GEMM_CHUNKS];
 };
-static_assert(sizeof(Gemm) == 1984, "src/cuda/lora/gemm.rs lays it out alike");
+static_assert(sizeof(Gemm) == 2240, "src/cuda/lora/gemm.rs lays it out alike");
 
 constexpr int GEMM_THREADS = 384;  // a warpgroup that copies, two that multiply
 constexpr int GEMM_ROWS = 128;     // of a block's tile; a cluster's two blocks lie one below the other
@@ -61,18 +67,20 @@ constexpr int GEMM_SHARED = GEMM_MASK_BARRIERS + 2 * 8 * 2 + 1024;  // as it sta
 static_assert(GEMM_SHARED <= 227 << 10, "a block's shared memory on Hopper");
 
 // Where the tiles of a cluster lie: `rows_together` tiles down, then the next column, and so on.
+template <bool GATED>
 struct GemmTiles {
+    static constexpr int COLUMNS = GATED ? GEMM_COLUMNS / 2 : GEMM_COLUMNS;
     uint32_t down, across, together;
     __device__ __forceinline__ GemmTiles(const Gemm& p)
         : down(static_cast<uint32_t>((p.m + 2 * GEMM_ROWS - 1) / (2 * GEMM_ROWS))),
-          across(static_cast<uint32_t>((p.w_columns + GEMM_COLUMNS - 1) / GEMM_COLUMNS)),
+          across(static_cast<uint32_t>((p.w_columns + COLUMNS - 1) / COLUMNS)),
           together(p.rows_together) {}
     __device__ __forceinline__ uint32_t count() const { return down * across; }
     __device__ __forceinline__ void place(uint32_t tile, int& row, int& column) const {
         const uint32_t band = tile / (together * across), inside = tile % (together * across);
         const uint32_t height = min(together, down - band * together);
         row = static_cast<int>((band * together + inside % height) * 2 * GEMM_ROWS);
-        column = static_cast<int>(inside / height * GEMM_COLUMNS);
+        column = static_cast<int>(inside / height * COLUMNS);
     }
 };
 
@@ -85,10 +93,10 @@ struct GemmRing {
 };
 
 // One thread fills the ring: what a stage holds of W, or of the panel, is halved between the cluster's blocks.
-template <int DOWN_ROWS>
+template <int DOWN_ROWS, bool GATED>
 __device__ __forceinline__ void gemm_copy(const Gemm& p, uint32_t shared, uint32_t rank) {
     const uint32_t full = shared + GEMM_BARRIERS, empty = full + 8 * GEMM_STAGES;
-    const GemmTiles tiles(p);
+    const GemmTiles<GATED> tiles(p);
     GemmRing<GEMM_STAGES> ring;
     for (uint32_t tile = blockIdx.x / 2; tile < tiles.count(); tile += gridDim.x / 2) {
         int row, column;
@@ -106,7 +114,11 @@ __device__ __forceinline__ void gemm_copy(const Gemm& p, uint32_t shared, uint32
                 const uint32_t to = b + i * GEMM_COLUMNS * 32 + rank * 128 * 32;
                 const TensorMap& panel = p.panel[chunk.panel];
                 const int half = column + static_cast<int>(rank) * 128;
-                if (p.adapters) {
+                if constexpr (GATED) {
+                    // The other half's: zeros, as from outside the panel.
+                    const int rows = chunk.panel == rank ? column : static_cast<int>(p.w_columns);
+                    copy_box(to, panel, chunk.place, rows, here, 3);
+                } else if (p.adapters) {
                     copy_box(to, panel, half, chunk.place, here, 3);
                     copy_box(to + 64 * 32, panel, half + 64, chunk.place, here, 3);
                 } else {
@@ -130,6 +142,8 @@ __device__ __forceinline__ void gemm_copy(const Gemm& p, uint32_t shared, uint32
                         copy_box(b + at * 64 * GEMM_DEPTH * 2, p.w[i], column + static_cast<int>(at) * 64, depth, here,
                                  3);
                     }
+                } else if constexpr (GATED) {
+                    copy_box(b + rank * 128 * GEMM_DEPTH * 2, p.w[rank], depth, column, here, 3);
                 } else {
                     copy_box(b + rank * 128 * GEMM_DEPTH * 2, p.w[i], depth, column + static_cast<int>(rank) * 128,
                              here, 3);
@@ -145,7 +159,7 @@ __device__ __forceinline__ void gemm_mask(const Gemm& p, uint32_t shared, uint32
     const uint32_t full = shared + GEMM_MASK_BARRIERS, empty = full + 8 * 2;
     const uint64_t seed = *p.masks.seed;
     const uint32_t words = static_cast<uint32_t>((p.w_columns + 31) / 32);
-    const GemmTiles tiles(p);
+    const GemmTiles<false> tiles(p);
     GemmRing<2> ring;
     for (uint32_t tile = blockIdx.x / 2; tile < tiles.count(); tile += gridDim.x / 2, ring.next()) {
         int row, column;
@@ -199,49 +213,72 @@ __device__ __forceinline__ void gemm_apply_mask(float (&sums)[128], uint32_t mas
     }
 }
 
-// A warp's 16 rows of sums to out, 32 columns at a time.
-template <typename T>
-__device__ __forceinline__ void gemm_store(const Gemm& p, float (&sums)[128], uint32_t buffers, int row, int column) {
+// A warp's 16 rows of the sums from FIRST on to `out`, SLICES of 32 columns.
+template <typename T, int FIRST, int SLICES>
+__device__ __forceinline__ void gemm_store(const TensorMap& out, const float (&sums)[128], uint32_t buffers, int row,
+                                           int column) {
     const int lane = threadIdx.x % 32;
-    if (p.bias != nullptr) {
-#pragma unroll
-        for (int t = 0; t < 32; ++t) {
-            const int at = column + 8 * t + 2 * (lane % 4);
-            if (at < static_cast<int>(p.w_columns)) {
-                const float2 bias = __ldg(reinterpret_cast<const float2*>(p.bias + at));
-                sums[4 * t] += bias.x, sums[4 * t + 1] += bias.y;
-                sums[4 * t + 2] += bias.x, sums[4 * t + 3] += bias.y;
-            }
-        }
-    }
     // Sixteen bytes c of row r lie at c ^ r / 2 % 4 of the row's four.
     const uint32_t my_row = lane % 16 * 64, turn = lane % 16 / 2 % 4;
 #pragma unroll
-    for (int slice = 0; slice < 8; ++slice) {
-        const uint32_t buffer = buffers + slice % 2 * GEMM_OUT_BYTES;
+    for (int slice = 0; slice < SLICES; ++slice) {
+        const uint32_t buffer = buffers + (FIRST / 16 + slice) % 2 * GEMM_OUT_BYTES;
         if (lane == 0) wait_stores_read<1>();
         __syncwarp();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const float* s = sums + 16 * slice + 8 * half;
+            const float* s = sums + FIRST + 16 * slice + 8 * half;
             store_matrices(buffer + my_row + ((2 * half + lane / 16) ^ turn) * 16, pack2<T>(s[0], s[1]),
                            pack2<T>(s[2], s[3]), pack2<T>(s[4], s[5]), pack2<T>(s[6], s[7]));
         }
         fence_async();
         __syncwarp();
         if (lane == 0) {
-            store_box(p.out, column + 32 * slice, row, buffer);
+            store_box(out, column + 32 * slice, row, buffer);
             commit_stores();
         }
     }
 }
 
-template <typename T, int DOWN_ROWS>
+__device__ __forceinline__ void gemm_add_bias(const Gemm& p, float (&sums)[128], int column) {
+#pragma unroll
+    for (int t = 0; t < 32; ++t) {
+        const int at = column + 8 * t + 2 * static_cast<int>(threadIdx.x % 4);
+        if (at < static_cast<int>(p.w_columns)) {
+            const float2 bias = __ldg(reinterpret_cast<const float2*>(p.bias + at));
+            sums[4 * t] += bias.x, sums[4 * t + 1] += bias.y;
+            sums[4 * t + 2] += bias.x, sums[4 * t + 3] += bias.y;
+        }
+    }
+}
+
+// activation(gate) * up of 32 columns, of both as they are rounded to T, in the place of gate and to `hidden`.
+template <typename T, int FIRST>
+__device__ __forceinline__ void gemm_gate(const Gemm& p, float (&sums)[128], uint32_t buffers, int row, int column) {
+    const auto all = [&](uint32_t activation) {
+#pragma unroll
+        for (int i = FIRST; i < FIRST + 16; ++i) {
+            const float gate = to_float(from_float<T>(sums[i])), up = to_float(from_float<T>(sums[64 + i]));
+            sums[i] = activate<false, false>(activation, gate).x * up;
+        }
+    };
+    // Not kept as they were stored, beside the sums.
+#pragma unroll
+    for (int i = FIRST; i < FIRST + 16; ++i) asm volatile("" : "+f"(sums[i]), "+f"(sums[64 + i]));
+    if (p.activation == SILU) {
+        all(SILU);
+    } else {
+        all(GELU_TANH);
+    }
+    gemm_store<T, FIRST, 1>(p.hidden, sums, buffers, row, column + 2 * FIRST);
+}
+
+template <typename T, int DOWN_ROWS, bool GATED>
 __device__ __forceinline__ void gemm_multiply(const Gemm& p, uint32_t shared, uint32_t rank) {
     const uint32_t full = shared + GEMM_BARRIERS, empty = full + 8 * GEMM_STAGES;
     const uint32_t warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0) - 4, group = warp / 4;
     const uint32_t buffers = shared + GEMM_STAGES * GEMM_STAGE_BYTES + warp * 2 * GEMM_OUT_BYTES;
-    const GemmTiles tiles(p);
+    const GemmTiles<GATED> tiles(p);
     GemmRing<GEMM_STAGES> ring;
     GemmRing<2> masks;
     uint32_t held = GEMM_STAGES;  // the stage whose products may be under way
@@ -323,13 +360,24 @@ __device__ __forceinline__ void gemm_multiply(const Gemm& p, uint32_t shared, ui
         products_wait<0>(sums);
         release(held);
         held = GEMM_STAGES;
-        gemm_store<T>(p, sums, buffers, row + static_cast<int>(rank * GEMM_ROWS + warp * 16), column);
+        row += static_cast<int>(rank * GEMM_ROWS + warp * 16);
+        if constexpr (GATED) {
+            gemm_store<T, 0, 4>(p.out, sums, buffers, row, column);
+            gemm_store<T, 64, 4>(p.up, sums, buffers, row, column);
+            gemm_gate<T, 0>(p, sums, buffers, row, column);
+            gemm_gate<T, 16>(p, sums, buffers, row, column);
+            gemm_gate<T, 32>(p, sums, buffers, row, column);
+            gemm_gate<T, 48>(p, sums, buffers, row, column);
+        } else {
+            if (p.bias != nullptr) gemm_add_bias(p, sums, column);
+            gemm_store<T, 0, 8>(p.out, sums, buffers, row, column);
+        }
     }
     wait_stores();
 }
 
 // Floor: 2 m w depth / 790 TFLOP/s (what the chip's power allows); 8192 x 4096 x 4096: 348 us.
-template <typename T, int DOWN_ROWS>
+template <typename T, int DOWN_ROWS, bool GATED>
 __device__ __forceinline__ void gemm(const Gemm& p) {
     extern __shared__ unsigned char memory[];
     const uint32_t shared = (shared_address(memory) + 1023u) & ~1023u;
@@ -351,13 +399,13 @@ __device__ __forceinline__ void gemm(const Gemm& p) {
     if (threadIdx.x < 128) {
         give_registers<56>();
         if (threadIdx.x == 0) {
-            gemm_copy<DOWN_ROWS>(p, shared, rank);
+            gemm_copy<DOWN_ROWS, GATED>(p, shared, rank);
         } else if (threadIdx.x >= 32 && p.masks.seed != nullptr) {
             gemm_mask(p, shared, rank);
         }
     } else {
         take_registers<224>();
-        gemm_multiply<T, DOWN_ROWS>(p, shared, rank);
+        gemm_multiply<T, DOWN_ROWS, GATED>(p, shared, rank);
     }
     cluster_sync();  // a block that ends must not be arrived at
 }

@@ -27,6 +27,7 @@ struct RmsNorm {
 static_assert(sizeof(RmsNorm) == 96, "src/cuda/rms_norm.rs lays it out alike");
 
 constexpr int NORM_THREADS = 256;
+constexpr int NORM_HALF = 128;  // of rows that so many threads keep
 constexpr int NORM_KEPT = 4;  // vectors of a row that a thread keeps in registers
 
 // AGAIN: `scratch` may be in use from before.
@@ -81,7 +82,8 @@ __device__ __forceinline__ void rms_norm(const RmsNorm& p) {
     constexpr int N = LANES<T>;
     constexpr int STEP = GROUP * N;
     __shared__ float scratch[NORM_THREADS / 32];
-    uint64_t row = static_cast<uint64_t>(blockIdx.x) * (NORM_THREADS / GROUP) + threadIdx.x / GROUP;
+    // Of a warp a row there are several in a block.
+    uint64_t row = GROUP == 32 ? static_cast<uint64_t>(blockIdx.x) * (NORM_THREADS / 32) + threadIdx.x / 32 : blockIdx.x;
     if (GROUP == 32 && row >= p.rows) return;
     uint64_t at = row * p.columns;
     uint32_t first = threadIdx.x % GROUP * N;

@@ -82,6 +82,21 @@ class Native:
                 total += self._x(group) @ self._weight(group, weight, n).t()
             out.copy_(total)
 
+    def cuda_lora_forward_gated(
+        self, _: Any, stream: int, group: Any, given: list[Any], workspace: int, hidden: int,
+        activation: str,
+    ) -> None:  # fmt: skip
+        assert len(given) == 2
+        self.cuda_lora_forward(_, stream, group, given, workspace)
+        self.calls[-1] = "gated"
+        shape = (group[3], group[1], given[0][0][3])
+        gate, up = (at(one[2][0], *shape).to(F64) for one in given)
+        act = torch.nn.functional.silu(gate)
+        if activation != "silu":
+            assert activation == "gelu_tanh"
+            act = torch.nn.functional.gelu(gate, approximate="tanh")
+        at(hidden, *shape).copy_(act * up)
+
     def cuda_lora_products(self, *arguments: Any) -> None:
         group, given = arguments[2], arguments[3]
         assert group[-1] == "left"

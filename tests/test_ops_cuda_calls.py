@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -254,3 +255,36 @@ def test_cast_adapters_get_gradients_as_wide_as_they_are() -> None:
             assert lora.grad is not None
             assert lora.grad.dtype == F32
             assert torch.equal(lora.grad, lora.grad.to(BF16).to(F32)) is biases
+
+
+@pytest.mark.parametrize("kind", ["dense", "nested", "transposed", "unaligned"])
+@pytest.mark.parametrize("adapter", [BF16, F32])
+def test_gate_and_up_at_once(native: Native, adapter: torch.dtype, kind: str) -> None:
+    """With what comes after them, where one product takes both; elsewhere not at all."""
+    torch.manual_seed(0)
+    seed = torch.tensor([5])
+    x = random(2, 3, K)
+    for biases, p, r in itertools.product((False, True), (0.0, 0.3), (R, 17)):
+        pair = [projection(kind, adapter=adapter, biases=biases, p=p, r=r) for _ in range(2)]
+        how = cuda_lora.plan(x, pair)
+        for activation in ("silu", "gelu_tanh", "gelu"):
+            native.calls.clear()
+            found = cuda_lora.gated(x, pair, activation, seed, how)
+            fits = r == R or adapter == BF16  # what one product takes
+            # Few rows have a kernel of their own.
+            straight = kind == "dense" or (kind == "nested" and (p > 0 or not native.few))
+            taken = native.carries and straight and fits and not biases and activation != "gelu"
+            assert (found is not None) == taken
+            assert native.calls == (["gated"] if taken else [])
+            if found is None:
+                continue
+            ys, hidden, hs = found
+            rows = x.view(6, K)
+            with torch.no_grad():
+                want, _ = reference.forward(rows, pair, seed)
+            torch.testing.assert_close([y.view(6, N) for y in ys], want, rtol=0.05, atol=0.05)
+            expected = ops.glu(*ys, activation)
+            torch.testing.assert_close(hidden, expected, rtol=0.02, atol=0.02)
+            assert [None if h is None else h.shape for h in hs] == [
+                form and torch.Size(form[0]) for form in cuda_lora.saved(rows, pair)
+            ]

@@ -32,6 +32,7 @@ __all__ = [
     "cuda_lora_backward",
     "cuda_lora_carries",
     "cuda_lora_forward",
+    "cuda_lora_forward_gated",
     "cuda_lora_max_columns",
     "cuda_lora_products",
     "cuda_lora_workspace",
@@ -453,6 +454,15 @@ def cuda_lora_forward(
     input: _GroupInput,
     projections: list[_GroupProjection],
     workspace: int,
+) -> None: ...
+def cuda_lora_forward_gated(
+    device: int,
+    stream: int,
+    input: _GroupInput,
+    projections: list[_GroupProjection],
+    workspace: int,
+    hidden: int,
+    activation: str,
 ) -> None: ...
 def cuda_lora_products(
     device: int,

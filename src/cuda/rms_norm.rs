@@ -234,18 +234,18 @@ unsafe fn launch(
         let kernel = format!("rms_norm90{which}_{dtype}_{kept}");
         return unsafe { device.launch(&kernel, grid, stream, parameters) };
     }
-    let (form, per_block) = if short {
-        ("_short", u64::from(THREADS / WARP))
+    let (form, per_block, threads) = if short {
+        ("_short", u64::from(THREADS / WARP), THREADS)
     } else if parameters.grad == 0 && parameters.vectors != 0 && kept <= KEPT / 2 {
-        ("_half", 1)
+        ("_half", 1, THREADS / 2)
     } else {
-        ("", 1)
+        ("", 1, THREADS)
     };
     let blocks = match partial_rows(device, norm.rows, norm.columns, norm.dtype) {
         Some(groups) if parameters.partial != 0 => groups / per_block,
         _ => norm.rows.div_ceil(per_block),
     };
     let kernel = format!("rms_norm{which}{form}_{dtype}");
-    let grid = Grid::cover(blocks, 1, THREADS);
+    let grid = Grid::cover(blocks, 1, threads);
     unsafe { device.launch(&kernel, grid, stream, parameters) }
 }

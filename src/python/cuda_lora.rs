@@ -3,6 +3,7 @@
 use pyo3::prelude::*;
 
 use super::cuda::Weight;
+use crate::cuda::glu::Activation;
 use crate::cuda::lora::{self, Float16, Hopper, Input, Layout, Projection, Terms};
 use crate::cuda::{Address, Device};
 use crate::dtype::DType;
@@ -223,6 +224,54 @@ pub fn cuda_lora_forward(
     let (input, projections, layout) = group(device, &input, &projections, false)?;
     // SAFETY: `ferrotune.ops.cuda_lora` allocated what is written and checked what is read.
     unsafe { lora::forward(device, stream, &input, &projections, &layout, workspace) }?;
+    Ok(())
+}
+
+/// Writes H and the outputs of gate and up, whose weights are given, and `activation(gate) * up` to `hidden`: of Hopper's
+/// product, without biases, by a silu or gelu_tanh.
+#[pyfunction]
+pub fn cuda_lora_forward_gated(
+    device: usize,
+    stream: u64,
+    input: GroupInput,
+    projections: Vec<GroupProjection>,
+    workspace: Address,
+    hidden: Address,
+    activation: &str,
+) -> Result<()> {
+    let device = Device::get(device)?;
+    let activation = Activation::from_name(activation)?;
+    let (input, projections, layout) = group(device, &input, &projections, false)?;
+    let Ok(projections) = <[Projection; 2]>::try_from(projections) else {
+        return Err(Error::argument("gate and up are two projections"));
+    };
+    let plain = |one: &Projection| {
+        one.n == projections[0].n
+            && one.weight != 0
+            && one.bias == 0
+            && one.lora_bias == 0
+            && !one.weight_transposed
+    };
+    let taken = lora::takes(device, input.m.max(1), projections[0].n, input.k);
+    if activation == Activation::Gelu || !taken || !projections.iter().all(plain) {
+        return Err(Error::argument(
+            "gate and up go by one product on Hopper, with weights [n, k] of one n, a multiple of 8 as k is, without \
+             biases, and silu or gelu_tanh",
+        ));
+    }
+    // SAFETY: `ferrotune.ops.cuda_lora` allocated what is written and checked what is read, here and below.
+    unsafe {
+        lora::forward_gated(
+            device,
+            stream,
+            &input,
+            &projections,
+            &layout,
+            workspace,
+            hidden,
+            activation,
+        )
+    }?;
     Ok(())
 }
 

@@ -34,6 +34,17 @@ class Backend(Protocol):
     ) -> tuple[list[Tensor], list[Tensor | None]]:
         """See `reference.forward`; ``how`` is their plan, made now if None."""
 
+    def gated(
+        self,
+        x: Tensor,
+        projections: Sequence[Projection],
+        activation: str,
+        seed: Tensor | None,
+        how: Any,
+    ) -> tuple[list[Tensor], Tensor, list[Tensor | None]] | None:
+        """What `forward` returns of gate and up, between the two lists ``activation(gate)·up``;
+        None where nothing does all of it at once."""
+
     def ranks(
         self,
         x: Tensor,

@@ -16,7 +16,7 @@ import torch
 from . import dropout, reference
 from .cpu_products import NAMES, bias_of, product, unit, whole
 from .products import down, down_backward, term_dtype, up_backward
-from .reference import dequantize_4bit, laid_out, plan, quantize_4bit
+from .reference import dequantize_4bit, gated, laid_out, plan, quantize_4bit
 from .types import Grads, Need, Projection
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ __all__ = [
     "backward",
     "dequantize_4bit",
     "forward",
+    "gated",
     "laid_out",
     "plan",
     "quantize_4bit",

@@ -32,6 +32,7 @@ __all__ = [
     "backward",
     "dequantize_4bit",
     "forward",
+    "gated",
     "laid_out",
     "plan",
     "quantize_4bit",
@@ -110,6 +111,44 @@ def forward(
     return ys, hs
 
 
+def gated(
+    x: Tensor,
+    projections: Sequence[Projection],
+    activation: str,
+    seed: Tensor | None,
+    how: Plan,
+) -> tuple[list[Tensor], Tensor, list[Tensor | None]] | None:
+    """``forward`` of gate and up with ``activation(gate)·up``, by one product; None where its plan
+    is another. Both weights are dequantised at a time."""
+    if len(how.passes) != 1 or not how.passes[0].gated or activation not in _GATES:
+        return None
+    (one,) = how.passes
+    before, n = x.shape[:-1], projections[0].shape[0]
+    gate, up, hidden = (x.new_empty(*before, n) for _ in range(3))
+    h = x.new_empty(how.m, one.planes * one.columns)
+    alive: list[Tensor | None] = []
+    given = [
+        (
+            *_adapter(projection, start, alive),
+            (y.data_ptr(), 0, 0, NAMES[x.dtype]),
+            _NO_GRADS,
+            _weight(x, projection, alive),
+        )
+        for projection, start, y in zip(projections, one.starts, (gate, up), strict=True)
+    ]
+    workspace = _workspace(x, one)
+    _native.cuda_lora_forward_gated(
+        how.device,
+        cuda.raw_stream(how.device),
+        _input(how, x, seed, one, h, one.terms),
+        given,
+        address(workspace),
+        hidden.data_ptr(),
+        activation,
+    )
+    return [gate, up], hidden, [h, None]
+
+
 def ranks(
     x: Tensor,
     projections: Sequence[Projection],
@@ -157,6 +196,7 @@ def _shaped(x: Tensor, y: Tensor | None) -> Tensor | None:
     return y if y is None or x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 
+_GATES = ("silu", "gelu_tanh")  # of that product
 _NO_WEIGHT = (0, False, None)
 _NO_GRADS = (0, 0, "float32")
 

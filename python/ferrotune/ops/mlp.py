@@ -70,8 +70,12 @@ def _forward(
     laid_out = backend.laid_out(x)
     plan = backend.plan(laid_out, projections[:2])
     with no_autocast(x):
-        (gate, up), hs = backend.forward(laid_out, projections[:2], seed, plan)
-        hidden = _gated(gate, up, activation)
+        together = backend.gated(laid_out, projections[:2], activation, seed, plan)
+        if together is None:
+            (gate, up), hs = backend.forward(laid_out, projections[:2], seed, plan)
+            hidden = _gated(gate, up, activation)
+        else:
+            (gate, up), hidden, hs = together
         down_plan = backend.plan(hidden, projections[2:])
         if _now.output:
             (y,), down_hs = backend.forward(hidden, projections[2:], seed, down_plan)

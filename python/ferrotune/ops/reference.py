@@ -56,6 +56,10 @@ def forward(
     return ys, hs
 
 
+def gated(*_: Any) -> None:
+    """No kernel does all of it at once."""
+
+
 def ranks(
     x: Tensor, projections: Sequence[Projection], seed: Tensor | None, how: None = None
 ) -> list[Tensor | None]:

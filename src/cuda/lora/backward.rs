@@ -402,6 +402,7 @@ unsafe fn sum_of_grad_x(
         bits: kept_mask(device, input, projections, layout, workspace, grad_x),
         bias: 0,
         out: Matrix::new(grad_x, input.m, input.k),
+        gated: None,
         together: 0,
     };
     // SAFETY: the caller's promise.

@@ -1,12 +1,13 @@
 //! Forward of a group.
 
 use super::super::device::Device;
+use super::super::glu::Activation;
 use super::super::launch::{Address, Stream};
-use super::gemm::{self, Carried, Matrix, Product};
+use super::gemm::{self, Carried, Chunk, Gated, MAX_CHUNKS, Matrix, Product};
 use super::kernels::{self, Down, MAX_SEGMENTS, Masks, Segment, Up, UpSegment};
 use super::panels::{bias_job, bias_of, jobs_of_a, jobs_of_b, panel_b, parts_of_a};
 use super::{Input, Layout, Projection, Terms, down90, masks, segments_of, vectors};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Writes H and every projection's LoRA term with its biases, and with the product of its weight if that is given.
 ///
@@ -28,6 +29,116 @@ pub unsafe fn forward(
         return Ok(());
     }
     let _context = device.enter()?; // matrices are described to the current one's device
+    // SAFETY: the caller's promise, here and below.
+    unsafe { ranks(device, stream, input, projections, layout, workspace) }?;
+    if input.terms != Terms::Left {
+        for (i, projection) in projections.iter().enumerate() {
+            if projection.weight == 0 {
+                // SAFETY: as above.
+                unsafe { term(device, stream, input, projection, layout, workspace, i) }?;
+            }
+        }
+    }
+    // SAFETY: as above. What is launched before a weight is dequantised reads or writes another.
+    unsafe { write_products(device, stream, input, projections, layout, workspace, true) }
+}
+
+/// Writes the outputs of gate and up, their weights given, and `hidden [m, n] = activation(gate) · up`.
+///
+/// # Safety
+/// As [`forward`]; both projections are of one n and have no biases, both weights are `[n, k]`, of a product that the
+/// device [`super::takes`], and [`gated_chunks`] has an answer.
+///
+/// # Errors
+/// A launch that failed.
+pub unsafe fn forward_gated(
+    device: &Device,
+    stream: Stream,
+    input: &Input,
+    projections: &[Projection; 2],
+    layout: &Layout,
+    workspace: Address,
+    hidden: Address,
+    activation: Activation,
+) -> Result<()> {
+    if input.m == 0 {
+        return Ok(());
+    }
+    let _context = device.enter()?;
+    let Some((chunks, lower)) = gated_chunks(input, projections) else {
+        return Err(Error::argument(
+            "the ranks of gate and up are too large for one product",
+        ));
+    };
+    // SAFETY: the caller's promise, here and below.
+    unsafe { ranks(device, stream, input, projections, layout, workspace) }?;
+    for (i, projection) in projections.iter().enumerate() {
+        unsafe { projection.dequantize(device, stream, input, i == 0) }?;
+    }
+    let written = |at| Matrix::new(at, input.m, projections[0].n);
+    let carried = Carried {
+        products: &projections.each_ref().map(|one| Product {
+            x: Matrix::new(input.x, input.m, input.k),
+            w: one.weight_matrix(input.k),
+        }),
+        down_rows: false,
+        h: Matrix::new(input.h, input.m, input.planes * input.h_columns),
+        panels: &[0, 1].map(|i| {
+            let address = panel_b(input, &projections[i], layout, workspace, i);
+            Matrix::new(
+                address,
+                projections[i].n,
+                input.planes * projections[i].columns(),
+            )
+        }),
+        adapters: false,
+        chunks: &chunks,
+        lower,
+        masks: Masks::default(),
+        masked: Segment::default(),
+        bits: 0,
+        bias: 0,
+        out: written(projections[0].y),
+        gated: Some(Gated {
+            up: written(projections[1].y),
+            hidden: written(hidden),
+            activation,
+        }),
+        together: 0,
+    };
+    unsafe { gemm::launch(device, stream, input.dtype, &carried) }
+}
+
+/// What is multiplied for H of gate and up; None if that is more than one product takes.
+pub fn gated_chunks(input: &Input, projections: &[Projection; 2]) -> Option<(Vec<Chunk>, usize)> {
+    let mut found = Vec::new();
+    let mut lower = 0;
+    for (i, projection) in projections.iter().enumerate() {
+        let (mut chunks, parts) = chunks_of(input, projection);
+        for chunk in &mut chunks {
+            chunk.panel = i as u8;
+        }
+        // The lower parts of both come first.
+        let rest = chunks.split_off(parts);
+        found.splice(lower..lower, chunks);
+        lower += parts;
+        found.extend(rest);
+    }
+    (found.len() <= MAX_CHUNKS).then_some((found, lower))
+}
+
+/// Writes H, and the panels and biases that products and terms take.
+///
+/// # Safety
+/// As [`forward`], in the device's context.
+unsafe fn ranks(
+    device: &Device,
+    stream: Stream,
+    input: &Input,
+    projections: &[Projection],
+    layout: &Layout,
+    workspace: Address,
+) -> Result<()> {
     let mut jobs = jobs_of_b(input, projections, layout, workspace);
     for (projection, place) in projections.iter().zip(&layout.bias) {
         jobs.extend(bias_job(input, projection, workspace + place));
@@ -40,7 +151,7 @@ pub unsafe fn forward(
             let (panels, more) = parts_of_a(input, projections, layout, workspace);
             jobs.extend(more);
             kernels::pack(device, stream, input.dtype, &jobs)?;
-            down90::launch(device, stream, input, projections, &panels, segments, masks)?;
+            down90::launch(device, stream, input, projections, &panels, segments, masks)
         } else {
             jobs.extend(jobs_of_a(input, projections, layout, workspace));
             kernels::pack(device, stream, input.dtype, &jobs)?;
@@ -57,19 +168,9 @@ pub unsafe fn forward(
                 reserved: 0,
                 segments: segments.0,
             };
-            kernels::down(device, stream, input.dtype, segments.1, down)?;
+            kernels::down(device, stream, input.dtype, segments.1, down)
         }
     }
-    if input.terms != Terms::Left {
-        for (i, projection) in projections.iter().enumerate() {
-            if projection.weight == 0 {
-                // SAFETY: as above.
-                unsafe { term(device, stream, input, projection, layout, workspace, i) }?;
-            }
-        }
-    }
-    // SAFETY: as above. What is launched before a weight is dequantised reads or writes another.
-    unsafe { write_products(device, stream, input, projections, layout, workspace, true) }
 }
 
 /// Writes the outputs of the projections whose weights are given, after [`forward`] of them all.
@@ -172,15 +273,7 @@ unsafe fn whole(
         projection.n,
         input.planes * projection.columns(),
     );
-    let columns: Vec<_> = (0..projection.segments())
-        .map(|part| (projection.h_column + 16 * part as u64, 16 * part as u64))
-        .collect();
-    let (chunks, lower) = gemm::chunks(
-        input.planes,
-        &columns,
-        input.h_columns,
-        projection.columns(),
-    );
+    let (chunks, lower) = chunks_of(input, projection);
     let carried = Carried {
         products: &[Product {
             x: Matrix::new(input.x, input.m, input.k),
@@ -197,8 +290,22 @@ unsafe fn whole(
         bits: 0,
         bias: bias_of(projection, layout, workspace, i),
         out: Matrix::new(projection.y, input.m, projection.n),
+        gated: None,
         together: 0,
     };
     // SAFETY: the caller's promise.
     unsafe { gemm::launch(device, stream, input.dtype, &carried) }
+}
+
+/// What is multiplied for a projection's H, and how much of it is of lower parts.
+fn chunks_of(input: &Input, projection: &Projection) -> (Vec<Chunk>, usize) {
+    let columns: Vec<_> = (0..projection.segments())
+        .map(|part| (projection.h_column + 16 * part as u64, 16 * part as u64))
+        .collect();
+    gemm::chunks(
+        input.planes,
+        &columns,
+        input.h_columns,
+        projection.columns(),
+    )
 }

@@ -4,6 +4,7 @@ use cudarc::driver::sys;
 
 use super::super::device::Device;
 use super::super::error::during;
+use super::super::glu::Activation;
 use super::super::launch::{Address, Grid, Parameters, Stream};
 use super::kernels::{Masks, Segment};
 use super::{Float16, tuned};
@@ -52,6 +53,8 @@ struct Gemm {
     panel: [TensorMap; MAX_PROJECTIONS],
     h: TensorMap,
     out: TensorMap,
+    up: TensorMap,
+    hidden: TensorMap,
     bias: Address,
     bits: Address,
     masks: Masks,
@@ -64,10 +67,10 @@ struct Gemm {
     chunks: u32,
     rows_together: u32,
     adapters: u32,
-    reserved: u32,
+    activation: u32,
     chunk: [Chunk; MAX_CHUNKS],
 }
-const _: () = assert!(size_of::<Gemm>() == 1984);
+const _: () = assert!(size_of::<Gemm>() == 2240);
 // SAFETY: the kernel's structure, field for field.
 unsafe impl Parameters for Gemm {}
 
@@ -140,7 +143,18 @@ pub struct Product {
     pub w: Matrix,
 }
 
-/// `out = mask(h · panelᵀ) + Σ x·W + bias`.
+/// What is written beside `out` where that is a gate: of the same shape.
+#[derive(Debug, Clone, Copy)]
+pub struct Gated {
+    pub up: Matrix,
+    /// `activation(out) · up`, of both as they are written.
+    pub hidden: Matrix,
+    /// Not [`Activation::Gelu`].
+    pub activation: Activation,
+}
+
+/// `out = mask(h · panelᵀ) + Σ x·W + bias`. Gated: the first product's and panel's are `out`, the second ones' `up`; W are
+/// `[w, depth]`, of one x, and there are no masks and no bias.
 #[derive(Debug)]
 pub struct Carried<'a> {
     /// At most [`MAX_PROJECTIONS`]; every W is laid out alike.
@@ -162,6 +176,7 @@ pub struct Carried<'a> {
     /// f32 `[w]`, or 0.
     pub bias: Address,
     pub out: Matrix,
+    pub gated: Option<Gated>,
     /// Tiles of 256 rows that are taken together; 0: as was measured to be best.
     pub together: u32,
 }
@@ -220,6 +235,7 @@ pub fn chunks(
     (found, lower)
 }
 
+const GATED: [&str; 2] = ["gemm_gated_f16", "gemm_gated_bf16"];
 const KERNELS: [[&str; 2]; 2] = [
     ["gemm_nt_f16", "gemm_nt_bf16"],
     ["gemm_nn_f16", "gemm_nn_bf16"],
@@ -238,7 +254,11 @@ pub unsafe fn launch(
     carried: &Carried,
 ) -> Result<()> {
     let (rows, columns) = (carried.out.rows, carried.out.columns);
-    let depth = carried.products.iter().map(|one| one.x.columns).sum();
+    let each = |one: &Product| one.x.columns;
+    let depth = match carried.gated {
+        Some(_) => carried.products.first().map_or(0, each),
+        None => carried.products.iter().map(each).sum(),
+    };
     let together = match carried.together {
         0 => tuned::found(rows, columns, depth, carried.down_rows)
             .map_or(TOGETHER, |one| one.together),
@@ -250,6 +270,8 @@ pub unsafe fn launch(
         h: TensorMap::default(),
         panel: [TensorMap::default(); MAX_PROJECTIONS],
         out: carried.out.map(dtype, 32, 16, Swizzle::Bytes64)?,
+        up: TensorMap::default(),
+        hidden: TensorMap::default(),
         bias: carried.bias,
         bits: carried.bits,
         masks: carried.masks,
@@ -265,7 +287,7 @@ pub unsafe fn launch(
         chunks: carried.chunks.len() as u32,
         rows_together: together,
         adapters: u32::from(carried.adapters),
-        reserved: 0,
+        activation: 0,
         chunk: [Chunk::default(); MAX_CHUNKS],
     };
     let w_rows = if carried.down_rows { 64 } else { 128 };
@@ -285,14 +307,23 @@ pub unsafe fn launch(
         }
         p.chunk[..carried.chunks.len()].copy_from_slice(carried.chunks);
     }
-    let tiles = p.m.div_ceil(TILE) * p.w_columns.div_ceil(TILE);
+    let mut kernel = KERNELS[usize::from(carried.down_rows)][dtype as usize];
+    let mut across = TILE;
+    if let Some(gated) = carried.gated {
+        p.up = gated.up.map(dtype, 32, 16, Swizzle::Bytes64)?;
+        p.hidden = gated.hidden.map(dtype, 32, 16, Swizzle::Bytes64)?;
+        p.activation = gated.activation as u32;
+        p.projections = 1; // of x
+        kernel = GATED[dtype as usize];
+        across = TILE / 2;
+    }
+    let tiles = p.m.div_ceil(TILE) * p.w_columns.div_ceil(across);
     let clusters = tiles.min(u64::from(device.multiprocessors) / 2);
     let grid = Grid {
         blocks: (2 * clusters as u32, 1, 1),
         threads: THREADS,
         shared: SHARED,
     };
-    let kernel = KERNELS[usize::from(carried.down_rows)][dtype as usize];
     // SAFETY: the caller's promise.
     Ok(unsafe { device.launch(kernel, grid, stream, &p) }?)
 }
@@ -328,6 +359,7 @@ pub unsafe fn product(
         bits: 0,
         bias: 0,
         out,
+        gated: None,
         together,
     };
     // SAFETY: the caller's promise.

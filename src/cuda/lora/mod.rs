@@ -24,7 +24,7 @@ use crate::error::Error;
 use kernels::{DownOuterPlan, MAX_SEGMENTS, Masks, SEGMENT, Segment};
 
 pub use backward::backward;
-pub use forward::{forward, products};
+pub use forward::{forward, forward_gated, products};
 pub use gemm::{Matrix, Product, pays, product, takes};
 
 /// The types that the kernels take; their place among the variants.
