@@ -7,8 +7,8 @@
 
 namespace ferrotune {
 
-constexpr uint32_t NORM90_STAGES = 8;             // at most
-constexpr uint32_t NORM90_SHARED = 104 << 10;     // of a block: two fit a multiprocessor
+constexpr uint32_t NORM90_STAGES = 8;          // at most
+constexpr uint32_t NORM90_SHARED = 104 << 10;  // of a block: two fit a multiprocessor
 constexpr int NORM90_WARPS = NORM_THREADS / 32;
 
 // `bytes` in a row, a multiple of sixteen, as both addresses are.
@@ -27,21 +27,19 @@ __device__ __forceinline__ uint4 load_shared16(uint32_t address) {
     return found;
 }
 
-// The rows of this block of up to MATRICES matrices, a stage the rows of one number; the next to be read is at `turn`.
-template <typename T, int MATRICES>
+// The rows of this block of x, the gradient and, where there is one, the residual's, in this order: a stage those of one
+// number. The next to be read are at `turn`.
 struct NormRows {
-    const void* from[MATRICES];  // the last may be null: there are but the others
+    const unsigned char* from[3];
     uint64_t rows, next;
     uint32_t bytes, stage_bytes, memory, barriers, stages, turn, parity;
 
-    __device__ __forceinline__ NormRows(const RmsNorm& p, const void* const (&matrices)[MATRICES], uint32_t memory,
-                                        uint32_t barriers)
-        : rows(p.rows), next(blockIdx.x), bytes(p.columns * sizeof(T)), memory(memory), barriers(barriers), turn(0),
-          parity(0) {
+    __device__ __forceinline__ NormRows(const RmsNorm& p, uint32_t bytes, uint32_t memory, uint32_t barriers)
+        : rows(p.rows), next(blockIdx.x), bytes(bytes), stage_bytes((p.residual ? 3 : 2) * bytes), memory(memory),
+          barriers(barriers), stages(min(NORM90_STAGES, NORM90_SHARED / stage_bytes)), turn(0), parity(0) {
+        const void* const matrices[3] = {p.x, p.grad, p.residual};
 #pragma unroll
-        for (int i = 0; i < MATRICES; ++i) from[i] = matrices[i];
-        stage_bytes = (from[MATRICES - 1] ? MATRICES : MATRICES - 1) * bytes;
-        stages = min(NORM90_STAGES, NORM90_SHARED / stage_bytes);
+        for (int i = 0; i < 3; ++i) from[i] = static_cast<const unsigned char*>(matrices[i]);
         if (threadIdx.x == 0) {
             for (uint32_t stage = 0; stage < stages; ++stage) barrier_init(barriers + 8 * stage, 1);
             barriers_visible();
@@ -49,20 +47,17 @@ struct NormRows {
         __syncthreads();
     }
 
-    __device__ __forceinline__ uint32_t place(uint32_t stage, int matrix) const {
-        return memory + stage * stage_bytes + matrix * bytes;
-    }
+    // Of the row at `turn`.
+    __device__ __forceinline__ uint32_t place(int matrix) const { return memory + turn * stage_bytes + matrix * bytes; }
 
     // One thread's: the next row to `stage`, which nobody reads any more.
     __device__ __forceinline__ void load(uint32_t stage) {
         if (next >= rows) return;
-        const uint64_t at = next * bytes;
-        barrier_expect(barriers + 8 * stage, stage_bytes);
+        const uint32_t barrier = barriers + 8 * stage, to = memory + stage * stage_bytes;
+        barrier_expect(barrier, stage_bytes);
 #pragma unroll
-        for (int i = 0; i < MATRICES; ++i) {
-            if (from[i]) {
-                copy_row(place(stage, i), static_cast<const unsigned char*>(from[i]) + at, bytes, barriers + 8 * stage);
-            }
+        for (int i = 0; i < 3; ++i) {
+            if (from[i]) copy_row(to + i * bytes, from[i] + next * bytes, bytes, barrier);
         }
         next += gridDim.x;
     }
@@ -107,7 +102,7 @@ __device__ __forceinline__ void rms_norm_backward90(const RmsNorm& p) {
     extern __shared__ __align__(128) unsigned char memory[];
     __shared__ float scratch[2][NORM90_WARPS];
     __shared__ __align__(8) uint64_t barriers[NORM90_STAGES];
-    NormRows<T, 3> rows(p, {p.x, p.grad, p.residual}, shared_address(memory), shared_address(barriers));
+    NormRows rows(p, p.columns * sizeof(T), shared_address(memory), shared_address(barriers));
     begin();
     rows.start();
     float w[KEPT][N];
@@ -125,9 +120,9 @@ __device__ __forceinline__ void rms_norm_backward90(const RmsNorm& p) {
             const uint32_t column = norm_column<T>(v);
             xs[v] = grads[v] = more[v] = make_uint4(0, 0, 0, 0);
             if (column >= p.columns) continue;
-            xs[v] = load_shared16(rows.place(rows.turn, 0) + column * sizeof(T));
-            grads[v] = load_shared16(rows.place(rows.turn, 1) + column * sizeof(T));
-            if (p.residual) more[v] = load_shared16(rows.place(rows.turn, 2) + column * sizeof(T));
+            xs[v] = load_shared16(rows.place(0) + column * sizeof(T));
+            grads[v] = load_shared16(rows.place(1) + column * sizeof(T));
+            if (p.residual) more[v] = load_shared16(rows.place(2) + column * sizeof(T));
             float x[N], d[N];
             unpack16<T>(xs[v], x);
             unpack16<T>(grads[v], d);

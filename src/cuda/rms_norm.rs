@@ -131,9 +131,10 @@ pub unsafe fn backward(
     } else {
         "_backward"
     };
-    // SAFETY: the caller's promise, here and below.
+    // SAFETY: the caller's promise.
     unsafe { launch(device, stream, norm, which, &parameters) }?;
     if weight {
+        // SAFETY: as above.
         unsafe { weight_sums(device, stream, norm, partial, grad_weight) }?;
     }
     Ok(())
@@ -217,7 +218,6 @@ unsafe fn launch(
     let staying = SUMMING * u64::from(device.multiprocessors);
     let short = is_short(norm.columns, lanes);
     let kept = norm.columns.div_ceil(THREADS * lanes).next_power_of_two();
-    // SAFETY: the caller's promise, here and below.
     if device.capability == (9, 0)
         && norm.dtype != DType::F32
         && parameters.vectors != 0
@@ -232,6 +232,7 @@ unsafe fn launch(
             shared: SHARED,
         };
         let kernel = format!("rms_norm90{which}_{dtype}_{kept}");
+        // SAFETY: the caller's promise.
         return unsafe { device.launch(&kernel, grid, stream, parameters) };
     }
     let (form, per_block, threads) = if short {
@@ -247,5 +248,6 @@ unsafe fn launch(
     };
     let kernel = format!("rms_norm{which}{form}_{dtype}");
     let grid = Grid::cover(blocks, 1, threads);
+    // SAFETY: the caller's promise.
     unsafe { device.launch(&kernel, grid, stream, parameters) }
 }

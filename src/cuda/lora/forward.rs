@@ -29,7 +29,7 @@ pub unsafe fn forward(
         return Ok(());
     }
     let _context = device.enter()?; // matrices are described to the current one's device
-    // SAFETY: the caller's promise, here and below.
+    // SAFETY: the caller's promise.
     unsafe { ranks(device, stream, input, projections, layout, workspace) }?;
     if input.terms != Terms::Left {
         for (i, projection) in projections.iter().enumerate() {
@@ -70,9 +70,10 @@ pub unsafe fn forward_gated(
             "the ranks of gate and up are too large for one product",
         ));
     };
-    // SAFETY: the caller's promise, here and below.
+    // SAFETY: the caller's promise.
     unsafe { ranks(device, stream, input, projections, layout, workspace) }?;
     for (i, projection) in projections.iter().enumerate() {
+        // SAFETY: as above. What is launched before the first writes another.
         unsafe { projection.dequantize(device, stream, input, i == 0) }?;
     }
     let written = |at| Matrix::new(at, input.m, projections[0].n);
@@ -106,6 +107,7 @@ pub unsafe fn forward_gated(
         }),
         together: 0,
     };
+    // SAFETY: as above.
     unsafe { gemm::launch(device, stream, input.dtype, &carried) }
 }
 
