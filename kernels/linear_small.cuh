@@ -1,6 +1,7 @@
 // Nine to sixty-four tokens by a 4-bit weight, with a warpgroup's products: W's values are their first operand, in
 // registers; x is the second one, in shared memory. A cluster of `splits` blocks takes tiles of rows, each block a range of
-// their depth; so each also has its part of H = scale x A^T.
+// their depth; so each also has its part of H = scale x A^T, which it sends while the weight comes to those that write
+// rows of the same tokens.
 //
 // x lies as a warpgroup reads it: of each 128 columns two boxes of 64, of which a token has 128 swizzled bytes; columns
 // are taken in the order that W's sixteen bytes a lane give. Element 32q + 4s + 2h + e of them is 16s + 8h + 2q + e of the
@@ -53,42 +54,80 @@ __device__ __forceinline__ void products_wait_but() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Slots of H's sums, of each rank tile: two warps fill one, each for half of the tokens.
+// H's sums over a stage, to the table's gaps: [slot][rank tile][token tile]. Two warps fill a slot, each for half of the
+// tokens, by every so many halves of a unit.
 __device__ __forceinline__ uint32_t small_slots(const LinearSmall& p) { return p.r > 32 ? 2 : p.r > 16 ? 4 : 8; }
-
-// H's sums over a stage, to the table's gaps.
-template <typename T, int TILES>
-__device__ __forceinline__ void add_ranks(const LinearSmall& p, unsigned char* shared, uint32_t column0, uint32_t begins,
+template <typename T, int TILES, bool WIDE>
+__device__ __forceinline__ void add_ranks(const LinearSmall& p, unsigned char* shared, uint32_t column0, uint32_t columns,
                                           bool first_stage) {
     constexpr int SOME = TILES / 2;  // token tiles of a warp
     constexpr uint32_t BOX = 8 * TILES * 128;
-    const uint32_t thread = thread_again(), lane = thread % 32, rank_tiles = (p.r + 15) / 16;
-    const uint32_t slot = thread / 64 / rank_tiles, rank_tile = thread / 64 % rank_tiles;
-    const uint32_t units = min(p.stage_k, p.block_k - begins) / SMALL_DEPTH;
-    if (slot >= small_slots(p)) return;
-#pragma unroll 1
-    for (uint32_t first = thread / 32 % 2 * SOME; first < TILES; first += 2 * SOME) {
-        float sums[SOME][4] = {};
-#pragma unroll 1
-        for (uint32_t unit = slot; unit < units; unit += small_slots(p)) {
-            const uint32_t x = shared_address(shared + SMALL_PAIRS) + 2 * unit * BOX + first * 1024;
-            const auto pieces = [&](int t, int two) {
-                const uint32_t piece = two % 2 * 4 + lane / 8;
-                return load_matrices_at<false>(x + two / 2 * BOX + t * 1024 + small_box(lane % 8, piece));
-            };
-            small_ranks<T, SOME>(p, column0 + begins + unit * SMALL_DEPTH, rank_tile, pieces, sums);
-        }
+    const uint32_t thread = thread_again(), lane = thread % 32, rank_tiles = (p.r + 15) / 16, slots = small_slots(p);
+    const uint32_t slot = thread / 64 & (slots - 1), rank_tile = thread / 64 / slots, first = thread / 32 % 2 * SOME;
+    if (rank_tile >= rank_tiles) return;
+    float sums[SOME][4] = {};
+    // Halves of units, the next one's values under way while one is multiplied; as registers allow.
+    constexpr int TOGETHER = WIDE ? 1 : 2;
+    constexpr bool AHEAD = !WIDE && TILES < 8;
+    RankPiece<WIDE> next[TOGETHER];
+    const auto load = [&](uint32_t quarter) {
 #pragma unroll
-        for (int t = 0; t < SOME; ++t) {
-            const uint32_t to = ((slot * rank_tiles + rank_tile) * TILES + first + t) * 32 + lane;
-            float4& sum = *reinterpret_cast<float4*>(shared + small_gap(to));
-            const float4 now = make_float4(sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
-            if (first_stage) {
-                sum = now;
-            } else {
-                add(sum, now);
-            }
+        for (int i = 0; i < TOGETHER; ++i) {
+            next[i].load(p, column0 + quarter / 4 * SMALL_DEPTH, quarter % 4 + i, rank_tile);
         }
+    };
+    const uint32_t end = columns / (SMALL_DEPTH / 4);
+    uint32_t quarter = 2 * slot;
+    if (AHEAD && quarter < end) load(quarter);
+#pragma unroll 1
+    while (quarter < end) {
+        if (!AHEAD) load(quarter);
+        RankPiece<WIDE> a[TOGETHER];
+#pragma unroll
+        for (int i = 0; i < TOGETHER; ++i) a[i] = next[i];
+        const uint32_t now = quarter;
+        quarter += TOGETHER;
+        if (quarter % 2 == 0) quarter += 2 * (slots - 1);
+        if (AHEAD && quarter < end) load(quarter);
+#pragma unroll
+        for (int i = 0; i < TOGETHER; ++i) {
+            const uint32_t x = shared_address(shared + SMALL_PAIRS) + (now + i) / 2 * BOX + first * 1024;
+            const uint32_t row = small_box(lane % 8, (now + i) % 2 * 4 + lane / 8);
+            const auto of_token_tile = [&](int t) { return load_matrices_at<false>(x + t * 1024 + row); };
+            a[i].template multiply_by<T, SOME>(of_token_tile, sums);
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < SOME; ++t) {
+        const uint32_t to = ((slot * rank_tiles + rank_tile) * TILES + first + t) * 32 + lane;
+        float4& sum = *reinterpret_cast<float4*>(shared + small_gap(to));
+        const float4 now = make_float4(sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
+        if (first_stage) {
+            sum = now;
+        } else {
+            add(sum, now);
+        }
+    }
+}
+
+// Sums of H over the block's depth, of each token tile to those blocks of the cluster that write its rows of y: slots
+// [token tile of the block][rank tile][block].
+template <int TILES>
+__device__ __forceinline__ void send_ranks(const LinearSmall& p, unsigned char* shared, uint32_t gathered) {
+    const uint32_t thread = thread_again(), lane = thread % 32, rank = block_again() & (p.splits - 1);
+    const uint32_t fragments = (p.r + 15) / 16 * TILES;
+#pragma unroll 1
+    for (uint32_t i = thread / 32; i < fragments; i += SMALL_WARPS) {
+        float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+        for (uint32_t from = i; from < small_slots(p) * fragments; from += fragments) {
+            add(total, *reinterpret_cast<const float4*>(shared + small_gap(from * 32 + lane)));
+        }
+        const uint32_t tile = i % TILES, rank_tile = i / TILES;
+        const uint32_t slot = (tile / p.splits * (fragments / TILES) + rank_tile) * p.splits + rank;
+        const uint32_t to = shared_address(shared + p.received) + (slot * 32 + lane) * 16;
+#pragma unroll 1
+        for (uint32_t other = tile & (p.splits - 1); other < p.splits; other += TILES) send_shared(to, other, gathered, total);
     }
 }
 
@@ -99,6 +138,7 @@ __device__ __forceinline__ void put_sums(const LinearSmall& p, unsigned char* sh
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
         float4 sum = make_float4(sums[4 * t], sums[4 * t + 1], sums[4 * t + 2], sums[4 * t + 3]);
+#pragma unroll 1
         for (uint32_t j = 0; j < more; ++j) {
             add(sum, *reinterpret_cast<const float4*>(shared + small_sum(p, j * plane + to + t * 32)));
         }
@@ -114,10 +154,10 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
     unsigned char* const shared = small_shared;
     __shared__ Tables<NESTED> tables;
     __shared__ float offset;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4;
+    __shared__ uint64_t barrier;  // all the cluster's sums of H that this block needs are there
+    const uint32_t gathered = shared_address(&barrier), rank_tiles = (p.r + 15) / 16;
 
-    const uint32_t rank = blockIdx.x % p.splits, column0 = rank * p.block_k;
-    const uint32_t k_group = warp / 4 & (p.k_groups - 1), row_group = warp / 4 / p.k_groups;
+    const uint32_t rank = blockIdx.x & (p.splits - 1), column0 = rank * p.block_k;
     const uint32_t row0 = blockIdx.x / p.splits * p.groups * p.tile_rows;
     const uint32_t rows = min(p.groups * p.tile_rows, p.n - row0), row_tiles = (rows + p.tile_rows - 1) / p.tile_rows;
 
@@ -134,6 +174,13 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
                       columns * size, static_cast<uint64_t>(p.k) * size, SMALL_THREADS);
         prefetch(static_cast<const unsigned char*>(p.lora_b) + static_cast<uint64_t>(row0) * p.r * size,
                  rows * p.r * size, rank * SMALL_THREADS + threadIdx.x, p.splits * SMALL_THREADS);
+        if (threadIdx.x == 0) {
+            barrier_init(gathered, 1);
+            barriers_visible();
+            barrier_expect(gathered, max(p.splits, static_cast<uint32_t>(TILES)) * rank_tiles * SMALL_FRAGMENT);
+        }
+        __syncwarp();
+        cluster_arrive();
     }
     fill_pairs<SMALL_THREADS>(shared, p.quant);
     begin();
@@ -141,9 +188,15 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
     const uint32_t row_chunks = p.k / 32;
     const AbsmaxFrom<NESTED> blocks(p.quant, 0);
     // Of the unit that is loaded next: its row and this lane's sixteen bytes of it.
-    uint32_t next_row = row0 + row_group * 64 + warp % 4 * 16 + lane / 4;
-    uint32_t next_chunk = column0 / 32 + k_group * (SMALL_DEPTH / 32) + quad;
-    const uint32_t chunks_end = (column0 + p.block_k) / 32;
+    uint32_t next_row, next_chunk, chunks_end;
+    const auto start = [&] {
+        const uint32_t thread = thread_again(), block = block_again(), quad = thread % 4;
+        const uint32_t k_group = thread / 128 & (p.k_groups - 1), row_group = thread / 128 / p.k_groups;
+        const uint32_t first = (block & (p.splits - 1)) * p.block_k / 32;
+        next_row = block / p.splits * p.groups * p.tile_rows + row_group * 64 + thread / 32 % 4 * 16 + thread % 32 / 4;
+        next_chunk = first + k_group * (SMALL_DEPTH / 32) + quad;
+        chunks_end = first + p.block_k / 32;
+    };
     const auto load = [&](SmallUnit<NESTED>& unit) {
         const uint32_t chunk = min(next_chunk, row_chunks - 1);
 #pragma unroll
@@ -158,28 +211,44 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
             next_row += p.tile_rows;
         }
     };
-    uint32_t left = row_tiles * (p.block_k / (SMALL_DEPTH * p.k_groups));  // units
     if (NESTED && threadIdx.x == 0) offset = nested_offset<NESTED>(p.quant);
     if (NESTED && threadIdx.x < 256) tables.nested_code[threadIdx.x] = __ldg(p.quant.nested_code + threadIdx.x);
 
     SmallUnit<NESTED> ring[2];
-    if (TILES < 8 && p.r == 0) load(ring[0]);  // else later, as registers allow
+    if (TILES < 8 && p.r == 0) {  // else later, as registers allow
+        start();
+        load(ring[0]);
+    }
 
     // H by all stages, the first one last: it stays.
     const uint32_t last = p.r != 0 ? (p.block_k - 1) / p.stage_k * p.stage_k : 0;
 #pragma unroll 1
     for (uint32_t begins = last;; begins -= p.stage_k) {
-        load_boxes<TILES, 4>(p, shared + SMALL_PAIRS, column0 + begins, min(p.stage_k, p.block_k - begins));
+        const uint32_t columns = min(p.stage_k, p.block_k - begins);
+        load_boxes<TILES, 2>(p, shared + SMALL_PAIRS, column0 + begins, columns);
         fence_async();
         __syncthreads();
-        if (p.r != 0) add_ranks<T, TILES>(p, shared, column0, begins, begins == last);
+        if (p.wide) {
+            add_ranks<T, TILES, true>(p, shared, column0 + begins, columns, begins == last);
+        } else if (p.r != 0) {
+            add_ranks<T, TILES, false>(p, shared, column0 + begins, columns, begins == last);
+        }
         if (begins == 0) break;
         __syncthreads();
     }
-    if (TILES == 8 || p.r != 0) load(ring[0]);
+    if (TILES == 8 || p.r != 0) {
+        start();
+        load(ring[0]);
+    }
+    uint32_t left = row_tiles * (p.block_k / (SMALL_DEPTH * p.k_groups));  // units
     if (left > 1) load(ring[1]);
+    if (p.r != 0) {
+        __syncthreads();
+        cluster_wait();  // the others are there
+        send_ranks<TILES>(p, shared, gathered);
+    }
 
-    const uint32_t pairs = shared_address(shared), copy = lane % SMALL_COPIES * sizeof(float2);
+    const uint32_t pairs = shared_address(shared), copy = thread_again() % SMALL_COPIES * sizeof(float2);
     const auto pair = [&](uint32_t word, int byte, float scale) {
         return small_pair<T>(pairs + __byte_perm(word, copy, 0x7704 | byte << 4), scale);
     };
@@ -241,24 +310,11 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
         for (int i = 0; i < 4 * TILES; ++i) asm volatile("" : "+f"(sums[i]));  // no use of them moves up from here
 
         const uint32_t thread = thread_again(), block = block_again();
-        const uint32_t own = thread % 32, group = thread / 128, tiles_of_rank = (p.r + 15) / 16;
-        const uint32_t rank_sums = tiles_of_rank * (TILES * 32);
-        if (tile > 0) {
-            // All have read the sums before.
-            if (p.splits > 1) {
-                cluster_wait();
-            } else {
-                __syncthreads();
-            }
-        } else if (rank_sums) {
-            __syncthreads();
-            for (uint32_t i = thread; i < rank_sums; i += SMALL_THREADS) {
-                float4 total = *reinterpret_cast<const float4*>(shared + small_gap(i));
-                for (uint32_t j = rank_sums; j < small_slots(p) * rank_sums; j += rank_sums) {
-                    add(total, *reinterpret_cast<const float4*>(shared + small_gap(j + i)));
-                }
-                reinterpret_cast<float4*>(shared + p.ranks)[i] = total;
-            }
+        const uint32_t own = thread % 32, group = thread / 128;
+        // All have read the sums before.
+        if (tile > 0 && p.splits > 1) {
+            cluster_wait();
+        } else if (tile > 0 || p.r != 0) {
             __syncthreads();
         }
         // Of the block's groups of depth all but the first one put their sums down, and the first one adds them to its own.
@@ -269,25 +325,21 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
         if (p.k_groups > 1) __syncthreads();
         if (of_depth == 0) put_sums<TILES>(p, shared, sums, of_warp, p.k_groups - 1, row_fragments * 32);
         splits_sync(p.splits);
-        T* const h_tile = reinterpret_cast<T*>(shared + p.h_tile);  // [8 * TILES][h_width]
-        const int h_width = (p.wide ? 3 : 1) * 16 * tiles_of_rank + 8;
-        if (tile == 0 && rank_sums) {
-            for (uint32_t i = thread; i < rank_sums; i += SMALL_THREADS) {
-                const float4 total = small_total(shared_address(shared + p.ranks) + i * 16, p.splits);
-                small_h<T>(p, total, i / (32 * TILES), i / 32 % TILES * 8, tiles_of_rank, h_tile, h_width);
-            }
-            __syncthreads();
-        }
+        if (p.r != 0) barrier_wait(gathered, 0);  // and who leaves sooner is written to
         // Each block writes some of the cluster's rows.
         const uint32_t first = (block / p.splits * p.groups + tile) * p.tile_rows;
-        const uint32_t mine = block % p.splits + p.splits * (thread / 32);
+        const uint32_t mine = (block & (p.splits - 1)) + p.splits * (thread / 32);
         for (uint32_t i = mine; i < row_fragments; i += p.splits * SMALL_WARPS) {
             const uint32_t row = first + i / TILES * 16, token0 = i % TILES * 8;
             if (row >= p.n || token0 >= p.m) continue;
             Fragments b[2];
-            if (rank_sums) load_small_b<T>(b, p, row, 0);
+            if (p.r != 0) load_small_b<T>(b, p, row, 0);
             const float4 total = small_total(shared_address(shared + small_sum(p, i * 32 + own)), p.splits);
-            small_finish<T>(p, row, token0, total, b, tiles_of_rank, h_tile, h_width);
+            const auto h = [&](uint32_t rank_tile) {
+                const uint32_t slot = (i % TILES / p.splits * ((p.r + 15) / 16) + rank_tile) * p.splits;
+                return add_fragments(reinterpret_cast<const float4*>(shared + p.received) + slot * 32 + own, p.splits, 1);
+            };
+            small_finish<T>(p, row, token0, total, b, h, i < TILES && tile == 0 && block < min(p.splits, TILES));
         }
         __syncwarp();
         if (p.splits > 1) cluster_arrive();

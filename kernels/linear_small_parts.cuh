@@ -38,10 +38,10 @@ struct LinearSmall {
     uint32_t stage_k;    // of x in shared memory at a time, another such multiple; with few tokens a block's depth of H
     // Where parts of a block's dynamic shared memory lie. The table of pairs is at 0, x after it; with few tokens both are
     // elsewhere.
-    uint32_t sums;   // those that find no room in the table's gaps
-    uint32_t ranks;  // sums of H
-    uint32_t h_tile;
-    uint32_t slots;  // of H's sums of a rank tile, a warp's each, with few tokens
+    uint32_t sums;      // those that find no room in the table's gaps; with few tokens those that wait for H
+    uint32_t ranks;     // sums of H, a warp's each, with few tokens
+    uint32_t received;  // sums of H, a block's each
+    uint32_t reserved;
 };
 static_assert(sizeof(LinearSmall) == 192, "src/cuda/lora/small.rs lays it out alike");
 
@@ -74,14 +74,14 @@ __device__ __forceinline__ float4 load_shared_of(uint32_t address, uint32_t rank
     return found;
 }
 // The same to there; barrier `barrier` of that block, at the same place of each, gets to know of the bytes.
-__device__ __forceinline__ void send_shared(uint32_t address, uint32_t rank, uint32_t barrier, const float (&values)[4]) {
+__device__ __forceinline__ void send_shared(uint32_t address, uint32_t rank, uint32_t barrier, const float4& values) {
     asm volatile(
         "{\n\t.reg .b32 remote, told;\n\tmapa.shared::cluster.u32 remote, %0, %1;\n\t"
         "mapa.shared::cluster.u32 told, %2, %1;\n\t"
         "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [remote], {%3, %4, %5, %6}, [told];\n\t}" ::"r"(
             address),
-        "r"(rank), "r"(barrier), "r"(__float_as_uint(values[0])), "r"(__float_as_uint(values[1])),
-        "r"(__float_as_uint(values[2])), "r"(__float_as_uint(values[3]))
+        "r"(rank), "r"(barrier), "r"(__float_as_uint(values.x)), "r"(__float_as_uint(values.y)),
+        "r"(__float_as_uint(values.z)), "r"(__float_as_uint(values.w))
         : "memory");
 }
 
@@ -111,6 +111,13 @@ __device__ __forceinline__ uint32_t block_again() {
     return block;
 }
 
+// An 8 x 8 matrix of 16-bit elements, of whose rows a lane holds two elements as load_matrices says.
+__device__ __forceinline__ uint32_t transposed(uint32_t two) {
+    uint32_t found;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(found) : "r"(two));
+    return found;
+}
+
 __device__ __forceinline__ void add(float4& sum, const float4& more) {
     sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
 }
@@ -118,6 +125,7 @@ __device__ __forceinline__ void add(float4& sum, const float4& more) {
 // Has `bytes` brought to L2 by `threads` threads: for who reads them soon, and for who writes there before, too.
 constexpr uint32_t LINE = 128;
 __device__ __forceinline__ void prefetch(const void* from, uint32_t bytes, uint32_t thread, uint32_t threads) {
+#pragma unroll 1
     for (uint32_t at = thread * LINE; at < bytes; at += threads * LINE) {
         asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const unsigned char*>(from) + at));
     }
@@ -126,6 +134,7 @@ __device__ __forceinline__ void prefetch(const void* from, uint32_t bytes, uint3
 // The same for `rows` rows of `bytes`, `stride` apart: eight threads for one.
 __device__ __forceinline__ void prefetch_rows(const void* from, uint32_t rows, uint32_t bytes, uint64_t stride,
                                               uint32_t threads) {
+#pragma unroll 1
     for (uint32_t row = threadIdx.x / 8; row < rows; row += threads / 8) {
         prefetch(static_cast<const unsigned char*>(from) + row * stride, bytes, threadIdx.x % 8, 8);
     }
@@ -136,6 +145,7 @@ template <bool NESTED>
 __device__ __forceinline__ void prefetch_absmax(const LinearSmall& p, uint32_t row0, uint32_t rows, uint32_t column0,
                                                 uint32_t columns, uint32_t threads) {
     constexpr uint32_t SIZE = NESTED ? 1 : 4;
+#pragma unroll 1
     for (uint32_t row = threadIdx.x; row < rows; row += threads) {
         const uint64_t first = (static_cast<uint64_t>(row0 + row) * p.k + column0) >> p.quant.block_shift;
         prefetch(static_cast<const unsigned char*>(p.quant.absmax) + first * SIZE,
@@ -147,9 +157,14 @@ __device__ __forceinline__ void prefetch_absmax(const LinearSmall& p, uint32_t r
 // The table of pairs: byte b's values at b * SMALL_STRIDE, SMALL_COPIES times.
 template <int THREADS>
 __device__ __forceinline__ void fill_pairs(unsigned char* pairs, const Quant4bit& quant) {
-    for (int i = threadIdx.x; i < 256 * SMALL_COPIES / 2; i += THREADS) {
-        const int byte = i / (SMALL_COPIES / 2), copy = i % (SMALL_COPIES / 2);
-        const float high = CODEBOOKS[quant.fp4][byte / 16], low = CODEBOOKS[quant.fp4][byte % 16];
+    constexpr int CHUNKS = SMALL_COPIES / 2, BYTES = THREADS / CHUNKS;  // written at a time
+    static_assert(THREADS % CHUNKS == 0 && BYTES % 16 == 0, "a thread's bytes have one low half");
+    const int first = threadIdx.x / CHUNKS, copy = threadIdx.x % CHUNKS;
+    const float value = CODEBOOKS[quant.fp4][threadIdx.x % 16];
+    const float low = __shfl_sync(0xFFFFFFFFu, value, first % 16);
+#pragma unroll
+    for (int byte = first; byte < 256 + first; byte += BYTES) {
+        const float high = __shfl_sync(0xFFFFFFFFu, value, byte / 16 % 16);
         reinterpret_cast<float4*>(pairs + byte * SMALL_STRIDE)[copy] = make_float4(high, low, high, low);
     }
 }
