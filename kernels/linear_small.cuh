@@ -63,7 +63,7 @@ __device__ __forceinline__ void add_ranks(const LinearSmall& p, unsigned char* s
     constexpr int SOME = TILES / 2;  // token tiles of a warp
     constexpr uint32_t BOX = 8 * TILES * 128;
     const uint32_t thread = thread_again(), lane = thread % 32, rank_tiles = (p.r + 15) / 16, slots = small_slots(p);
-    const uint32_t slot = thread / 64 & (slots - 1), rank_tile = thread / 64 / slots, first = thread / 32 % 2 * SOME;
+    const uint32_t slot = thread / 64 & (slots - 1), rank_tile = over(thread / 64, slots), first = thread / 32 % 2 * SOME;
     if (rank_tile >= rank_tiles) return;
     float sums[SOME][4] = {};
     // Halves of units, the next one's values under way while one is multiplied; as registers allow.
@@ -124,25 +124,30 @@ __device__ __forceinline__ void send_ranks(const LinearSmall& p, unsigned char* 
             add(total, *reinterpret_cast<const float4*>(shared + small_gap(from * 32 + lane)));
         }
         const uint32_t tile = i % TILES, rank_tile = i / TILES;
-        const uint32_t slot = (tile / p.splits * (fragments / TILES) + rank_tile) * p.splits + rank;
+        const uint32_t slot = (over(tile, p.splits) * (fragments / TILES) + rank_tile) * p.splits + rank;
         const uint32_t to = shared_address(shared + p.received) + (slot * 32 + lane) * 16;
 #pragma unroll 1
         for (uint32_t other = tile & (p.splits - 1); other < p.splits; other += TILES) send_shared(to, other, gathered, total);
     }
 }
 
-// A warp's sums, with those of `more` planes of others, to place `to` of the block's.
-template <int TILES>
-__device__ __forceinline__ void put_sums(const LinearSmall& p, unsigned char* shared, const float (&sums)[4 * TILES],
-                                         uint32_t to, uint32_t more, uint32_t plane) {
+// A warp's fragments of sums from `first` of the block's on, whose number is a multiple of theirs: to there; ADDS: from
+// there onto its own.
+template <int TILES, bool ADDS>
+__device__ __forceinline__ void put_sums(const LinearSmall& p, unsigned char* shared, float (&sums)[4 * TILES],
+                                         uint32_t first) {
+    static_assert(SMALL_GAPS % TILES == 0, "a warp's are all in the gaps or none");
+    const uint32_t step = first < SMALL_GAPS ? small_gap(32) - small_gap(0) : SMALL_FRAGMENT;
+    unsigned char* const place = shared + small_sum(p, first * 32 + thread_again() % 32);
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
-        float4 sum = make_float4(sums[4 * t], sums[4 * t + 1], sums[4 * t + 2], sums[4 * t + 3]);
-#pragma unroll 1
-        for (uint32_t j = 0; j < more; ++j) {
-            add(sum, *reinterpret_cast<const float4*>(shared + small_sum(p, j * plane + to + t * 32)));
+        float4& there = *reinterpret_cast<float4*>(place + t * step);
+        float* const own = sums + 4 * t;
+        if (ADDS) {
+            own[0] += there.x, own[1] += there.y, own[2] += there.z, own[3] += there.w;
+        } else {
+            there = make_float4(own[0], own[1], own[2], own[3]);
         }
-        *reinterpret_cast<float4*>(shared + small_sum(p, to + t * 32)) = sum;
     }
 }
 
@@ -158,8 +163,8 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
     const uint32_t gathered = shared_address(&barrier), rank_tiles = (p.r + 15) / 16;
 
     const uint32_t rank = blockIdx.x & (p.splits - 1), column0 = rank * p.block_k;
-    const uint32_t row0 = blockIdx.x / p.splits * p.groups * p.tile_rows;
-    const uint32_t rows = min(p.groups * p.tile_rows, p.n - row0), row_tiles = (rows + p.tile_rows - 1) / p.tile_rows;
+    const uint32_t row0 = over(blockIdx.x, p.splits) * p.groups * p.tile_rows;
+    const uint32_t rows = min(p.groups * p.tile_rows, p.n - row0), row_tiles = over(rows + p.tile_rows - 1, p.tile_rows);
 
     // To L2, whoever wrote it: nothing of this depends on the kernel before.
     const uint32_t columns = min(p.block_k, p.k - column0);
@@ -191,9 +196,10 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
     uint32_t next_row, next_chunk, chunks_end;
     const auto start = [&] {
         const uint32_t thread = thread_again(), block = block_again(), quad = thread % 4;
-        const uint32_t k_group = thread / 128 & (p.k_groups - 1), row_group = thread / 128 / p.k_groups;
+        const uint32_t k_group = thread / 128 & (p.k_groups - 1), row_group = over(thread / 128, p.k_groups);
         const uint32_t first = (block & (p.splits - 1)) * p.block_k / 32;
-        next_row = block / p.splits * p.groups * p.tile_rows + row_group * 64 + thread / 32 % 4 * 16 + thread % 32 / 4;
+        next_row = over(block, p.splits) * p.groups * p.tile_rows + row_group * 64;
+        next_row += thread / 32 % 4 * 16 + thread % 32 / 4;
         next_chunk = first + k_group * (SMALL_DEPTH / 32) + quad;
         chunks_end = first + p.block_k / 32;
     };
@@ -221,7 +227,8 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
     }
 
     // H by all stages, the first one last: it stays.
-    const uint32_t last = p.r != 0 ? (p.block_k - 1) / p.stage_k * p.stage_k : 0;
+    uint32_t last = 0;
+    while (p.r != 0 && last + p.stage_k < p.block_k) last += p.stage_k;
 #pragma unroll 1
     for (uint32_t begins = last;; begins -= p.stage_k) {
         const uint32_t columns = min(p.stage_k, p.block_k - begins);
@@ -240,7 +247,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
         start();
         load(ring[0]);
     }
-    uint32_t left = row_tiles * (p.block_k / (SMALL_DEPTH * p.k_groups));  // units
+    uint32_t left = row_tiles * over(p.block_k / SMALL_DEPTH, p.k_groups);  // units
     if (left > 1) load(ring[1]);
     if (p.r != 0) {
         __syncthreads();
@@ -297,7 +304,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
                 __syncthreads();
             }
             const uint32_t x0 = shared_address(shared + SMALL_PAIRS) + (thread_again() / 128 & (p.k_groups - 1)) * UNIT_BYTES;
-            const uint32_t units = min(p.stage_k, p.block_k - begins) / (SMALL_DEPTH * p.k_groups);
+            const uint32_t units = over(min(p.stage_k, p.block_k - begins) / SMALL_DEPTH, p.k_groups);
 #pragma unroll 1
             for (uint32_t unit = 0; unit < units; ++unit, --left) {
                 multiply_unit(ring[0], x0 + unit * p.k_groups * UNIT_BYTES);
@@ -320,15 +327,24 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
         // Of the block's groups of depth all but the first one put their sums down, and the first one adds them to its own.
         const uint32_t row_fragments = p.tile_rows / 16 * TILES;
         const uint32_t of_depth = group & (p.k_groups - 1);
-        const uint32_t of_warp = (group / p.k_groups * 4 + thread / 32 % 4) * (TILES * 32) + own;
-        if (of_depth > 0) put_sums<TILES>(p, shared, sums, (of_depth - 1) * row_fragments * 32 + of_warp, 0, 0);
-        if (p.k_groups > 1) __syncthreads();
-        if (of_depth == 0) put_sums<TILES>(p, shared, sums, of_warp, p.k_groups - 1, row_fragments * 32);
+        const uint32_t of_warp = (over(group, p.k_groups) * 4 + thread / 32 % 4) * TILES;
+#pragma unroll 1
+        for (uint32_t turn = p.k_groups > 1 ? 0 : 1; turn < 2; ++turn) {
+            if ((of_depth == 0) == (turn == 1)) {
+#pragma unroll 1
+                for (uint32_t other = 1; turn == 1 && other < p.k_groups; ++other) {
+                    put_sums<TILES, true>(p, shared, sums, (other - 1) * row_fragments + of_warp);
+                }
+                put_sums<TILES, false>(p, shared, sums, (max(of_depth, 1u) - 1) * row_fragments + of_warp);
+            }
+            if (turn == 0) __syncthreads();
+        }
         splits_sync(p.splits);
         if (p.r != 0) barrier_wait(gathered, 0);  // and who leaves sooner is written to
         // Each block writes some of the cluster's rows.
-        const uint32_t first = (block / p.splits * p.groups + tile) * p.tile_rows;
+        const uint32_t first = (over(block, p.splits) * p.groups + tile) * p.tile_rows;
         const uint32_t mine = (block & (p.splits - 1)) + p.splits * (thread / 32);
+#pragma unroll 1
         for (uint32_t i = mine; i < row_fragments; i += p.splits * SMALL_WARPS) {
             const uint32_t row = first + i / TILES * 16, token0 = i % TILES * 8;
             if (row >= p.n || token0 >= p.m) continue;
@@ -336,7 +352,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
             if (p.r != 0) load_small_b<T>(b, p, row, 0);
             const float4 total = small_total(shared_address(shared + small_sum(p, i * 32 + own)), p.splits);
             const auto h = [&](uint32_t rank_tile) {
-                const uint32_t slot = (i % TILES / p.splits * ((p.r + 15) / 16) + rank_tile) * p.splits;
+                const uint32_t slot = (over(i % TILES, p.splits) * ((p.r + 15) / 16) + rank_tile) * p.splits;
                 return add_fragments(reinterpret_cast<const float4*>(shared + p.received) + slot * 32 + own, p.splits, 1);
             };
             small_finish<T>(p, row, token0, total, b, h, i < TILES && tile == 0 && block < min(p.splits, TILES));
