@@ -51,35 +51,46 @@ __device__ __forceinline__ unsigned char* few_sum(uint32_t tile, uint32_t i) {
     return few_table() + small_gap(tile % 4 * SMALL_WARPS * 32 + i);
 }
 
-// A warp's sums of H, by its quarters of the units of this block's depth, to shared memory. `next`: the first one's.
+// Quarters of units of this block's depth of H that a warp takes at a time: every sixteenth from `quarter` on.
+template <bool WIDE>
+struct FewRanks {
+    static constexpr int COUNT = WIDE ? 2 : 4;
+    RankPiece<WIDE> pieces[COUNT];
+
+    __device__ __forceinline__ void load(const LinearSmall& p, uint32_t column0, uint32_t quarter, uint32_t tile) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            const uint32_t at = quarter + i * SMALL_WARPS;
+            pieces[i].load(p, column0 + at / 4 * SMALL_DEPTH, min(column0 + p.stage_k, p.k), at % 4, tile);
+        }
+    }
+};
+
+// A warp's sums of H to shared memory. `ranks`: loaded from quarter `warp` on.
 template <typename T, bool WIDE>
-__device__ __forceinline__ void few_ranks(const LinearSmall& p, uint32_t column0, RankPiece<WIDE> next) {
+__device__ __forceinline__ void few_ranks(const LinearSmall& p, uint32_t column0, FewRanks<WIDE>& ranks) {
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank_tiles = (p.r + 15) / 16;
-    const uint32_t pieces = (min(column0 + p.stage_k, p.block_k) - min(column0, p.block_k)) / (SMALL_DEPTH / 4);
-    uint32_t tile = 0, piece = warp;
+    const uint32_t quarters = (min(column0 + p.stage_k, p.block_k) - min(column0, p.block_k)) / (SMALL_DEPTH / 4);
+    uint32_t tile = 0, quarter = warp;
     float sums[1][4] = {};
 #pragma unroll 1
-    while (tile < rank_tiles) {
-        const RankPiece<WIDE> a = next;
-        const uint32_t column = column0 + piece / 4 * SMALL_DEPTH, quarter = piece % 4;
-        const bool inside = piece < pieces;
-        piece += SMALL_WARPS;
-        const bool whole = piece >= pieces;
-        if (whole) piece = warp;
-        if (!whole || tile + 1 < rank_tiles) {
-            next.load(p, column0 + piece / 4 * SMALL_DEPTH, piece % 4, tile + whole);
+    while (true) {
+#pragma unroll
+        for (int i = 0; i < FewRanks<WIDE>::COUNT; ++i, quarter += SMALL_WARPS) {
+            const uint32_t from = few_lane(p) + (column0 + quarter / 4 * SMALL_DEPTH) * 2;
+            const auto x = [&](int) { return load_few_piece(few_table(), from, quarter % 4); };
+            if (quarter < quarters) ranks.pieces[i].template multiply_by<T, 1>(x, sums);
         }
-        if (inside) {
-            const auto x = [&](int) { return load_few_piece(few_table(), few_lane(p) + column * 2, quarter); };
-            a.template multiply_by<T, 1>(x, sums);
+        if (quarter >= quarters) {
+            if (2 * (lane % 4) < p.m) {
+                float4* const to = reinterpret_cast<float4*>(small_shared + p.ranks) + (tile * SMALL_WARPS + warp) * 32;
+                to[lane] = make_float4(sums[0][0], sums[0][1], sums[0][2], sums[0][3]);
+            }
+            sums[0][0] = sums[0][1] = sums[0][2] = sums[0][3] = 0.0f;
+            quarter = warp;
+            if (++tile >= rank_tiles) break;
         }
-        if (!whole) continue;
-        if (2 * (lane % 4) < p.m) {
-            float4* const to = reinterpret_cast<float4*>(small_shared + p.ranks) + (tile * SMALL_WARPS + warp) * 32 + lane;
-            *to = make_float4(sums[0][0], sums[0][1], sums[0][2], sums[0][3]);
-        }
-        sums[0][0] = sums[0][1] = sums[0][2] = sums[0][3] = 0.0f;
-        ++tile;
+        ranks.load(p, column0, quarter, tile);
     }
 }
 
@@ -153,19 +164,19 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
     SmallUnit<NESTED> units[2], next_units[2];
     if (left > 0) load(units);
     if (left > 1) load(next_units);
-    RankPiece<false> ranks;
-    if (p.r != 0 && !p.wide) ranks.load(p, rank_column0 + warp / 4 * SMALL_DEPTH, warp % 4, 0);
+    const NestedScales<NESTED> nested(p.quant);
+    FewRanks<false> ranks;
+    if (p.r != 0 && !p.wide) ranks.load(p, rank_column0, warp, 0);
     fill_pairs<SMALL_THREADS>(table, p.quant);
-    if (NESTED && threadIdx.x == 0) offset = nested_offset<NESTED>(p.quant);
-    if (NESTED && threadIdx.x < 256) tables.nested_code[threadIdx.x] = __ldg(p.quant.nested_code + threadIdx.x);
+    nested.put(tables, offset);
     wait_copies(0);
     __syncthreads();
     if (p.r != 0) {
         if (!p.wide) {
             few_ranks<T, false>(p, rank_column0, ranks);
         } else {
-            RankPiece<true> wide;
-            wide.load(p, rank_column0 + warp / 4 * SMALL_DEPTH, warp % 4, 0);
+            FewRanks<true> wide;
+            wide.load(p, rank_column0, warp, 0);
             few_ranks<T, true>(p, rank_column0, wide);
         }
         __syncwarp();

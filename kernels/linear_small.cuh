@@ -73,7 +73,7 @@ __device__ __forceinline__ void add_ranks(const LinearSmall& p, unsigned char* s
     const auto load = [&](uint32_t quarter) {
 #pragma unroll
         for (int i = 0; i < TOGETHER; ++i) {
-            next[i].load(p, column0 + quarter / 4 * SMALL_DEPTH, quarter % 4 + i, rank_tile);
+            next[i].load(p, column0 + quarter / 4 * SMALL_DEPTH, p.k, quarter % 4 + i, rank_tile);
         }
     };
     const uint32_t end = columns / (SMALL_DEPTH / 4);
@@ -217,9 +217,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
             next_row += p.tile_rows;
         }
     };
-    if (NESTED && threadIdx.x == 0) offset = nested_offset<NESTED>(p.quant);
-    if (NESTED && threadIdx.x < 256) tables.nested_code[threadIdx.x] = __ldg(p.quant.nested_code + threadIdx.x);
-
+    const NestedScales<NESTED> nested(p.quant);
     SmallUnit<NESTED> ring[2];
     if (TILES < 8 && p.r == 0) {  // else later, as registers allow
         start();
@@ -233,6 +231,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
     for (uint32_t begins = last;; begins -= p.stage_k) {
         const uint32_t columns = min(p.stage_k, p.block_k - begins);
         load_boxes<TILES, 2>(p, shared + SMALL_PAIRS, column0 + begins, columns);
+        if (begins == last) nested.put(tables, offset);
         fence_async();
         __syncthreads();
         if (p.wide) {

@@ -23,14 +23,16 @@ struct RankPiece {
     static constexpr int LOADS = WIDE ? 2 : 1;
     uint4 raw[2][LOADS];
 
-    __device__ __forceinline__ void load(const LinearSmall& p, uint32_t column0, uint32_t piece, uint32_t tile) {
+    // Zeros from column `end` on.
+    __device__ __forceinline__ void load(const LinearSmall& p, uint32_t column0, uint32_t end, uint32_t piece,
+                                         uint32_t tile) {
         const uint32_t lane = thread_again() % 32;
         const uint32_t column = column0 + 32 * (lane % 4) + 8 * piece;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const uint32_t row = tile * 16 + lane / 4 + 8 * half;
             const uint4* const from = static_cast<const uint4*>(p.lora_a) + (row * p.k + column) / 8 * LOADS;
-            const bool inside = row < p.r && column < p.k;
+            const bool inside = row < p.r && column < end;
 #pragma unroll
             for (int i = 0; i < LOADS; ++i) raw[half][i] = inside ? __ldg(from + i) : make_uint4(0, 0, 0, 0);
         }

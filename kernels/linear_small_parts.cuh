@@ -172,6 +172,21 @@ __device__ __forceinline__ void fill_pairs(unsigned char* pairs, const Quant4bit
     }
 }
 
+// What absmax of all blocks are computed by, on its way to shared memory: it is not waited for before it is put there.
+template <bool NESTED>
+struct NestedScales {
+    float code = 0.0f, offset = 0.0f;
+    __device__ __forceinline__ explicit NestedScales(const Quant4bit& quant) {
+        if (NESTED && threadIdx.x < 256) code = __ldg(quant.nested_code + threadIdx.x);
+        if (threadIdx.x == 0) offset = nested_offset<NESTED>(quant);
+    }
+    __device__ __forceinline__ void put(Tables<NESTED>& tables, float& to) const {
+        const uint32_t thread = thread_again();
+        if (NESTED && thread < 256) tables.nested_code[thread] = code;
+        if (NESTED && thread == 0) to = offset;
+    }
+};
+
 // What a lane loads of a unit, sixteen rows: of rows lane / 4 + 8i.
 template <bool NESTED>
 struct SmallUnit {

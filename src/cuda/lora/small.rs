@@ -179,8 +179,8 @@ impl Sizes {
         let ranks = self.rank_tiles() * WARPS * FRAGMENT;
         let before = sums + ranks + self.rank_tiles() * splits * FRAGMENT;
         let shared = FEW_TABLE - RESERVED + PAIRS + 2 * self.m * block_k;
-        let fits = before + STATIC + RESERVED <= FEW_TABLE
-            && shared + STATIC <= u64::from(device.shared);
+        let fits =
+            before + STATIC + RESERVED <= FEW_TABLE && shared + STATIC <= u64::from(device.shared);
         fits.then_some(Placed {
             tile_rows: TILE_ROWS,
             block_k,
