@@ -121,7 +121,16 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
     const uint32_t rank_tiles = (p.r + 15) / 16, rank = blockIdx.x & (p.splits - 1), rank_column0 = rank * p.stage_k;
     const uint32_t tiles = max((rows + 15) / 16, 1u);  // one that fills a cluster shares H's depth, too
 
+    // Two row tiles from `tile` on, to L2.
+    const auto prefetch_tiles = [&](uint32_t tile) {
+        if (threadIdx.x + 1 < SMALL_THREADS || tile * 16 >= rows) return;
+        const uint64_t row_bytes = p.k / 2;
+        prefetch_bulk(p.quant.packed + (row0 + tile * 16) * row_bytes, min(rows - tile * 16, 32u) * p.k / 2);
+    };
+
     // To L2, whoever wrote it: nothing of this depends on the kernel before.
+    prefetch_tiles(0);
+    prefetch_absmax<NESTED>(p, row0, rows, 0, p.k, SMALL_THREADS);
     if (p.r != 0) {
         const uint32_t size = p.wide ? 4 : 2, column0 = min(rank_column0, p.k);
         prefetch_rows(static_cast<const unsigned char*>(p.lora_a) + static_cast<uint64_t>(column0) * size, p.r,
@@ -160,13 +169,14 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
     };
     load_few_x(p, table + SMALL_PAIRS, p.block_k);
     commit_copies();
-    uint32_t left = (tiles + 1) / 2 * steps;  // units of two row tiles
-    SmallUnit<NESTED> units[2], next_units[2];
-    if (left > 0) load(units);
-    if (left > 1) load(next_units);
-    const NestedScales<NESTED> nested(p.quant);
     FewRanks<false> ranks;
     if (p.r != 0 && !p.wide) ranks.load(p, rank_column0, warp, 0);
+    uint32_t left = (tiles + 1) / 2 * steps;  // units of two row tiles
+    SmallUnit<NESTED> ring[2][2];
+    if (left > 0) load(ring[0]);
+    if (left > 1) load(ring[1]);
+    prefetch_tiles(2);
+    const NestedScales<NESTED> nested(p.quant);
     fill_pairs<SMALL_THREADS>(table, p.quant);
     nested.put(tables, offset);
     wait_copies(0);
@@ -196,7 +206,7 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
     float sums[2][4] = {};
 
     // `from`: this lane's columns of x. There may be no second row tile.
-    const auto multiply_units = [&](uint32_t from) {
+    const auto multiply_units = [&](const SmallUnit<NESTED> (&units)[2], uint32_t from) {
         float scales[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) scales[i] = units[i / 2].absmax[i % 2].value(tables, offset);
@@ -224,28 +234,33 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
         }
     };
 
-    // A warp without a part of the depth has sums, too.
+    const auto next = [&](SmallUnit<NESTED> (&units)[2]) {
+        multiply_units(units, x + step * (SMALL_WARPS * SMALL_DEPTH * 2));
+        if (left > 2) load(units);
+        --left;
+    };
+    uint32_t turn = 0;  // which of the ring is next
 #pragma unroll 1
     while (tile < tiles) {
-        if (steps > 0) multiply_units(x + step * (SMALL_WARPS * SMALL_DEPTH * 2));
-        const bool whole = step + 1 >= steps;
-        if (whole) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                float(&of)[4] = sums[i];
-                *reinterpret_cast<float4*>(few_sum(tile + i, warp * 32 + lane)) = make_float4(of[0], of[1], of[2], of[3]);
-                of[0] = of[1] = of[2] = of[3] = 0.0f;
+        if (steps > 0) {  // a warp without a part of the depth has sums, too
+            if (turn == 0) {
+                next(ring[0]);
+            } else {
+                next(ring[1]);
             }
+            turn ^= 1;
+            if (++step < steps) continue;
+            step = 0;
         }
+        prefetch_tiles(tile + 4);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) units[i] = next_units[i];
-        if (left > 2) load(next_units);
-        --left;
-        ++step;
-        if (!whole) continue;
-        step = 0;
+        for (int i = 0; i < 2; ++i) {
+            float(&of)[4] = sums[i];
+            *reinterpret_cast<float4*>(few_sum(tile + i, warp * 32 + lane)) = make_float4(of[0], of[1], of[2], of[3]);
+            of[0] = of[1] = of[2] = of[3] = 0.0f;
+        }
         // The sums over the warps, which take the tiles in turn.
-        const uint32_t mine = tile + (warp - tile - 2) % SMALL_WARPS;
+        const uint32_t mine = tile + (warp - tile) % SMALL_WARPS;
         tile += 2;
         __syncthreads();
         if (mine >= min(tile, tiles)) continue;
@@ -261,17 +276,13 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
 #pragma unroll 1
     for (uint32_t mine = thread_again() / 32; mine < tiles; mine += SMALL_WARPS) {
         const uint32_t row = (block_again() * p.groups + mine) * 16;
-        Fragments b[2];
-        if (p.r != 0) {
-            load_small_b<T>(b, p, row, 0);
-            barrier_wait(gathered, 0);  // and who leaves sooner is written to
-        }
-        const float4 total = reinterpret_cast<const float4*>(small_shared + p.sums)[mine * 32 + own];
+        const auto total = [&] { return reinterpret_cast<const float4*>(small_shared + p.sums)[mine * 32 + own]; };
         const auto h = [&](uint32_t rank_tile) {
+            barrier_wait(gathered, 0);  // and who leaves sooner is written to
             const float4* const from = reinterpret_cast<const float4*>(small_shared + p.received);
             return add_fragments(from + rank_tile * p.splits * 32 + own, p.splits, 1);
         };
-        small_finish<T>(p, row, 0, total, b, h, block_again() + mine == 0);
+        small_finish<T>(p, row, 0, total, h, block_again() + mine == 0);
     }
 }
 

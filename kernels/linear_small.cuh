@@ -65,48 +65,36 @@ __device__ __forceinline__ void add_ranks(const LinearSmall& p, unsigned char* s
     const uint32_t thread = thread_again(), lane = thread % 32, rank_tiles = (p.r + 15) / 16, slots = small_slots(p);
     const uint32_t slot = thread / 64 & (slots - 1), rank_tile = over(thread / 64, slots), first = thread / 32 % 2 * SOME;
     if (rank_tile >= rank_tiles) return;
-    float sums[SOME][4] = {};
-    // Halves of units, the next one's values under way while one is multiplied; as registers allow.
-    constexpr int TOGETHER = WIDE ? 1 : 2;
-    constexpr bool AHEAD = !WIDE && TILES < 8;
-    RankPiece<WIDE> next[TOGETHER];
-    const auto load = [&](uint32_t quarter) {
+    float4* const gap = reinterpret_cast<float4*>(shared + small_gap(((slot * rank_tiles + rank_tile) * TILES + first) * 32 + lane));
+    const uint32_t x0 = shared_address(shared + SMALL_PAIRS) + first * 1024, end = columns / (SMALL_DEPTH / 4);
+    constexpr int TOGETHER = WIDE ? 1 : 2;  // quarters of a unit, as registers allow
+    if (first_stage) {
 #pragma unroll
-        for (int i = 0; i < TOGETHER; ++i) {
-            next[i].load(p, column0 + quarter / 4 * SMALL_DEPTH, p.k, quarter % 4 + i, rank_tile);
-        }
-    };
-    const uint32_t end = columns / (SMALL_DEPTH / 4);
-    uint32_t quarter = 2 * slot;
-    if (AHEAD && quarter < end) load(quarter);
+        for (int t = 0; t < SOME; ++t) gap[t * 64] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
 #pragma unroll 1
-    while (quarter < end) {
-        if (!AHEAD) load(quarter);
+    for (uint32_t quarter = 2 * slot; quarter < end;) {
         RankPiece<WIDE> a[TOGETHER];
 #pragma unroll
-        for (int i = 0; i < TOGETHER; ++i) a[i] = next[i];
-        const uint32_t now = quarter;
+        for (int i = 0; i < TOGETHER; ++i) {
+            a[i].load(p, column0 + quarter / 4 * SMALL_DEPTH, p.k, quarter % 4 + i, rank_tile);
+        }
+#pragma unroll 1
+        for (int t = 0; t < SOME; ++t) {
+            float4& there = gap[t * 64];
+            const float4 before = there;
+            float sums[1][4] = {{before.x, before.y, before.z, before.w}};
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i) {
+                const uint32_t x = x0 + (quarter + i) / 2 * BOX + t * 1024;
+                const uint32_t row = small_box(lane % 8, (quarter + i) % 2 * 4 + lane / 8);
+                const auto of_token_tile = [&](int) { return load_matrices_at<false>(x + row); };
+                a[i].template multiply_by<T, 1>(of_token_tile, sums);
+            }
+            there = make_float4(sums[0][0], sums[0][1], sums[0][2], sums[0][3]);
+        }
         quarter += TOGETHER;
         if (quarter % 2 == 0) quarter += 2 * (slots - 1);
-        if (AHEAD && quarter < end) load(quarter);
-#pragma unroll
-        for (int i = 0; i < TOGETHER; ++i) {
-            const uint32_t x = shared_address(shared + SMALL_PAIRS) + (now + i) / 2 * BOX + first * 1024;
-            const uint32_t row = small_box(lane % 8, (now + i) % 2 * 4 + lane / 8);
-            const auto of_token_tile = [&](int t) { return load_matrices_at<false>(x + t * 1024 + row); };
-            a[i].template multiply_by<T, SOME>(of_token_tile, sums);
-        }
-    }
-#pragma unroll
-    for (int t = 0; t < SOME; ++t) {
-        const uint32_t to = ((slot * rank_tiles + rank_tile) * TILES + first + t) * 32 + lane;
-        float4& sum = *reinterpret_cast<float4*>(shared + small_gap(to));
-        const float4 now = make_float4(sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
-        if (first_stage) {
-            sum = now;
-        } else {
-            add(sum, now);
-        }
     }
 }
 
@@ -124,10 +112,13 @@ __device__ __forceinline__ void send_ranks(const LinearSmall& p, unsigned char* 
             add(total, *reinterpret_cast<const float4*>(shared + small_gap(from * 32 + lane)));
         }
         const uint32_t tile = i % TILES, rank_tile = i / TILES;
-        const uint32_t slot = (over(tile, p.splits) * (fragments / TILES) + rank_tile) * p.splits + rank;
-        const uint32_t to = shared_address(shared + p.received) + (slot * 32 + lane) * 16;
+        const uint32_t slot = (over_splits(p, tile) * (fragments / TILES) + rank_tile) * p.splits + rank;
+        unsigned char* const to = shared + p.received + (slot * 32 + lane) * 16;
+        if (p.splits == 1) *reinterpret_cast<float4*>(to) = total;  // no cluster, no sending
 #pragma unroll 1
-        for (uint32_t other = tile & (p.splits - 1); other < p.splits; other += TILES) send_shared(to, other, gathered, total);
+        for (uint32_t other = tile & (p.splits - 1); p.splits > 1 && other < p.splits; other += TILES) {
+            send_shared(shared_address(to), other, gathered, total);
+        }
     }
 }
 
@@ -163,7 +154,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
     const uint32_t gathered = shared_address(&barrier), rank_tiles = (p.r + 15) / 16;
 
     const uint32_t rank = blockIdx.x & (p.splits - 1), column0 = rank * p.block_k;
-    const uint32_t row0 = over(blockIdx.x, p.splits) * p.groups * p.tile_rows;
+    const uint32_t row0 = over_splits(p, blockIdx.x) * p.groups * p.tile_rows;
     const uint32_t rows = min(p.groups * p.tile_rows, p.n - row0), row_tiles = over(rows + p.tile_rows - 1, p.tile_rows);
 
     // To L2, whoever wrote it: nothing of this depends on the kernel before.
@@ -171,14 +162,14 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
     prefetch_rows(p.quant.packed + (static_cast<uint64_t>(row0) * p.k + column0) / 2, rows, columns / 2, p.k / 2,
                   SMALL_THREADS);
     prefetch_absmax<NESTED>(p, row0, rows, column0, columns, SMALL_THREADS);
-    prefetch_rows(static_cast<const unsigned char*>(p.x) + static_cast<uint64_t>(column0) * 2, p.m, columns * 2,
-                  static_cast<uint64_t>(p.k) * 2, SMALL_THREADS);
     if (p.r != 0) {
         const uint32_t size = p.wide ? 4 : 2;
         prefetch_rows(static_cast<const unsigned char*>(p.lora_a) + static_cast<uint64_t>(column0) * size, p.r,
                       columns * size, static_cast<uint64_t>(p.k) * size, SMALL_THREADS);
         prefetch(static_cast<const unsigned char*>(p.lora_b) + static_cast<uint64_t>(row0) * p.r * size,
                  rows * p.r * size, rank * SMALL_THREADS + threadIdx.x, p.splits * SMALL_THREADS);
+    }
+    if (p.r != 0 && p.splits > 1) {
         if (threadIdx.x == 0) {
             barrier_init(gathered, 1);
             barriers_visible();
@@ -193,15 +184,14 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
     const uint32_t row_chunks = p.k / 32;
     const AbsmaxFrom<NESTED> blocks(p.quant, 0);
     // Of the unit that is loaded next: its row and this lane's sixteen bytes of it.
-    uint32_t next_row, next_chunk, chunks_end;
+    uint32_t next_row, next_chunk;
     const auto start = [&] {
         const uint32_t thread = thread_again(), block = block_again(), quad = thread % 4;
-        const uint32_t k_group = thread / 128 & (p.k_groups - 1), row_group = over(thread / 128, p.k_groups);
+        const uint32_t k_group = thread / 128 & (p.k_groups - 1), row_group = over_k_groups(p, thread / 128);
         const uint32_t first = (block & (p.splits - 1)) * p.block_k / 32;
-        next_row = over(block, p.splits) * p.groups * p.tile_rows + row_group * 64;
+        next_row = over_splits(p, block) * p.groups * p.tile_rows + row_group * 64;
         next_row += thread / 32 % 4 * 16 + thread % 32 / 4;
         next_chunk = first + k_group * (SMALL_DEPTH / 32) + quad;
-        chunks_end = first + p.block_k / 32;
     };
     const auto load = [&](SmallUnit<NESTED>& unit) {
         const uint32_t chunk = min(next_chunk, row_chunks - 1);
@@ -212,47 +202,22 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
             unit.absmax[half].load(blocks, at >> (p.quant.block_shift - 5));
         }
         next_chunk += p.k_groups * (SMALL_DEPTH / 32);
-        if (next_chunk >= chunks_end) {
+        if (next_chunk >= ((block_again() & (p.splits - 1)) + 1) * p.block_k / 32) {
             next_chunk -= p.block_k / 32;
             next_row += p.tile_rows;
         }
     };
     const NestedScales<NESTED> nested(p.quant);
+    uint32_t left = row_tiles * over_k_groups(p, p.block_k / SMALL_DEPTH);  // units
     SmallUnit<NESTED> ring[2];
-    if (TILES < 8 && p.r == 0) {  // else later, as registers allow
-        start();
-        load(ring[0]);
-    }
-
-    // H by all stages, the first one last: it stays.
-    uint32_t last = 0;
-    while (p.r != 0 && last + p.stage_k < p.block_k) last += p.stage_k;
-#pragma unroll 1
-    for (uint32_t begins = last;; begins -= p.stage_k) {
-        const uint32_t columns = min(p.stage_k, p.block_k - begins);
-        load_boxes<TILES, 2>(p, shared + SMALL_PAIRS, column0 + begins, columns);
-        if (begins == last) nested.put(tables, offset);
-        fence_async();
-        __syncthreads();
-        if (p.wide) {
-            add_ranks<T, TILES, true>(p, shared, column0 + begins, columns, begins == last);
-        } else if (p.r != 0) {
-            add_ranks<T, TILES, false>(p, shared, column0 + begins, columns, begins == last);
-        }
-        if (begins == 0) break;
-        __syncthreads();
-    }
-    if (TILES == 8 || p.r != 0) {
-        start();
-        load(ring[0]);
-    }
-    uint32_t left = row_tiles * over(p.block_k / SMALL_DEPTH, p.k_groups);  // units
+    start();
+    if (TILES < 8) load(ring[0]);  // else later, as registers allow
+    load_boxes<TILES, 2>(p, shared + SMALL_PAIRS, column0, min(p.stage_k, p.block_k));
+    nested.put(tables, offset);
+    fence_async();
+    if (TILES == 8) load(ring[0]);
     if (left > 1) load(ring[1]);
-    if (p.r != 0) {
-        __syncthreads();
-        cluster_wait();  // the others are there
-        send_ranks<TILES>(p, shared, gathered);
-    }
+    __syncthreads();
 
     const uint32_t pairs = shared_address(shared), copy = thread_again() % SMALL_COPIES * sizeof(float2);
     const auto pair = [&](uint32_t word, int byte, float scale) {
@@ -295,18 +260,31 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
         for (int i = 0; i < 4 * TILES; ++i) sums[i] = 0.0f;
 #pragma unroll 1
         for (uint32_t begins = 0; begins < p.block_k; begins += p.stage_k) {
-            if (p.stage_k < p.block_k && begins + tile > 0) {
-                const uint32_t column0 = (block_again() & (p.splits - 1)) * p.block_k;
+            const uint32_t columns = min(p.stage_k, p.block_k - begins);
+            const uint32_t column0 = (block_again() & (p.splits - 1)) * p.block_k + begins;
+            if (begins + tile > 0 && p.stage_k < p.block_k) {
                 __syncthreads();  // all have read what was there
-                load_boxes<TILES, 1>(p, shared + SMALL_PAIRS, column0 + begins, min(p.stage_k, p.block_k - begins));
+                load_boxes<TILES, 1>(p, shared + SMALL_PAIRS, column0, columns);
                 fence_async();
                 __syncthreads();
             }
-            const uint32_t x0 = shared_address(shared + SMALL_PAIRS) + (thread_again() / 128 & (p.k_groups - 1)) * UNIT_BYTES;
-            const uint32_t units = over(min(p.stage_k, p.block_k - begins) / SMALL_DEPTH, p.k_groups);
+            if (tile == 0 && p.r != 0) {
+                if (p.wide) {
+                    add_ranks<T, TILES, true>(p, shared, column0, columns, begins == 0);
+                } else {
+                    add_ranks<T, TILES, false>(p, shared, column0, columns, begins == 0);
+                }
+                if (begins + p.stage_k >= p.block_k) {
+                    __syncthreads();
+                    if (p.splits > 1) cluster_wait();  // the others are there
+                    send_ranks<TILES>(p, shared, gathered);
+                }
+            }
+            uint32_t x = shared_address(shared + SMALL_PAIRS) + (thread_again() / 128 & (p.k_groups - 1)) * UNIT_BYTES;
+            const uint32_t end = x + columns / SMALL_DEPTH * UNIT_BYTES;
 #pragma unroll 1
-            for (uint32_t unit = 0; unit < units; ++unit, --left) {
-                multiply_unit(ring[0], x0 + unit * p.k_groups * UNIT_BYTES);
+            for (; x < end; x += p.k_groups * UNIT_BYTES, --left) {
+                multiply_unit(ring[0], x);
                 ring[0] = ring[1];
                 if (left > 2) load(ring[1]);
             }
@@ -326,7 +304,7 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
         // Of the block's groups of depth all but the first one put their sums down, and the first one adds them to its own.
         const uint32_t row_fragments = p.tile_rows / 16 * TILES;
         const uint32_t of_depth = group & (p.k_groups - 1);
-        const uint32_t of_warp = (over(group, p.k_groups) * 4 + thread / 32 % 4) * TILES;
+        const uint32_t of_warp = (over_k_groups(p, group) * 4 + thread / 32 % 4) * TILES;
 #pragma unroll 1
         for (uint32_t turn = p.k_groups > 1 ? 0 : 1; turn < 2; ++turn) {
             if ((of_depth == 0) == (turn == 1)) {
@@ -339,22 +317,20 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
             if (turn == 0) __syncthreads();
         }
         splits_sync(p.splits);
-        if (p.r != 0) barrier_wait(gathered, 0);  // and who leaves sooner is written to
+        if (p.r != 0 && p.splits > 1) barrier_wait(gathered, 0);  // and who leaves sooner is written to
         // Each block writes some of the cluster's rows.
-        const uint32_t first = (over(block, p.splits) * p.groups + tile) * p.tile_rows;
+        const uint32_t first = (over_splits(p, block) * p.groups + tile) * p.tile_rows;
         const uint32_t mine = (block & (p.splits - 1)) + p.splits * (thread / 32);
 #pragma unroll 1
         for (uint32_t i = mine; i < row_fragments; i += p.splits * SMALL_WARPS) {
             const uint32_t row = first + i / TILES * 16, token0 = i % TILES * 8;
             if (row >= p.n || token0 >= p.m) continue;
-            Fragments b[2];
-            if (p.r != 0) load_small_b<T>(b, p, row, 0);
-            const float4 total = small_total(shared_address(shared + small_sum(p, i * 32 + own)), p.splits);
+            const auto total = [&] { return small_total(shared_address(shared + small_sum(p, i * 32 + own)), p.splits); };
             const auto h = [&](uint32_t rank_tile) {
-                const uint32_t slot = (over(i % TILES, p.splits) * ((p.r + 15) / 16) + rank_tile) * p.splits;
+                const uint32_t slot = (over_splits(p, i % TILES) * ((p.r + 15) / 16) + rank_tile) * p.splits;
                 return add_fragments(reinterpret_cast<const float4*>(shared + p.received) + slot * 32 + own, p.splits, 1);
             };
-            small_finish<T>(p, row, token0, total, b, h, i < TILES && tile == 0 && block < min(p.splits, TILES));
+            small_finish<T>(p, row, token0, total, h, i < TILES && tile == 0 && block < min(p.splits, TILES));
         }
         __syncwarp();
         if (p.splits > 1) cluster_arrive();

@@ -17,11 +17,11 @@ __device__ __forceinline__ void split_parts(uint32_t (&parts)[COUNT], float firs
 }
 
 // What a lane has of sixteen ranks by a quarter of a unit: of rows lane / 4 and lane / 4 + 8 the eight columns from
-// 32(lane % 4) + 8 * piece on. WIDE: the adapter is f32.
+// 32(lane % 4) + 8 * piece on. WIDE: the adapter is f32, and its values are loaded as they are multiplied.
 template <bool WIDE>
 struct RankPiece {
-    static constexpr int LOADS = WIDE ? 2 : 1;
-    uint4 raw[2][LOADS];
+    uint4 raw[2];
+    const uint4* from[2];  // null: zeros
 
     // Zeros from column `end` on.
     __device__ __forceinline__ void load(const LinearSmall& p, uint32_t column0, uint32_t end, uint32_t piece,
@@ -31,10 +31,13 @@ struct RankPiece {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const uint32_t row = tile * 16 + lane / 4 + 8 * half;
-            const uint4* const from = static_cast<const uint4*>(p.lora_a) + (row * p.k + column) / 8 * LOADS;
             const bool inside = row < p.r && column < end;
-#pragma unroll
-            for (int i = 0; i < LOADS; ++i) raw[half][i] = inside ? __ldg(from + i) : make_uint4(0, 0, 0, 0);
+            from[half] = static_cast<const uint4*>(p.lora_a) + (row * p.k + column) / (WIDE ? 4 : 8);
+            if constexpr (WIDE) {
+                if (!inside) from[half] = nullptr;
+            } else {
+                raw[half] = inside ? __ldg(from[half]) : make_uint4(0, 0, 0, 0);
+            }
         }
     }
 
@@ -42,9 +45,8 @@ struct RankPiece {
     template <typename T, int TILES, typename X>
     __device__ __forceinline__ void multiply_by(const X& x, float (&sums)[TILES][4]) const {
         if constexpr (!WIDE) {
-            const uint4 first = raw[0][0], second = raw[1][0];
-            const Fragments low = {{first.x, second.x, first.y, second.y}};
-            const Fragments high = {{first.z, second.z, first.w, second.w}};
+            const Fragments low = {{raw[0].x, raw[1].x, raw[0].y, raw[1].y}};
+            const Fragments high = {{raw[0].z, raw[1].z, raw[0].w, raw[1].w}};
 #pragma unroll
             for (int t = 0; t < TILES; ++t) {
                 const Fragments b = x(t);
@@ -52,12 +54,12 @@ struct RankPiece {
                 multiply<T>(sums[t], high, b.part[2], b.part[3]);
             }
         } else {
-#pragma unroll
+#pragma unroll 1
             for (int step = 0; step < 2; ++step) {
                 uint32_t parts[2][2][3];  // of two rows, two pairs
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    const uint4 four = raw[half][step];
+                    const uint4 four = from[half] != nullptr ? __ldg(from[half] + step) : make_uint4(0, 0, 0, 0);
                     split_parts<T>(parts[half][0], __uint_as_float(four.x), __uint_as_float(four.y));
                     split_parts<T>(parts[half][1], __uint_as_float(four.z), __uint_as_float(four.w));
                 }
@@ -65,12 +67,13 @@ struct RankPiece {
 #pragma unroll
                 for (int t = 0; t < TILES; ++t) {
                     const Fragments both = x(t);
+                    const uint32_t b0 = step ? both.part[2] : both.part[0], b1 = step ? both.part[3] : both.part[1];
                     float few[4] = {};
 #pragma unroll
                     for (int i = 2; i >= 0; --i) {
                         const Fragments a = {{parts[0][0][i], parts[1][0][i], parts[0][1][i], parts[1][1][i]}};
                         float now[4] = {};
-                        multiply<T>(now, a, both.part[2 * step], both.part[2 * step + 1]);
+                        multiply<T>(now, a, b0, b1);
 #pragma unroll
                         for (int j = 0; j < 4; ++j) few[j] = few[j] * (1.0f / PART_SCALE<T>) + now[j];
                     }
@@ -85,7 +88,7 @@ struct RankPiece {
 // A lane's sums of `count` fragments, `stride` apart, in their order.
 __device__ __forceinline__ float4 add_fragments(const float4* from, uint32_t count, uint32_t stride) {
     float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 8
+#pragma unroll 4
     for (uint32_t i = 0; i < count; ++i, from += stride * 32) add(total, *from);
     return total;
 }
@@ -159,18 +162,25 @@ __device__ __forceinline__ void load_small_b(Fragments (&found)[2], const Linear
     }
 }
 
-// A fragment of y: its sums, the LoRA term (`b`: of its rows and the first sixteen ranks; `ranks(tile)`: a lane's sums of
-// H) and the biases. `writes`: H, too.
-template <typename T, typename Ranks>
-__device__ __forceinline__ void small_finish(const LinearSmall& p, uint32_t row, uint32_t token0, const float4& sums,
-                                             Fragments (&b)[2], const Ranks& ranks, bool writes) {
+// A fragment of y: a lane's sums that `sums()` brings, the LoRA term by its sums of H that `ranks(tile)` brings, and the
+// biases. `writes`: H, too.
+template <typename T, typename Sums, typename Ranks>
+__device__ __forceinline__ void small_finish(const LinearSmall& p, uint32_t row, uint32_t token0, const Sums& sums,
+                                             const Ranks& ranks, bool writes) {
     const uint32_t lane = thread_again() % 32, quad = lane % 4;
-    float out[4] = {sums.x, sums.y, sums.z, sums.w};
+    float out[4];
 #pragma unroll 1
-    for (uint32_t tile = 0; tile * 16 < p.r; ++tile) {
+    for (uint32_t tile = 0;; ++tile) {
+        const bool more = tile * 16 < p.r;
+        Fragments b[2];  // under way while sums come
+        if (more) load_small_b<T>(b, p, row, tile * 16);
+        if (tile == 0) {
+            const float4 found = sums();
+            out[0] = found.x, out[1] = found.y, out[2] = found.z, out[3] = found.w;
+        }
+        if (!more) break;
         uint32_t h[3][2];
         small_h<T>(p, ranks(tile), tile, token0, writes, h);
-        if (tile > 0) load_small_b<T>(b, p, row, tile * 16);
         if (p.wide) {
             float lower[4] = {};
             multiply<T>(lower, b[1], h[0][0], h[0][1]);

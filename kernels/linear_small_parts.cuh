@@ -41,7 +41,7 @@ struct LinearSmall {
     uint32_t sums;      // those that find no room in the table's gaps; with few tokens those that wait for H
     uint32_t ranks;     // sums of H, a warp's each, with few tokens
     uint32_t received;  // sums of H, a block's each
-    uint32_t reserved;
+    uint32_t shifts;    // log2 of `splits`, and 256 times that of `k_groups`
 };
 static_assert(sizeof(LinearSmall) == 192, "src/cuda/lora/small.rs lays it out alike");
 
@@ -99,8 +99,10 @@ __device__ __forceinline__ void splits_sync(uint32_t splits) {
     cluster_wait();
 }
 
-// a / power of two, which a division takes some twenty instructions for.
+// a / power of two, which a division takes some twenty instructions for; and by those that the host knows of.
 __device__ __forceinline__ uint32_t over(uint32_t a, uint32_t power) { return a >> (31 - __clz(power)); }
+__device__ __forceinline__ uint32_t over_splits(const LinearSmall& p, uint32_t a) { return a >> (p.shifts & 0xFF); }
+__device__ __forceinline__ uint32_t over_k_groups(const LinearSmall& p, uint32_t a) { return a >> (p.shifts >> 8); }
 
 // Asked for again, so that what follows from them need not be kept in registers until here.
 __device__ __forceinline__ uint32_t thread_again() {
@@ -134,12 +136,19 @@ __device__ __forceinline__ void prefetch(const void* from, uint32_t bytes, uint3
     }
 }
 
-// The same for `rows` rows of `bytes`, `stride` apart: eight threads for one.
+// The same at one instruction for all of them, a multiple of sixteen from an address that is one.
+__device__ __forceinline__ void prefetch_bulk(const void* from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+// The same for `rows` rows of `bytes`, `stride` apart.
 __device__ __forceinline__ void prefetch_rows(const void* from, uint32_t rows, uint32_t bytes, uint64_t stride,
                                               uint32_t threads) {
+    // Threads of a warp take turns: so those of all warps do.
+    const uint32_t warps = threads / 32, first = threadIdx.x % 32 * warps + threadIdx.x / 32;
 #pragma unroll 1
-    for (uint32_t row = threadIdx.x / 8; row < rows; row += threads / 8) {
-        prefetch(static_cast<const unsigned char*>(from) + row * stride, bytes, threadIdx.x % 8, 8);
+    for (uint32_t row = first; row < rows && bytes > 0; row += threads) {
+        prefetch_bulk(static_cast<const unsigned char*>(from) + row * stride, bytes);
     }
 }
 
@@ -163,7 +172,7 @@ __device__ __forceinline__ void fill_pairs(unsigned char* pairs, const Quant4bit
     constexpr int CHUNKS = SMALL_COPIES / 2, BYTES = THREADS / CHUNKS;  // written at a time
     static_assert(THREADS % CHUNKS == 0 && BYTES % 16 == 0, "a thread's bytes have one low half");
     const int first = threadIdx.x / CHUNKS, copy = threadIdx.x % CHUNKS;
-    const float value = CODEBOOKS[quant.fp4][threadIdx.x % 16];
+    const float value = codebook_value(threadIdx.x % 16, quant.fp4 != 0);
     const float low = __shfl_sync(0xFFFFFFFFu, value, first % 16);
 #pragma unroll
     for (int byte = first; byte < 256 + first; byte += BYTES) {

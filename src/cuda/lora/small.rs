@@ -63,7 +63,7 @@ struct LinearSmall {
     sums: u32,
     ranks: u32,
     received: u32,
-    reserved: u32,
+    shifts: u32,
 }
 const _: () = assert!(size_of::<LinearSmall>() == 192);
 // SAFETY: the kernel's structure, field for field.
@@ -261,10 +261,7 @@ impl Sizes {
             1
         };
         let stages = placed.block_k.div_ceil(placed.stage_k);
-        // For H all stages come once before; the first one stays.
-        let before = if self.r > 0 { stages - 1 } else { 0 };
-        let x = loads * (2 * tokens * placed.block_k / X + stages * STAGE)
-            + before * (2 * tokens * placed.stage_k / X + STAGE);
+        let x = loads * (2 * tokens * placed.block_k / X + stages * STAGE);
         let sums = FLUSH + placed.tile_rows * tokens * 4 / REMOTE;
         let ranks = self.rank_tiles() * self.planes * placed.block_k / UNIT_DEPTH * tokens * 2;
         rounds * (START + work + x + division.groups * sums + ranks)
@@ -394,7 +391,7 @@ pub unsafe fn launch(
         sums: placed.sums as u32,
         ranks: placed.ranks as u32,
         received: placed.received as u32,
-        reserved: 0,
+        shifts: division.splits.trailing_zeros() | division.k_groups.trailing_zeros() << 8,
     };
     let grid = placed.grid();
     let nested = usize::from(small.weight.nested.is_some());
