@@ -51,46 +51,47 @@ __device__ __forceinline__ unsigned char* few_sum(uint32_t tile, uint32_t i) {
     return few_table() + small_gap(tile % 4 * SMALL_WARPS * 32 + i);
 }
 
-// Quarters of units of this block's depth of H that a warp takes at a time: every sixteenth from `quarter` on.
+// A unit of this block's depth of H, which a warp takes whole: its quarters are neighbours in memory.
 template <bool WIDE>
 struct FewRanks {
-    static constexpr int COUNT = WIDE ? 2 : 4;
-    RankPiece<WIDE> pieces[COUNT];
+    RankPiece<WIDE> quarters[4];
 
-    __device__ __forceinline__ void load(const LinearSmall& p, uint32_t column0, uint32_t quarter, uint32_t tile) {
+    __device__ __forceinline__ void load(const LinearSmall& p, uint32_t column0, uint32_t unit, uint32_t tile) {
 #pragma unroll
-        for (int i = 0; i < COUNT; ++i) {
-            const uint32_t at = quarter + i * SMALL_WARPS;
-            pieces[i].load(p, column0 + at / 4 * SMALL_DEPTH, min(column0 + p.stage_k, p.k), at % 4, tile);
+        for (int i = 0; i < 4; ++i) {
+            quarters[i].load(p, column0 + unit * SMALL_DEPTH, min(column0 + p.stage_k, p.k), i, tile);
         }
     }
 };
 
-// A warp's sums of H to shared memory. `ranks`: loaded from quarter `warp` on.
+// A warp's sums of H, by every sixteenth unit, to shared memory. `ranks`: loaded, of unit `warp`.
 template <typename T, bool WIDE>
 __device__ __forceinline__ void few_ranks(const LinearSmall& p, uint32_t column0, FewRanks<WIDE>& ranks) {
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank_tiles = (p.r + 15) / 16;
-    const uint32_t quarters = (min(column0 + p.stage_k, p.block_k) - min(column0, p.block_k)) / (SMALL_DEPTH / 4);
-    uint32_t tile = 0, quarter = warp;
+    const uint32_t units = (min(column0 + p.stage_k, p.block_k) - min(column0, p.block_k)) / SMALL_DEPTH;
+    uint32_t tile = 0, unit = warp;
     float sums[1][4] = {};
 #pragma unroll 1
     while (true) {
+        if (unit < units) {
+            const uint32_t from = few_lane(p) + (column0 + unit * SMALL_DEPTH) * 2;
 #pragma unroll
-        for (int i = 0; i < FewRanks<WIDE>::COUNT; ++i, quarter += SMALL_WARPS) {
-            const uint32_t from = few_lane(p) + (column0 + quarter / 4 * SMALL_DEPTH) * 2;
-            const auto x = [&](int) { return load_few_piece(few_table(), from, quarter % 4); };
-            if (quarter < quarters) ranks.pieces[i].template multiply_by<T, 1>(x, sums);
+            for (int i = 0; i < 4; ++i) {
+                const auto x = [&](int) { return load_few_piece(few_table(), from, i); };
+                ranks.quarters[i].template multiply_by<T, 1>(x, sums);
+            }
         }
-        if (quarter >= quarters) {
+        unit += SMALL_WARPS;
+        if (unit >= units) {
             if (2 * (lane % 4) < p.m) {
                 float4* const to = reinterpret_cast<float4*>(small_shared + p.ranks) + (tile * SMALL_WARPS + warp) * 32;
                 to[lane] = make_float4(sums[0][0], sums[0][1], sums[0][2], sums[0][3]);
             }
             sums[0][0] = sums[0][1] = sums[0][2] = sums[0][3] = 0.0f;
-            quarter = warp;
+            unit = warp;
             if (++tile >= rank_tiles) break;
         }
-        ranks.load(p, column0, quarter, tile);
+        ranks.load(p, column0, unit, tile);
     }
 }
 
@@ -129,7 +130,6 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
     };
 
     // To L2, whoever wrote it: nothing of this depends on the kernel before.
-    prefetch_tiles(0);
     prefetch_absmax<NESTED>(p, row0, rows, 0, p.k, SMALL_THREADS);
     if (p.r != 0) {
         const uint32_t size = p.wide ? 4 : 2, column0 = min(rank_column0, p.k);
@@ -175,12 +175,12 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
     SmallUnit<NESTED> ring[2][2];
     if (left > 0) load(ring[0]);
     if (left > 1) load(ring[1]);
-    prefetch_tiles(2);
     const NestedScales<NESTED> nested(p.quant);
     fill_pairs<SMALL_THREADS>(table, p.quant);
     nested.put(tables, offset);
     wait_copies(0);
     __syncthreads();
+    prefetch_tiles(2);  // which would have delayed x
     if (p.r != 0) {
         if (!p.wide) {
             few_ranks<T, false>(p, rank_column0, ranks);

@@ -54,18 +54,27 @@ __device__ __forceinline__ void products_wait_but() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// H's sums over a stage, to the table's gaps: [slot][rank tile][token tile]. Two warps fill a slot, each for half of the
-// tokens, by every so many halves of a unit.
-__device__ __forceinline__ uint32_t small_slots(const LinearSmall& p) { return p.r > 32 ? 2 : p.r > 16 ? 4 : 8; }
+// H's sums over a stage, to the table's gaps: [slot][rank tile][token tile]. A warp fills a slot, of most tokens two do a
+// half each, by every so many halves of a unit.
+template <int TILES>
+constexpr uint32_t SMALL_SHARE = TILES < 8 ? 1 : 2;
+template <int TILES>
+__device__ __forceinline__ uint32_t small_slots(const LinearSmall& p) {
+    constexpr uint32_t most = SMALL_WARPS / SMALL_SHARE<TILES>;
+    static_assert(most * TILES <= SMALL_GAPS, "they have room there");
+    return p.r > 32 ? most / 4 : p.r > 16 ? most / 2 : most;
+}
 template <typename T, int TILES, bool WIDE>
 __device__ __forceinline__ void add_ranks(const LinearSmall& p, unsigned char* shared, uint32_t column0, uint32_t columns,
                                           bool first_stage) {
-    constexpr int SOME = TILES / 2;  // token tiles of a warp
+    constexpr int SOME = TILES / SMALL_SHARE<TILES>;  // token tiles of a warp
     constexpr uint32_t BOX = 8 * TILES * 128;
-    const uint32_t thread = thread_again(), lane = thread % 32, rank_tiles = (p.r + 15) / 16, slots = small_slots(p);
-    const uint32_t slot = thread / 64 & (slots - 1), rank_tile = over(thread / 64, slots), first = thread / 32 % 2 * SOME;
+    const uint32_t thread = thread_again(), lane = thread % 32, warp = thread / 32, share = warp / SMALL_SHARE<TILES>;
+    const uint32_t rank_tiles = (p.r + 15) / 16, slots = small_slots<TILES>(p);
+    const uint32_t slot = share & (slots - 1), rank_tile = over(share, slots), first = warp % SMALL_SHARE<TILES> * SOME;
     if (rank_tile >= rank_tiles) return;
-    float4* const gap = reinterpret_cast<float4*>(shared + small_gap(((slot * rank_tiles + rank_tile) * TILES + first) * 32 + lane));
+    const uint32_t place = ((slot * rank_tiles + rank_tile) * TILES + first) * 32 + lane;
+    float4* const gap = reinterpret_cast<float4*>(shared + small_gap(place));
     const uint32_t x0 = shared_address(shared + SMALL_PAIRS) + first * 1024, end = columns / (SMALL_DEPTH / 4);
     constexpr int TOGETHER = WIDE ? 1 : 2;  // quarters of a unit, as registers allow
     if (first_stage) {
@@ -108,7 +117,7 @@ __device__ __forceinline__ void send_ranks(const LinearSmall& p, unsigned char* 
     for (uint32_t i = thread / 32; i < fragments; i += SMALL_WARPS) {
         float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 4
-        for (uint32_t from = i; from < small_slots(p) * fragments; from += fragments) {
+        for (uint32_t from = i; from < small_slots<TILES>(p) * fragments; from += fragments) {
             add(total, *reinterpret_cast<const float4*>(shared + small_gap(from * 32 + lane)));
         }
         const uint32_t tile = i % TILES, rank_tile = i / TILES;

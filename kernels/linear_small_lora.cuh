@@ -132,28 +132,27 @@ template <typename T>
 __device__ __forceinline__ void load_small_b(Fragments (&found)[2], const LinearSmall& p, uint32_t row0,
                                              uint32_t column0) {
     const uint32_t lane = thread_again() % 32;
+    const bool pairs = !p.wide && p.r % 2 == 0 && aligned(static_cast<const unsigned char*>(p.lora_b), 4);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t row = row0 + lane / 4 + i % 2 * 8, column = column0 + 2 * (lane % 4) + i / 2 * 8;
+        const bool inside = row < p.n && column < p.r;
+        const uint64_t at = static_cast<uint64_t>(row) * p.r + column;
+        found[0].part[i] = found[1].part[i] = 0;
+        if (pairs && inside) found[0].part[i] = __ldg(static_cast<const uint32_t*>(p.lora_b) + at / 2);
+    }
+    if (pairs) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const uint32_t row = row0 + lane / 4 + i % 2 * 8, column = column0 + 2 * (lane % 4) + i / 2 * 8;
         const uint64_t at = static_cast<uint64_t>(row) * p.r + column;
         float values[2];
-        if (p.r % 2 == 0 && aligned(static_cast<const unsigned char*>(p.lora_b), 8)) {  // both at once
-            const bool inside = row < p.n && column < p.r;
-            float2 both = make_float2(0.0f, 0.0f);
-            if (inside && p.wide) both = __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(p.lora_b) + at));
-            if (inside && !p.wide) {
-                both = unpack2<T>(__ldg(reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.lora_b) + at)));
-            }
-            values[0] = both.x;
-            values[1] = both.y;
-        } else {
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const bool inside = row < p.n && column + j < p.r;
-                values[j] = !inside  ? 0.0f
-                            : p.wide ? __ldg(static_cast<const float*>(p.lora_b) + at + j)
-                                     : to_float(static_cast<const T*>(p.lora_b)[at + j]);
-            }
+        for (int j = 0; j < 2; ++j) {
+            const bool inside = row < p.n && column + j < p.r;
+            values[j] = !inside  ? 0.0f
+                        : p.wide ? __ldg(static_cast<const float*>(p.lora_b) + at + j)
+                                 : to_float(static_cast<const T*>(p.lora_b)[at + j]);
         }
         uint32_t parts[2];
         split_parts<T>(parts, values[0], values[1]);
