@@ -1,5 +1,6 @@
 // Up to eight tokens by a 4-bit weight: a block has all of the depth, its warps a part each, so that no block waits for
-// another but for its part of H, which the blocks of a cluster hand one another while the weight comes.
+// another but for its part of H, which the blocks of a cluster hand one another while the weight comes: what is due with
+// H waits until the end.
 #pragma once
 
 #include "linear_small_lora.cuh"
@@ -19,8 +20,10 @@ __device__ __forceinline__ uint32_t few_place(uint32_t row, uint32_t piece) {
 
 // x to shared memory, `columns` of it: zeros from k on.
 __device__ __forceinline__ void load_few_x(const LinearSmall& p, unsigned char* to, uint32_t columns) {
+#pragma unroll 1
     for (uint32_t row = 0; row < p.m; ++row) {
         const unsigned char* from = static_cast<const unsigned char*>(p.x) + static_cast<uint64_t>(row) * p.k * 2;
+#pragma unroll 1
         for (uint32_t piece = threadIdx.x; piece < columns / 8; piece += SMALL_THREADS) {
             const bool inside = piece * 8 < p.k;
             copy16_async(to + row * columns * 2 + few_place(row, piece), inside ? from + piece * 16 : p.x, inside);
@@ -48,22 +51,59 @@ __device__ __forceinline__ unsigned char* few_sum(uint32_t tile, uint32_t i) {
     return few_table() + small_gap(tile % 4 * SMALL_WARPS * 32 + i);
 }
 
-// This block's sums of H to every block of the cluster, a slot for each of its warps that has some.
-template <typename T>
-__device__ __forceinline__ void few_ranks(const LinearSmall& p, uint32_t rank, uint32_t barrier, uint32_t rank_tiles) {
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const uint32_t column0 = rank * p.stage_k, end = min(column0 + p.stage_k, p.block_k);
+// A unit of this block's depth of H, which a warp takes whole: its quarters are neighbours in memory.
+template <bool WIDE>
+struct FewRanks {
+    RankPiece<WIDE> quarters[4];
+
+    __device__ __forceinline__ void load(const LinearSmall& p, uint32_t column0, uint32_t unit, uint32_t tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            quarters[i].load(p, column0 + unit * SMALL_DEPTH, min(column0 + p.stage_k, p.k), i, tile);
+        }
+    }
+};
+
+// A warp's sums of H, by every sixteenth unit, to shared memory. `ranks`: loaded, of unit `warp`.
+template <typename T, bool WIDE>
+__device__ __forceinline__ void few_ranks(const LinearSmall& p, uint32_t column0, FewRanks<WIDE>& ranks) {
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank_tiles = (p.r + 15) / 16;
+    const uint32_t units = (min(column0 + p.stage_k, p.block_k) - min(column0, p.block_k)) / SMALL_DEPTH;
+    uint32_t tile = 0, unit = warp;
     float sums[1][4] = {};
 #pragma unroll 1
-    for (uint32_t column = column0 + warp / rank_tiles * SMALL_DEPTH; column < end; column += p.slots * SMALL_DEPTH) {
-        const uint32_t x = few_lane(p) + column * 2;
-        const auto pieces = [&](int, int two) { return load_few_piece(few_table(), x, two); };
-        small_ranks<T, 1>(p, column, warp % rank_tiles, pieces, sums);
+    while (true) {
+        if (unit < units) {
+            const uint32_t from = few_lane(p) + (column0 + unit * SMALL_DEPTH) * 2;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const auto x = [&](int) { return load_few_piece(few_table(), from, i); };
+                ranks.quarters[i].template multiply_by<T, 1>(x, sums);
+            }
+        }
+        unit += SMALL_WARPS;
+        if (unit >= units) {
+            if (2 * (lane % 4) < p.m) {
+                float4* const to = reinterpret_cast<float4*>(small_shared + p.ranks) + (tile * SMALL_WARPS + warp) * 32;
+                to[lane] = make_float4(sums[0][0], sums[0][1], sums[0][2], sums[0][3]);
+            }
+            sums[0][0] = sums[0][1] = sums[0][2] = sums[0][3] = 0.0f;
+            unit = warp;
+            if (++tile >= rank_tiles) break;
+        }
+        ranks.load(p, column0, unit, tile);
     }
+}
+
+// The block's sums of a rank tile to every block of the cluster.
+__device__ __forceinline__ void few_send(const LinearSmall& p, uint32_t rank, uint32_t tile, uint32_t gathered) {
+    const uint32_t lane = threadIdx.x % 32;
     if (2 * (lane % 4) >= p.m) return;
-    const uint32_t slot = rank * (SMALL_WARPS / p.splits) + warp;
-    const uint32_t to = shared_address(small_shared + p.ranks) + (slot * 32 + lane) * 16;
-    for (uint32_t other = 0; other < p.splits; ++other) send_shared(to, other, barrier, sums[0]);
+    const float4* const from = reinterpret_cast<const float4*>(small_shared + p.ranks) + tile * SMALL_WARPS * 32 + lane;
+    const float4 total = add_fragments(from, SMALL_WARPS, 1);
+    const uint32_t to = shared_address(small_shared + p.received) + ((tile * p.splits + rank) * 32 + lane) * 16;
+#pragma unroll 1
+    for (uint32_t other = 0; other < p.splits; ++other) send_shared(to, other, gathered, total);
 }
 
 // Floor, 14336 x 4096 nested NF4: (29.4 + 0.9) MB at an H200's 4.2 TB/s = 7.2 us; the lookups, four bytes a value in
@@ -73,23 +113,35 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
     unsigned char* const table = few_table();
     __shared__ Tables<NESTED> tables;
     __shared__ float offset;
-    __shared__ uint64_t arrived;  // of H's sums
-    const uint32_t barrier = shared_address(&arrived);
+    __shared__ uint64_t barriers[2];
+    // The block's sums of H are there; all the cluster's are.
+    const uint32_t summed = shared_address(barriers), gathered = shared_address(barriers + 1);
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4;
     const uint32_t row0 = blockIdx.x * p.groups * 16;
-    const uint32_t rows = min(p.groups * 16, p.n - min(row0, p.n)), tiles = (rows + 15) / 16;
+    const uint32_t rows = min(p.groups * 16, p.n - min(row0, p.n));
+    const uint32_t rank_tiles = (p.r + 15) / 16, rank = blockIdx.x & (p.splits - 1), rank_column0 = rank * p.stage_k;
+    const uint32_t tiles = max((rows + 15) / 16, 1u);  // one that fills a cluster shares H's depth, too
+
+    // Two row tiles from `tile` on, to L2.
+    const auto prefetch_tiles = [&](uint32_t tile) {
+        if (threadIdx.x + 1 < SMALL_THREADS || tile * 16 >= rows) return;
+        const uint64_t row_bytes = p.k / 2;
+        prefetch_bulk(p.quant.packed + (row0 + tile * 16) * row_bytes, min(rows - tile * 16, 32u) * p.k / 2);
+    };
 
     // To L2, whoever wrote it: nothing of this depends on the kernel before.
+    prefetch_absmax<NESTED>(p, row0, rows, 0, p.k, SMALL_THREADS);
     if (p.r != 0) {
-        const uint32_t size = p.wide ? 4 : 2, column0 = min(blockIdx.x % p.splits * p.stage_k, p.k);
+        const uint32_t size = p.wide ? 4 : 2, column0 = min(rank_column0, p.k);
         prefetch_rows(static_cast<const unsigned char*>(p.lora_a) + static_cast<uint64_t>(column0) * size, p.r,
                       min(p.stage_k, p.k - column0) * size, static_cast<uint64_t>(p.k) * size, SMALL_THREADS);
         prefetch(static_cast<const unsigned char*>(p.lora_b) + static_cast<uint64_t>(row0) * p.r * size,
                  rows * p.r * size, threadIdx.x, SMALL_THREADS);
         if (threadIdx.x == 0) {
-            barrier_init(barrier, 1);
+            barrier_init(summed, SMALL_WARPS);
+            barrier_init(gathered, 1);
             barriers_visible();
-            barrier_expect(barrier, p.splits * p.slots * ((p.r + 15) / 16) * ((p.m + 1) / 2 * 128));
+            barrier_expect(gathered, p.splits * rank_tiles * ((p.m + 1) / 2 * 128));
         }
         __syncwarp();
         cluster_arrive();
@@ -117,19 +169,33 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
     };
     load_few_x(p, table + SMALL_PAIRS, p.block_k);
     commit_copies();
+    FewRanks<false> ranks;
+    if (p.r != 0 && !p.wide) ranks.load(p, rank_column0, warp, 0);
     uint32_t left = (tiles + 1) / 2 * steps;  // units of two row tiles
     SmallUnit<NESTED> ring[2][2];
     if (left > 0) load(ring[0]);
     if (left > 1) load(ring[1]);
+    const NestedScales<NESTED> nested(p.quant);
     fill_pairs<SMALL_THREADS>(table, p.quant);
-    if (NESTED && threadIdx.x == 0) offset = nested_offset<NESTED>(p.quant);
-    if (NESTED && threadIdx.x < 256) tables.nested_code[threadIdx.x] = __ldg(p.quant.nested_code + threadIdx.x);
+    nested.put(tables, offset);
     wait_copies(0);
     __syncthreads();
+    prefetch_tiles(2);  // which would have delayed x
     if (p.r != 0) {
+        if (!p.wide) {
+            few_ranks<T, false>(p, rank_column0, ranks);
+        } else {
+            FewRanks<true> wide;
+            wide.load(p, rank_column0, warp, 0);
+            few_ranks<T, true>(p, rank_column0, wide);
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(summed);
         cluster_wait();  // the others are there
-        const uint32_t rank_tiles = (p.r + 15) / 16;
-        if (warp < rank_tiles * p.slots) few_ranks<T>(p, blockIdx.x % p.splits, barrier, rank_tiles);
+        if (SMALL_WARPS - 1 - warp < rank_tiles) {
+            barrier_wait(summed, 0);
+            few_send(p, rank, SMALL_WARPS - 1 - warp, gathered);
+        }
         __syncwarp();
     }
 
@@ -168,74 +234,56 @@ __device__ __forceinline__ void linear_few(const LinearSmall& p) {
         }
     };
 
-    // Sums of two row tiles, to y.
-    const auto flush = [&]() {
-        const uint32_t thread = thread_again(), warp = thread / 32, lane = thread % 32;
+    const auto next = [&](SmallUnit<NESTED> (&units)[2]) {
+        multiply_units(units, x + step * (SMALL_WARPS * SMALL_DEPTH * 2));
+        if (left > 2) load(units);
+        --left;
+    };
+    uint32_t turn = 0;  // which of the ring is next
+#pragma unroll 1
+    while (tile < tiles) {
+        if (steps > 0) {  // a warp without a part of the depth has sums, too
+            if (turn == 0) {
+                next(ring[0]);
+            } else {
+                next(ring[1]);
+            }
+            turn ^= 1;
+            if (++step < steps) continue;
+            step = 0;
+        }
+        prefetch_tiles(tile + 4);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             float(&of)[4] = sums[i];
             *reinterpret_cast<float4*>(few_sum(tile + i, warp * 32 + lane)) = make_float4(of[0], of[1], of[2], of[3]);
             of[0] = of[1] = of[2] = of[3] = 0.0f;
         }
+        // The sums over the warps, which take the tiles in turn.
+        const uint32_t mine = tile + (warp - tile) % SMALL_WARPS;
         tile += 2;
-        const uint32_t rank_tiles = (p.r + 15) / 16;
-        const int h_width = (p.wide ? 3 : 1) * 16 * rank_tiles + 8;
-        T* const h_tile = reinterpret_cast<T*>(small_shared + p.h_tile);  // [8][h_width]
-        if (tile == 2 && rank_tiles) {
-            barrier_wait(barrier, 0);
-            if (thread < rank_tiles * 32) {
-                // Slot `slot` of tile t is warp slot * rank_tiles + t.
-                const float4* from = reinterpret_cast<const float4*>(small_shared + p.ranks) + thread;
-                float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                for (uint32_t other = 0; other < p.splits; ++other, from += SMALL_WARPS / p.splits * 32) {
-#pragma unroll 4
-                    for (uint32_t slot = 0; slot < p.slots; ++slot) add(total, from[slot * rank_tiles * 32]);
-                }
-                small_h<T>(p, total, warp, 0, rank_tiles, h_tile, h_width);
-            }
-        }
-        // Warps take the tiles in turn.
-        const uint32_t mine = tile - 2 + (warp - tile) % SMALL_WARPS, end = min(tile, tiles);
-        const uint32_t row = (block_again() * p.groups + mine) * 16;
         __syncthreads();
-        if (mine >= end) return;
-        Fragments b[2];
-        if (rank_tiles) load_small_b<T>(b, p, row, 0);
+        if (mine >= min(tile, tiles)) continue;
         float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 8
         for (uint32_t i = lane; i < SMALL_WARPS * 32; i += 32) {
             add(total, *reinterpret_cast<const float4*>(few_sum(mine, i)));
         }
-        small_finish<T>(p, row, 0, total, b, rank_tiles, h_tile, h_width);
-    };
-
-    // `turn` says which of the ring is next. A warp without a part of the depth has sums, too.
-    const auto next = [&](SmallUnit<NESTED> (&units)[2]) {
-        multiply_units(units, x + step * (SMALL_WARPS * SMALL_DEPTH * 2));
-        if (left > 2) load(units);
-        --left;
-        if (++step < steps) return false;
-        step = 0;
-        return true;
-    };
-    uint32_t turn = 0;
-#pragma unroll 1
-    while (tile < tiles) {
-        if (steps > 0) {
-            if (turn == 0) {
-                turn = 1;
-                if (!next(ring[0])) {
-                    turn = 0;
-                    if (!next(ring[1])) continue;
-                }
-            } else {
-                turn = 0;
-                if (!next(ring[1])) continue;
-            }
-        }
-        flush();
+        reinterpret_cast<float4*>(small_shared + p.sums)[mine * 32 + lane] = total;
     }
-    if (tiles == 0 && p.r != 0) barrier_wait(barrier, 0);  // who leaves sooner is written to
+
+    const uint32_t own = thread_again() % 32;
+#pragma unroll 1
+    for (uint32_t mine = thread_again() / 32; mine < tiles; mine += SMALL_WARPS) {
+        const uint32_t row = (block_again() * p.groups + mine) * 16;
+        const auto total = [&] { return reinterpret_cast<const float4*>(small_shared + p.sums)[mine * 32 + own]; };
+        const auto h = [&](uint32_t rank_tile) {
+            barrier_wait(gathered, 0);  // and who leaves sooner is written to
+            const float4* const from = reinterpret_cast<const float4*>(small_shared + p.received);
+            return add_fragments(from + rank_tile * p.splits * 32 + own, p.splits, 1);
+        };
+        small_finish<T>(p, row, 0, total, h, block_again() + mine == 0);
+    }
 }
 
 }  // namespace ferrotune

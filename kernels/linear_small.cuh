@@ -1,6 +1,7 @@
 // Nine to sixty-four tokens by a 4-bit weight, with a warpgroup's products: W's values are their first operand, in
 // registers; x is the second one, in shared memory. A cluster of `splits` blocks takes tiles of rows, each block a range of
-// their depth; so each also has its part of H = scale x A^T.
+// their depth; so each also has its part of H = scale x A^T, which it sends while the weight comes to those that write
+// rows of the same tokens.
 //
 // x lies as a warpgroup reads it: of each 128 columns two boxes of 64, of which a token has 128 swizzled bytes; columns
 // are taken in the order that W's sixteen bytes a lane give. Element 32q + 4s + 2h + e of them is 16s + 8h + 2q + e of the
@@ -53,56 +54,100 @@ __device__ __forceinline__ void products_wait_but() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Slots of H's sums, of each rank tile: two warps fill one, each for half of the tokens.
-__device__ __forceinline__ uint32_t small_slots(const LinearSmall& p) { return p.r > 32 ? 2 : p.r > 16 ? 4 : 8; }
-
-// H's sums over a stage, to the table's gaps.
-template <typename T, int TILES>
-__device__ __forceinline__ void add_ranks(const LinearSmall& p, unsigned char* shared, uint32_t column0, uint32_t begins,
+// H's sums over a stage, to the table's gaps: [slot][rank tile][token tile]. A warp fills a slot, of most tokens two do a
+// half each, by every so many halves of a unit.
+template <int TILES>
+constexpr uint32_t SMALL_SHARE = TILES < 8 ? 1 : 2;
+template <int TILES>
+__device__ __forceinline__ uint32_t small_slots(const LinearSmall& p) {
+    constexpr uint32_t most = SMALL_WARPS / SMALL_SHARE<TILES>;
+    static_assert(most * TILES <= SMALL_GAPS, "they have room there");
+    return p.r > 32 ? most / 4 : p.r > 16 ? most / 2 : most;
+}
+template <typename T, int TILES, bool WIDE>
+__device__ __forceinline__ void add_ranks(const LinearSmall& p, unsigned char* shared, uint32_t column0, uint32_t columns,
                                           bool first_stage) {
-    constexpr int SOME = TILES / 2;  // token tiles of a warp
+    constexpr int SOME = TILES / SMALL_SHARE<TILES>;  // token tiles of a warp
     constexpr uint32_t BOX = 8 * TILES * 128;
-    const uint32_t thread = thread_again(), lane = thread % 32, rank_tiles = (p.r + 15) / 16;
-    const uint32_t slot = thread / 64 / rank_tiles, rank_tile = thread / 64 % rank_tiles;
-    const uint32_t units = min(p.stage_k, p.block_k - begins) / SMALL_DEPTH;
-    if (slot >= small_slots(p)) return;
-#pragma unroll 1
-    for (uint32_t first = thread / 32 % 2 * SOME; first < TILES; first += 2 * SOME) {
-        float sums[SOME][4] = {};
-#pragma unroll 1
-        for (uint32_t unit = slot; unit < units; unit += small_slots(p)) {
-            const uint32_t x = shared_address(shared + SMALL_PAIRS) + 2 * unit * BOX + first * 1024;
-            const auto pieces = [&](int t, int two) {
-                const uint32_t piece = two % 2 * 4 + lane / 8;
-                return load_matrices_at<false>(x + two / 2 * BOX + t * 1024 + small_box(lane % 8, piece));
-            };
-            small_ranks<T, SOME>(p, column0 + begins + unit * SMALL_DEPTH, rank_tile, pieces, sums);
-        }
+    const uint32_t thread = thread_again(), lane = thread % 32, warp = thread / 32, share = warp / SMALL_SHARE<TILES>;
+    const uint32_t rank_tiles = (p.r + 15) / 16, slots = small_slots<TILES>(p);
+    const uint32_t slot = share & (slots - 1), rank_tile = over(share, slots), first = warp % SMALL_SHARE<TILES> * SOME;
+    if (rank_tile >= rank_tiles) return;
+    const uint32_t place = ((slot * rank_tiles + rank_tile) * TILES + first) * 32 + lane;
+    float4* const gap = reinterpret_cast<float4*>(shared + small_gap(place));
+    const uint32_t x0 = shared_address(shared + SMALL_PAIRS) + first * 1024, end = columns / (SMALL_DEPTH / 4);
+    constexpr int TOGETHER = WIDE ? 1 : 2;  // quarters of a unit, as registers allow
+    if (first_stage) {
 #pragma unroll
+        for (int t = 0; t < SOME; ++t) gap[t * 64] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+#pragma unroll 1
+    for (uint32_t quarter = 2 * slot; quarter < end;) {
+        RankPiece<WIDE> a[TOGETHER];
+#pragma unroll
+        for (int i = 0; i < TOGETHER; ++i) {
+            a[i].load(p, column0 + quarter / 4 * SMALL_DEPTH, p.k, quarter % 4 + i, rank_tile);
+        }
+#pragma unroll 1
         for (int t = 0; t < SOME; ++t) {
-            const uint32_t to = ((slot * rank_tiles + rank_tile) * TILES + first + t) * 32 + lane;
-            float4& sum = *reinterpret_cast<float4*>(shared + small_gap(to));
-            const float4 now = make_float4(sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
-            if (first_stage) {
-                sum = now;
-            } else {
-                add(sum, now);
+            float4& there = gap[t * 64];
+            const float4 before = there;
+            float sums[1][4] = {{before.x, before.y, before.z, before.w}};
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i) {
+                const uint32_t x = x0 + (quarter + i) / 2 * BOX + t * 1024;
+                const uint32_t row = small_box(lane % 8, (quarter + i) % 2 * 4 + lane / 8);
+                const auto of_token_tile = [&](int) { return load_matrices_at<false>(x + row); };
+                a[i].template multiply_by<T, 1>(of_token_tile, sums);
             }
+            there = make_float4(sums[0][0], sums[0][1], sums[0][2], sums[0][3]);
+        }
+        quarter += TOGETHER;
+        if (quarter % 2 == 0) quarter += 2 * (slots - 1);
+    }
+}
+
+// Sums of H over the block's depth, of each token tile to those blocks of the cluster that write its rows of y: slots
+// [token tile of the block][rank tile][block].
+template <int TILES>
+__device__ __forceinline__ void send_ranks(const LinearSmall& p, unsigned char* shared, uint32_t gathered) {
+    const uint32_t thread = thread_again(), lane = thread % 32, rank = block_again() & (p.splits - 1);
+    const uint32_t fragments = (p.r + 15) / 16 * TILES;
+#pragma unroll 1
+    for (uint32_t i = thread / 32; i < fragments; i += SMALL_WARPS) {
+        float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+        for (uint32_t from = i; from < small_slots<TILES>(p) * fragments; from += fragments) {
+            add(total, *reinterpret_cast<const float4*>(shared + small_gap(from * 32 + lane)));
+        }
+        const uint32_t tile = i % TILES, rank_tile = i / TILES;
+        const uint32_t slot = (over_splits(p, tile) * (fragments / TILES) + rank_tile) * p.splits + rank;
+        unsigned char* const to = shared + p.received + (slot * 32 + lane) * 16;
+        if (p.splits == 1) *reinterpret_cast<float4*>(to) = total;  // no cluster, no sending
+#pragma unroll 1
+        for (uint32_t other = tile & (p.splits - 1); p.splits > 1 && other < p.splits; other += TILES) {
+            send_shared(shared_address(to), other, gathered, total);
         }
     }
 }
 
-// A warp's sums, with those of `more` planes of others, to place `to` of the block's.
-template <int TILES>
-__device__ __forceinline__ void put_sums(const LinearSmall& p, unsigned char* shared, const float (&sums)[4 * TILES],
-                                         uint32_t to, uint32_t more, uint32_t plane) {
+// A warp's fragments of sums from `first` of the block's on, whose number is a multiple of theirs: to there; ADDS: from
+// there onto its own.
+template <int TILES, bool ADDS>
+__device__ __forceinline__ void put_sums(const LinearSmall& p, unsigned char* shared, float (&sums)[4 * TILES],
+                                         uint32_t first) {
+    static_assert(SMALL_GAPS % TILES == 0, "a warp's are all in the gaps or none");
+    const uint32_t step = first < SMALL_GAPS ? small_gap(32) - small_gap(0) : SMALL_FRAGMENT;
+    unsigned char* const place = shared + small_sum(p, first * 32 + thread_again() % 32);
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
-        float4 sum = make_float4(sums[4 * t], sums[4 * t + 1], sums[4 * t + 2], sums[4 * t + 3]);
-        for (uint32_t j = 0; j < more; ++j) {
-            add(sum, *reinterpret_cast<const float4*>(shared + small_sum(p, j * plane + to + t * 32)));
+        float4& there = *reinterpret_cast<float4*>(place + t * step);
+        float* const own = sums + 4 * t;
+        if (ADDS) {
+            own[0] += there.x, own[1] += there.y, own[2] += there.z, own[3] += there.w;
+        } else {
+            there = make_float4(own[0], own[1], own[2], own[3]);
         }
-        *reinterpret_cast<float4*>(shared + small_sum(p, to + t * 32)) = sum;
     }
 }
 
@@ -114,20 +159,18 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
     unsigned char* const shared = small_shared;
     __shared__ Tables<NESTED> tables;
     __shared__ float offset;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane % 4;
+    __shared__ uint64_t barrier;  // all the cluster's sums of H that this block needs are there
+    const uint32_t gathered = shared_address(&barrier), rank_tiles = (p.r + 15) / 16;
 
-    const uint32_t rank = blockIdx.x % p.splits, column0 = rank * p.block_k;
-    const uint32_t k_group = warp / 4 & (p.k_groups - 1), row_group = warp / 4 / p.k_groups;
-    const uint32_t row0 = blockIdx.x / p.splits * p.groups * p.tile_rows;
-    const uint32_t rows = min(p.groups * p.tile_rows, p.n - row0), row_tiles = (rows + p.tile_rows - 1) / p.tile_rows;
+    const uint32_t rank = blockIdx.x & (p.splits - 1), column0 = rank * p.block_k;
+    const uint32_t row0 = over_splits(p, blockIdx.x) * p.groups * p.tile_rows;
+    const uint32_t rows = min(p.groups * p.tile_rows, p.n - row0), row_tiles = over(rows + p.tile_rows - 1, p.tile_rows);
 
     // To L2, whoever wrote it: nothing of this depends on the kernel before.
     const uint32_t columns = min(p.block_k, p.k - column0);
     prefetch_rows(p.quant.packed + (static_cast<uint64_t>(row0) * p.k + column0) / 2, rows, columns / 2, p.k / 2,
                   SMALL_THREADS);
     prefetch_absmax<NESTED>(p, row0, rows, column0, columns, SMALL_THREADS);
-    prefetch_rows(static_cast<const unsigned char*>(p.x) + static_cast<uint64_t>(column0) * 2, p.m, columns * 2,
-                  static_cast<uint64_t>(p.k) * 2, SMALL_THREADS);
     if (p.r != 0) {
         const uint32_t size = p.wide ? 4 : 2;
         prefetch_rows(static_cast<const unsigned char*>(p.lora_a) + static_cast<uint64_t>(column0) * size, p.r,
@@ -135,15 +178,30 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
         prefetch(static_cast<const unsigned char*>(p.lora_b) + static_cast<uint64_t>(row0) * p.r * size,
                  rows * p.r * size, rank * SMALL_THREADS + threadIdx.x, p.splits * SMALL_THREADS);
     }
+    if (p.r != 0 && p.splits > 1) {
+        if (threadIdx.x == 0) {
+            barrier_init(gathered, 1);
+            barriers_visible();
+            barrier_expect(gathered, max(p.splits, static_cast<uint32_t>(TILES)) * rank_tiles * SMALL_FRAGMENT);
+        }
+        __syncwarp();
+        cluster_arrive();
+    }
     fill_pairs<SMALL_THREADS>(shared, p.quant);
     begin();
 
     const uint32_t row_chunks = p.k / 32;
     const AbsmaxFrom<NESTED> blocks(p.quant, 0);
     // Of the unit that is loaded next: its row and this lane's sixteen bytes of it.
-    uint32_t next_row = row0 + row_group * 64 + warp % 4 * 16 + lane / 4;
-    uint32_t next_chunk = column0 / 32 + k_group * (SMALL_DEPTH / 32) + quad;
-    const uint32_t chunks_end = (column0 + p.block_k) / 32;
+    uint32_t next_row, next_chunk;
+    const auto start = [&] {
+        const uint32_t thread = thread_again(), block = block_again(), quad = thread % 4;
+        const uint32_t k_group = thread / 128 & (p.k_groups - 1), row_group = over_k_groups(p, thread / 128);
+        const uint32_t first = (block & (p.splits - 1)) * p.block_k / 32;
+        next_row = over_splits(p, block) * p.groups * p.tile_rows + row_group * 64;
+        next_row += thread / 32 % 4 * 16 + thread % 32 / 4;
+        next_chunk = first + k_group * (SMALL_DEPTH / 32) + quad;
+    };
     const auto load = [&](SmallUnit<NESTED>& unit) {
         const uint32_t chunk = min(next_chunk, row_chunks - 1);
 #pragma unroll
@@ -153,33 +211,24 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
             unit.absmax[half].load(blocks, at >> (p.quant.block_shift - 5));
         }
         next_chunk += p.k_groups * (SMALL_DEPTH / 32);
-        if (next_chunk >= chunks_end) {
+        if (next_chunk >= ((block_again() & (p.splits - 1)) + 1) * p.block_k / 32) {
             next_chunk -= p.block_k / 32;
             next_row += p.tile_rows;
         }
     };
-    uint32_t left = row_tiles * (p.block_k / (SMALL_DEPTH * p.k_groups));  // units
-    if (NESTED && threadIdx.x == 0) offset = nested_offset<NESTED>(p.quant);
-    if (NESTED && threadIdx.x < 256) tables.nested_code[threadIdx.x] = __ldg(p.quant.nested_code + threadIdx.x);
-
+    const NestedScales<NESTED> nested(p.quant);
+    uint32_t left = row_tiles * over_k_groups(p, p.block_k / SMALL_DEPTH);  // units
     SmallUnit<NESTED> ring[2];
-    if (TILES < 8 && p.r == 0) load(ring[0]);  // else later, as registers allow
-
-    // H by all stages, the first one last: it stays.
-    const uint32_t last = p.r != 0 ? (p.block_k - 1) / p.stage_k * p.stage_k : 0;
-#pragma unroll 1
-    for (uint32_t begins = last;; begins -= p.stage_k) {
-        load_boxes<TILES, 4>(p, shared + SMALL_PAIRS, column0 + begins, min(p.stage_k, p.block_k - begins));
-        fence_async();
-        __syncthreads();
-        if (p.r != 0) add_ranks<T, TILES>(p, shared, column0, begins, begins == last);
-        if (begins == 0) break;
-        __syncthreads();
-    }
-    if (TILES == 8 || p.r != 0) load(ring[0]);
+    start();
+    if (TILES < 8) load(ring[0]);  // else later, as registers allow
+    load_boxes<TILES, 2>(p, shared + SMALL_PAIRS, column0, min(p.stage_k, p.block_k));
+    nested.put(tables, offset);
+    fence_async();
+    if (TILES == 8) load(ring[0]);
     if (left > 1) load(ring[1]);
+    __syncthreads();
 
-    const uint32_t pairs = shared_address(shared), copy = lane % SMALL_COPIES * sizeof(float2);
+    const uint32_t pairs = shared_address(shared), copy = thread_again() % SMALL_COPIES * sizeof(float2);
     const auto pair = [&](uint32_t word, int byte, float scale) {
         return small_pair<T>(pairs + __byte_perm(word, copy, 0x7704 | byte << 4), scale);
     };
@@ -220,18 +269,31 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
         for (int i = 0; i < 4 * TILES; ++i) sums[i] = 0.0f;
 #pragma unroll 1
         for (uint32_t begins = 0; begins < p.block_k; begins += p.stage_k) {
-            if (p.stage_k < p.block_k && begins + tile > 0) {
-                const uint32_t column0 = (block_again() & (p.splits - 1)) * p.block_k;
+            const uint32_t columns = min(p.stage_k, p.block_k - begins);
+            const uint32_t column0 = (block_again() & (p.splits - 1)) * p.block_k + begins;
+            if (begins + tile > 0 && p.stage_k < p.block_k) {
                 __syncthreads();  // all have read what was there
-                load_boxes<TILES, 1>(p, shared + SMALL_PAIRS, column0 + begins, min(p.stage_k, p.block_k - begins));
+                load_boxes<TILES, 1>(p, shared + SMALL_PAIRS, column0, columns);
                 fence_async();
                 __syncthreads();
             }
-            const uint32_t x0 = shared_address(shared + SMALL_PAIRS) + (thread_again() / 128 & (p.k_groups - 1)) * UNIT_BYTES;
-            const uint32_t units = min(p.stage_k, p.block_k - begins) / (SMALL_DEPTH * p.k_groups);
+            if (tile == 0 && p.r != 0) {
+                if (p.wide) {
+                    add_ranks<T, TILES, true>(p, shared, column0, columns, begins == 0);
+                } else {
+                    add_ranks<T, TILES, false>(p, shared, column0, columns, begins == 0);
+                }
+                if (begins + p.stage_k >= p.block_k) {
+                    __syncthreads();
+                    if (p.splits > 1) cluster_wait();  // the others are there
+                    send_ranks<TILES>(p, shared, gathered);
+                }
+            }
+            uint32_t x = shared_address(shared + SMALL_PAIRS) + (thread_again() / 128 & (p.k_groups - 1)) * UNIT_BYTES;
+            const uint32_t end = x + columns / SMALL_DEPTH * UNIT_BYTES;
 #pragma unroll 1
-            for (uint32_t unit = 0; unit < units; ++unit, --left) {
-                multiply_unit(ring[0], x0 + unit * p.k_groups * UNIT_BYTES);
+            for (; x < end; x += p.k_groups * UNIT_BYTES, --left) {
+                multiply_unit(ring[0], x);
                 ring[0] = ring[1];
                 if (left > 2) load(ring[1]);
             }
@@ -241,53 +303,43 @@ __device__ __forceinline__ void linear_small(const LinearSmall& p) {
         for (int i = 0; i < 4 * TILES; ++i) asm volatile("" : "+f"(sums[i]));  // no use of them moves up from here
 
         const uint32_t thread = thread_again(), block = block_again();
-        const uint32_t own = thread % 32, group = thread / 128, tiles_of_rank = (p.r + 15) / 16;
-        const uint32_t rank_sums = tiles_of_rank * (TILES * 32);
-        if (tile > 0) {
-            // All have read the sums before.
-            if (p.splits > 1) {
-                cluster_wait();
-            } else {
-                __syncthreads();
-            }
-        } else if (rank_sums) {
-            __syncthreads();
-            for (uint32_t i = thread; i < rank_sums; i += SMALL_THREADS) {
-                float4 total = *reinterpret_cast<const float4*>(shared + small_gap(i));
-                for (uint32_t j = rank_sums; j < small_slots(p) * rank_sums; j += rank_sums) {
-                    add(total, *reinterpret_cast<const float4*>(shared + small_gap(j + i)));
-                }
-                reinterpret_cast<float4*>(shared + p.ranks)[i] = total;
-            }
+        const uint32_t own = thread % 32, group = thread / 128;
+        // All have read the sums before.
+        if (tile > 0 && p.splits > 1) {
+            cluster_wait();
+        } else if (tile > 0 || p.r != 0) {
             __syncthreads();
         }
         // Of the block's groups of depth all but the first one put their sums down, and the first one adds them to its own.
         const uint32_t row_fragments = p.tile_rows / 16 * TILES;
         const uint32_t of_depth = group & (p.k_groups - 1);
-        const uint32_t of_warp = (group / p.k_groups * 4 + thread / 32 % 4) * (TILES * 32) + own;
-        if (of_depth > 0) put_sums<TILES>(p, shared, sums, (of_depth - 1) * row_fragments * 32 + of_warp, 0, 0);
-        if (p.k_groups > 1) __syncthreads();
-        if (of_depth == 0) put_sums<TILES>(p, shared, sums, of_warp, p.k_groups - 1, row_fragments * 32);
-        splits_sync(p.splits);
-        T* const h_tile = reinterpret_cast<T*>(shared + p.h_tile);  // [8 * TILES][h_width]
-        const int h_width = (p.wide ? 3 : 1) * 16 * tiles_of_rank + 8;
-        if (tile == 0 && rank_sums) {
-            for (uint32_t i = thread; i < rank_sums; i += SMALL_THREADS) {
-                const float4 total = small_total(shared_address(shared + p.ranks) + i * 16, p.splits);
-                small_h<T>(p, total, i / (32 * TILES), i / 32 % TILES * 8, tiles_of_rank, h_tile, h_width);
+        const uint32_t of_warp = (over_k_groups(p, group) * 4 + thread / 32 % 4) * TILES;
+#pragma unroll 1
+        for (uint32_t turn = p.k_groups > 1 ? 0 : 1; turn < 2; ++turn) {
+            if ((of_depth == 0) == (turn == 1)) {
+#pragma unroll 1
+                for (uint32_t other = 1; turn == 1 && other < p.k_groups; ++other) {
+                    put_sums<TILES, true>(p, shared, sums, (other - 1) * row_fragments + of_warp);
+                }
+                put_sums<TILES, false>(p, shared, sums, (max(of_depth, 1u) - 1) * row_fragments + of_warp);
             }
-            __syncthreads();
+            if (turn == 0) __syncthreads();
         }
+        splits_sync(p.splits);
+        if (p.r != 0 && p.splits > 1) barrier_wait(gathered, 0);  // and who leaves sooner is written to
         // Each block writes some of the cluster's rows.
-        const uint32_t first = (block / p.splits * p.groups + tile) * p.tile_rows;
-        const uint32_t mine = block % p.splits + p.splits * (thread / 32);
+        const uint32_t first = (over_splits(p, block) * p.groups + tile) * p.tile_rows;
+        const uint32_t mine = (block & (p.splits - 1)) + p.splits * (thread / 32);
+#pragma unroll 1
         for (uint32_t i = mine; i < row_fragments; i += p.splits * SMALL_WARPS) {
             const uint32_t row = first + i / TILES * 16, token0 = i % TILES * 8;
             if (row >= p.n || token0 >= p.m) continue;
-            Fragments b[2];
-            if (rank_sums) load_small_b<T>(b, p, row, 0);
-            const float4 total = small_total(shared_address(shared + small_sum(p, i * 32 + own)), p.splits);
-            small_finish<T>(p, row, token0, total, b, tiles_of_rank, h_tile, h_width);
+            const auto total = [&] { return small_total(shared_address(shared + small_sum(p, i * 32 + own)), p.splits); };
+            const auto h = [&](uint32_t rank_tile) {
+                const uint32_t slot = (over_splits(p, i % TILES) * ((p.r + 15) / 16) + rank_tile) * p.splits;
+                return add_fragments(reinterpret_cast<const float4*>(shared + p.received) + slot * 32 + own, p.splits, 1);
+            };
+            small_finish<T>(p, row, token0, total, h, i < TILES && tile == 0 && block < min(p.splits, TILES));
         }
         __syncwarp();
         if (p.splits > 1) cluster_arrive();

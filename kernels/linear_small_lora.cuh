@@ -16,63 +16,105 @@ __device__ __forceinline__ void split_parts(uint32_t (&parts)[COUNT], float firs
     }
 }
 
-// Sums of sixteen ranks over one unit's depth, from `column0` on, onto `sums`. `x(t, two)` brings steps 2 * two and the
-// next of token tile t, as operands.
-template <typename T, int TILES, typename X>
-__device__ __forceinline__ void small_ranks(const LinearSmall& p, uint32_t column0, int tile, const X& x,
-                                            float (&sums)[TILES][4]) {
-    const int lane = threadIdx.x % 32, quad = lane % 4;
-    const uint32_t column = column0 + 32 * quad, row = tile * 16 + lane / 4;
-    const bool inside[2] = {row < p.r && column < p.k, row + 8 < p.r && column < p.k};
-    const uint32_t first[2] = {row * p.k + column, (row + 8) * p.k + column};
-    if (!p.wide) {
-        uint4 raw[4][2];  // all under way before the first is used
+// What a lane has of sixteen ranks by a quarter of a unit: of rows lane / 4 and lane / 4 + 8 the eight columns from
+// 32(lane % 4) + 8 * piece on. WIDE: the adapter is f32, and its values are loaded as they are multiplied.
+template <bool WIDE>
+struct RankPiece {
+    uint4 raw[2];
+    const uint4* from[2];  // null: zeros
+
+    // Zeros from column `end` on.
+    __device__ __forceinline__ void load(const LinearSmall& p, uint32_t column0, uint32_t end, uint32_t piece,
+                                         uint32_t tile) {
+        const uint32_t lane = thread_again() % 32;
+        const uint32_t column = column0 + 32 * (lane % 4) + 8 * piece;
 #pragma unroll
-        for (int two = 0; two < 4; ++two)
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                raw[two][i] = inside[i] ? __ldg(static_cast<const uint4*>(p.lora_a) + (first[i] / 8 + two))
-                                        : make_uint4(0, 0, 0, 0);
+        for (int half = 0; half < 2; ++half) {
+            const uint32_t row = tile * 16 + lane / 4 + 8 * half;
+            const bool inside = row < p.r && column < end;
+            from[half] = static_cast<const uint4*>(p.lora_a) + (row * p.k + column) / (WIDE ? 4 : 8);
+            if constexpr (WIDE) {
+                if (!inside) from[half] = nullptr;
+            } else {
+                raw[half] = inside ? __ldg(from[half]) : make_uint4(0, 0, 0, 0);
             }
-#pragma unroll
-        for (int two = 0; two < 4; ++two) {
-            const Fragments low = {{raw[two][0].x, raw[two][1].x, raw[two][0].y, raw[two][1].y}};
-            const Fragments high = {{raw[two][0].z, raw[two][1].z, raw[two][0].w, raw[two][1].w}};
+        }
+    }
+
+    // Onto the sums of token tiles; `x(t)` brings token tile t of the piece's columns, two operands.
+    template <typename T, int TILES, typename X>
+    __device__ __forceinline__ void multiply_by(const X& x, float (&sums)[TILES][4]) const {
+        if constexpr (!WIDE) {
+            const Fragments low = {{raw[0].x, raw[1].x, raw[0].y, raw[1].y}};
+            const Fragments high = {{raw[0].z, raw[1].z, raw[0].w, raw[1].w}};
 #pragma unroll
             for (int t = 0; t < TILES; ++t) {
-                const Fragments b = x(t, two);
+                const Fragments b = x(t);
                 multiply<T>(sums[t], low, b.part[0], b.part[1]);
                 multiply<T>(sums[t], high, b.part[2], b.part[3]);
             }
-        }
-        return;
-    }
+        } else {
 #pragma unroll 1
-    for (int step = 0; step < 8; ++step) {
-        uint32_t parts[2][2][3];  // of two rows, two pairs
+            for (int step = 0; step < 2; ++step) {
+                uint32_t parts[2][2][3];  // of two rows, two pairs
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float4 raw = inside[i] ? __ldg(static_cast<const float4*>(p.lora_a) + (first[i] / 4 + step))
-                                         : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            split_parts<T>(parts[i][0], raw.x, raw.y);
-            split_parts<T>(parts[i][1], raw.z, raw.w);
-        }
-        // Tensor cores cut their sums off: those of the parts are kept apart for sixteen products.
+                for (int half = 0; half < 2; ++half) {
+                    const uint4 four = from[half] != nullptr ? __ldg(from[half] + step) : make_uint4(0, 0, 0, 0);
+                    split_parts<T>(parts[half][0], __uint_as_float(four.x), __uint_as_float(four.y));
+                    split_parts<T>(parts[half][1], __uint_as_float(four.z), __uint_as_float(four.w));
+                }
+                // Tensor cores cut their sums off: those of the parts are kept apart for sixteen products.
 #pragma unroll
-        for (int t = 0; t < TILES; ++t) {
-            const Fragments both = x(t, step / 2);
-            const uint32_t b0 = step % 2 ? both.part[2] : both.part[0], b1 = step % 2 ? both.part[3] : both.part[1];
-            float few[4] = {};
+                for (int t = 0; t < TILES; ++t) {
+                    const Fragments both = x(t);
+                    const uint32_t b0 = step ? both.part[2] : both.part[0], b1 = step ? both.part[3] : both.part[1];
+                    float few[4] = {};
 #pragma unroll
-            for (int part = 2; part >= 0; --part) {
-                const Fragments a = {{parts[0][0][part], parts[1][0][part], parts[0][1][part], parts[1][1][part]}};
-                float now[4] = {};
-                multiply<T>(now, a, b0, b1);
+                    for (int i = 2; i >= 0; --i) {
+                        const Fragments a = {{parts[0][0][i], parts[1][0][i], parts[0][1][i], parts[1][1][i]}};
+                        float now[4] = {};
+                        multiply<T>(now, a, b0, b1);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) few[i] = few[i] * (1.0f / PART_SCALE<T>) + now[i];
+                        for (int j = 0; j < 4; ++j) few[j] = few[j] * (1.0f / PART_SCALE<T>) + now[j];
+                    }
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) sums[t][i] += few[i];
+                }
             }
+        }
+    }
+};
+
+// A lane's sums of `count` fragments, `stride` apart, in their order.
+__device__ __forceinline__ float4 add_fragments(const float4* from, uint32_t count, uint32_t stride) {
+    float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll 4
+    for (uint32_t i = 0; i < count; ++i, from += stride * 32) add(total, *from);
+    return total;
+}
+
+// A fragment of H, whose sums these are, as the second operand of a product with B: `parts` [plane][ranks 0 to 7, 8 to
+// 15], and to H where it is asked for.
+template <typename T>
+__device__ __forceinline__ void small_h(const LinearSmall& p, const float4& sums, uint32_t tile, uint32_t token0,
+                                        bool writes, uint32_t (&parts)[3][2]) {
+    uint32_t halves[2][3];
+    split_parts<T>(halves[0], sums.x * p.scale, sums.y * p.scale);
+    split_parts<T>(halves[1], sums.z * p.scale, sums.w * p.scale);
+    const uint32_t lane = thread_again() % 32, planes = p.wide ? 3 : 1;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) sums[t][i] += few[i];
+    for (int plane = 0; plane < 3; ++plane) {
+        if (plane >= planes) break;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const uint32_t both = halves[half][plane];
+            if (writes && p.h != nullptr) {
+                const uint32_t token = token0 + 2 * (lane % 4), column = tile * 16 + lane / 4 + half * 8;
+                uint16_t* const to = static_cast<uint16_t*>(p.h) + token * p.h_stride + plane * p.h_plane + column;
+                if (token < p.m) to[0] = static_cast<uint16_t>(both);
+                if (token + 1 < p.m) to[p.h_stride] = static_cast<uint16_t>(both >> 16);
+            }
+            parts[plane][half] = transposed(both);
         }
     }
 }
@@ -89,29 +131,28 @@ __device__ __forceinline__ float small_element(const void* from, uint32_t type, 
 template <typename T>
 __device__ __forceinline__ void load_small_b(Fragments (&found)[2], const LinearSmall& p, uint32_t row0,
                                              uint32_t column0) {
-    const int lane = threadIdx.x % 32;
+    const uint32_t lane = thread_again() % 32;
+    const bool pairs = !p.wide && p.r % 2 == 0 && aligned(static_cast<const unsigned char*>(p.lora_b), 4);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t row = row0 + lane / 4 + i % 2 * 8, column = column0 + 2 * (lane % 4) + i / 2 * 8;
+        const bool inside = row < p.n && column < p.r;
+        const uint64_t at = static_cast<uint64_t>(row) * p.r + column;
+        found[0].part[i] = found[1].part[i] = 0;
+        if (pairs && inside) found[0].part[i] = __ldg(static_cast<const uint32_t*>(p.lora_b) + at / 2);
+    }
+    if (pairs) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         const uint32_t row = row0 + lane / 4 + i % 2 * 8, column = column0 + 2 * (lane % 4) + i / 2 * 8;
         const uint64_t at = static_cast<uint64_t>(row) * p.r + column;
         float values[2];
-        if (p.r % 2 == 0 && aligned(static_cast<const unsigned char*>(p.lora_b), 8)) {  // both at once
-            const bool inside = row < p.n && column < p.r;
-            float2 both = make_float2(0.0f, 0.0f);
-            if (inside && p.wide) both = __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(p.lora_b) + at));
-            if (inside && !p.wide) {
-                both = unpack2<T>(__ldg(reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.lora_b) + at)));
-            }
-            values[0] = both.x;
-            values[1] = both.y;
-        } else {
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const bool inside = row < p.n && column + j < p.r;
-                values[j] = !inside  ? 0.0f
-                            : p.wide ? __ldg(static_cast<const float*>(p.lora_b) + at + j)
-                                     : to_float(static_cast<const T*>(p.lora_b)[at + j]);
-            }
+        for (int j = 0; j < 2; ++j) {
+            const bool inside = row < p.n && column + j < p.r;
+            values[j] = !inside  ? 0.0f
+                        : p.wide ? __ldg(static_cast<const float*>(p.lora_b) + at + j)
+                                 : to_float(static_cast<const T*>(p.lora_b)[at + j]);
         }
         uint32_t parts[2];
         split_parts<T>(parts, values[0], values[1]);
@@ -120,45 +161,33 @@ __device__ __forceinline__ void load_small_b(Fragments (&found)[2], const Linear
     }
 }
 
-// Sums of a fragment of H, scaled, as parts to `h_tile` [tokens][width], and to H where it is asked for.
-template <typename T>
-__device__ __forceinline__ void small_h(const LinearSmall& p, const float4& sums, uint32_t tile, uint32_t token0,
-                                        int rank_tiles, T* h_tile, int width) {
-    const int lane = threadIdx.x % 32;
-    const float values[4] = {sums.x, sums.y, sums.z, sums.w};
-    const int planes = p.wide ? 3 : 1;
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-        const uint32_t token = token0 + 2 * (lane % 4) + j % 2, column = tile * 16 + lane / 4 + j / 2 * 8;
-        float value = values[j] * p.scale;
-        for (int plane = 0; plane < planes; ++plane) {
-            const T part = from_float<T>(value);
-            h_tile[token * width + plane * 16 * rank_tiles + column] = part;
-            if (p.h != nullptr && blockIdx.x == 0 && token < p.m) {
-                static_cast<T*>(p.h)[token * p.h_stride + plane * p.h_plane + column] = part;
-            }
-            value = low_part<T>(value);
+// A fragment of y: a lane's sums that `sums()` brings, the LoRA term by its sums of H that `ranks(tile)` brings, and the
+// biases. `writes`: H, too.
+template <typename T, typename Sums, typename Ranks>
+__device__ __forceinline__ void small_finish(const LinearSmall& p, uint32_t row, uint32_t token0, const Sums& sums,
+                                             const Ranks& ranks, bool writes) {
+    const uint32_t lane = thread_again() % 32, quad = lane % 4;
+    float out[4];
+#pragma unroll 1
+    for (uint32_t tile = 0;; ++tile) {
+        const bool more = tile * 16 < p.r;
+        Fragments b[2];  // under way while sums come
+        if (more) load_small_b<T>(b, p, row, tile * 16);
+        if (tile == 0) {
+            const float4 found = sums();
+            out[0] = found.x, out[1] = found.y, out[2] = found.z, out[3] = found.w;
         }
-    }
-}
-
-// A fragment of y: its sums, the LoRA term (`b`: of its rows and the first sixteen ranks) and the biases.
-template <typename T>
-__device__ __forceinline__ void small_finish(const LinearSmall& p, uint32_t row, uint32_t token0, const float4& sums,
-                                             Fragments (&b)[2], int rank_tiles, const T* h_tile, int width) {
-    const int lane = threadIdx.x % 32, quad = lane % 4, plane = 16 * rank_tiles / 2;
-    float out[4] = {sums.x, sums.y, sums.z, sums.w};
-    for (int segment = 0; segment < rank_tiles; ++segment) {
-        const uint32_t* h = reinterpret_cast<const uint32_t*>(h_tile + (token0 + lane / 4) * width + segment * 16) + quad;
-        if (segment > 0) load_small_b<T>(b, p, row, segment * 16);
+        if (!more) break;
+        uint32_t h[3][2];
+        small_h<T>(p, ranks(tile), tile, token0, writes, h);
         if (p.wide) {
             float lower[4] = {};
-            multiply<T>(lower, b[1], h[0], h[4]);
-            multiply<T>(lower, b[0], h[plane], h[plane + 4]);
+            multiply<T>(lower, b[1], h[0][0], h[0][1]);
+            multiply<T>(lower, b[0], h[1][0], h[1][1]);
 #pragma unroll
             for (int j = 0; j < 4; ++j) out[j] += lower[j] * (1.0f / PART_SCALE<T>);
         }
-        multiply<T>(out, b[0], h[0], h[4]);
+        multiply<T>(out, b[0], h[0][0], h[0][1]);
     }
     T* const y = static_cast<T*>(p.y);
 #pragma unroll

@@ -38,10 +38,10 @@ struct LinearSmall {
     uint32_t stage_k;    // of x in shared memory at a time, another such multiple; with few tokens a block's depth of H
     // Where parts of a block's dynamic shared memory lie. The table of pairs is at 0, x after it; with few tokens both are
     // elsewhere.
-    uint32_t sums;   // those that find no room in the table's gaps
-    uint32_t ranks;  // sums of H
-    uint32_t h_tile;
-    uint32_t slots;  // of H's sums of a rank tile, a warp's each, with few tokens
+    uint32_t sums;      // those that find no room in the table's gaps; with few tokens those that wait for H
+    uint32_t ranks;     // sums of H, a warp's each, with few tokens
+    uint32_t received;  // sums of H, a block's each
+    uint32_t shifts;    // log2 of `splits`, and 256 times that of `k_groups`
 };
 static_assert(sizeof(LinearSmall) == 192, "src/cuda/lora/small.rs lays it out alike");
 
@@ -74,14 +74,14 @@ __device__ __forceinline__ float4 load_shared_of(uint32_t address, uint32_t rank
     return found;
 }
 // The same to there; barrier `barrier` of that block, at the same place of each, gets to know of the bytes.
-__device__ __forceinline__ void send_shared(uint32_t address, uint32_t rank, uint32_t barrier, const float (&values)[4]) {
+__device__ __forceinline__ void send_shared(uint32_t address, uint32_t rank, uint32_t barrier, const float4& values) {
     asm volatile(
         "{\n\t.reg .b32 remote, told;\n\tmapa.shared::cluster.u32 remote, %0, %1;\n\t"
         "mapa.shared::cluster.u32 told, %2, %1;\n\t"
         "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [remote], {%3, %4, %5, %6}, [told];\n\t}" ::"r"(
             address),
-        "r"(rank), "r"(barrier), "r"(__float_as_uint(values[0])), "r"(__float_as_uint(values[1])),
-        "r"(__float_as_uint(values[2])), "r"(__float_as_uint(values[3]))
+        "r"(rank), "r"(barrier), "r"(__float_as_uint(values.x)), "r"(__float_as_uint(values.y)),
+        "r"(__float_as_uint(values.z)), "r"(__float_as_uint(values.w))
         : "memory");
 }
 
@@ -99,6 +99,11 @@ __device__ __forceinline__ void splits_sync(uint32_t splits) {
     cluster_wait();
 }
 
+// a / power of two, which a division takes some twenty instructions for; and by those that the host knows of.
+__device__ __forceinline__ uint32_t over(uint32_t a, uint32_t power) { return a >> (31 - __clz(power)); }
+__device__ __forceinline__ uint32_t over_splits(const LinearSmall& p, uint32_t a) { return a >> (p.shifts & 0xFF); }
+__device__ __forceinline__ uint32_t over_k_groups(const LinearSmall& p, uint32_t a) { return a >> (p.shifts >> 8); }
+
 // Asked for again, so that what follows from them need not be kept in registers until here.
 __device__ __forceinline__ uint32_t thread_again() {
     uint32_t thread;
@@ -111,6 +116,13 @@ __device__ __forceinline__ uint32_t block_again() {
     return block;
 }
 
+// An 8 x 8 matrix of 16-bit elements, of whose rows a lane holds two elements as load_matrices says.
+__device__ __forceinline__ uint32_t transposed(uint32_t two) {
+    uint32_t found;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(found) : "r"(two));
+    return found;
+}
+
 __device__ __forceinline__ void add(float4& sum, const float4& more) {
     sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
 }
@@ -118,16 +130,25 @@ __device__ __forceinline__ void add(float4& sum, const float4& more) {
 // Has `bytes` brought to L2 by `threads` threads: for who reads them soon, and for who writes there before, too.
 constexpr uint32_t LINE = 128;
 __device__ __forceinline__ void prefetch(const void* from, uint32_t bytes, uint32_t thread, uint32_t threads) {
+#pragma unroll 1
     for (uint32_t at = thread * LINE; at < bytes; at += threads * LINE) {
         asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const unsigned char*>(from) + at));
     }
 }
 
-// The same for `rows` rows of `bytes`, `stride` apart: eight threads for one.
+// The same at one instruction for all of them, a multiple of sixteen from an address that is one.
+__device__ __forceinline__ void prefetch_bulk(const void* from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+// The same for `rows` rows of `bytes`, `stride` apart.
 __device__ __forceinline__ void prefetch_rows(const void* from, uint32_t rows, uint32_t bytes, uint64_t stride,
                                               uint32_t threads) {
-    for (uint32_t row = threadIdx.x / 8; row < rows; row += threads / 8) {
-        prefetch(static_cast<const unsigned char*>(from) + row * stride, bytes, threadIdx.x % 8, 8);
+    // Threads of a warp take turns: so those of all warps do.
+    const uint32_t warps = threads / 32, first = threadIdx.x % 32 * warps + threadIdx.x / 32;
+#pragma unroll 1
+    for (uint32_t row = first; row < rows && bytes > 0; row += threads) {
+        prefetch_bulk(static_cast<const unsigned char*>(from) + row * stride, bytes);
     }
 }
 
@@ -136,6 +157,7 @@ template <bool NESTED>
 __device__ __forceinline__ void prefetch_absmax(const LinearSmall& p, uint32_t row0, uint32_t rows, uint32_t column0,
                                                 uint32_t columns, uint32_t threads) {
     constexpr uint32_t SIZE = NESTED ? 1 : 4;
+#pragma unroll 1
     for (uint32_t row = threadIdx.x; row < rows; row += threads) {
         const uint64_t first = (static_cast<uint64_t>(row0 + row) * p.k + column0) >> p.quant.block_shift;
         prefetch(static_cast<const unsigned char*>(p.quant.absmax) + first * SIZE,
@@ -147,12 +169,32 @@ __device__ __forceinline__ void prefetch_absmax(const LinearSmall& p, uint32_t r
 // The table of pairs: byte b's values at b * SMALL_STRIDE, SMALL_COPIES times.
 template <int THREADS>
 __device__ __forceinline__ void fill_pairs(unsigned char* pairs, const Quant4bit& quant) {
-    for (int i = threadIdx.x; i < 256 * SMALL_COPIES / 2; i += THREADS) {
-        const int byte = i / (SMALL_COPIES / 2), copy = i % (SMALL_COPIES / 2);
-        const float high = CODEBOOKS[quant.fp4][byte / 16], low = CODEBOOKS[quant.fp4][byte % 16];
+    constexpr int CHUNKS = SMALL_COPIES / 2, BYTES = THREADS / CHUNKS;  // written at a time
+    static_assert(THREADS % CHUNKS == 0 && BYTES % 16 == 0, "a thread's bytes have one low half");
+    const int first = threadIdx.x / CHUNKS, copy = threadIdx.x % CHUNKS;
+    const float value = codebook_value(threadIdx.x % 16, quant.fp4 != 0);
+    const float low = __shfl_sync(0xFFFFFFFFu, value, first % 16);
+#pragma unroll
+    for (int byte = first; byte < 256 + first; byte += BYTES) {
+        const float high = __shfl_sync(0xFFFFFFFFu, value, byte / 16 % 16);
         reinterpret_cast<float4*>(pairs + byte * SMALL_STRIDE)[copy] = make_float4(high, low, high, low);
     }
 }
+
+// What absmax of all blocks are computed by, on its way to shared memory: it is not waited for before it is put there.
+template <bool NESTED>
+struct NestedScales {
+    float code = 0.0f, offset = 0.0f;
+    __device__ __forceinline__ explicit NestedScales(const Quant4bit& quant) {
+        if (NESTED && threadIdx.x < 256) code = __ldg(quant.nested_code + threadIdx.x);
+        if (threadIdx.x == 0) offset = nested_offset<NESTED>(quant);
+    }
+    __device__ __forceinline__ void put(Tables<NESTED>& tables, float& to) const {
+        const uint32_t thread = thread_again();
+        if (NESTED && thread < 256) tables.nested_code[thread] = code;
+        if (NESTED && thread == 0) to = offset;
+    }
+};
 
 // What a lane loads of a unit, sixteen rows: of rows lane / 4 + 8i.
 template <bool NESTED>

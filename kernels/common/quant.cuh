@@ -24,15 +24,42 @@ static_assert(sizeof(Quant4bit) == 56, "src/cuda/quant.rs lays it out alike");
 
 constexpr float FP4_STEPS[8] = {0.0f, 0.005208333333f, 0.66666667f, 1.0f, 0.33333333f, 0.5f, 0.16666667f, 0.25f};
 
-// [0] NF4 (Dettmers et al. 2023, arXiv 2305.14314, appendix E), [1] FP4, whose code 8 is -0.
+// Dettmers et al. 2023, arXiv 2305.14314, appendix E.
+constexpr float NF4_STEPS[16] = {
+    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+    -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+    0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+// [0] NF4, [1] FP4, whose code 8 is -0.
 __constant__ float CODEBOOKS[2][16] = {
-    {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
-     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
-     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f},
+    {NF4_STEPS[0], NF4_STEPS[1], NF4_STEPS[2], NF4_STEPS[3], NF4_STEPS[4], NF4_STEPS[5], NF4_STEPS[6], NF4_STEPS[7],
+     NF4_STEPS[8], NF4_STEPS[9], NF4_STEPS[10], NF4_STEPS[11], NF4_STEPS[12], NF4_STEPS[13], NF4_STEPS[14],
+     NF4_STEPS[15]},
     {FP4_STEPS[0], FP4_STEPS[1], FP4_STEPS[2], FP4_STEPS[3], FP4_STEPS[4], FP4_STEPS[5], FP4_STEPS[6], FP4_STEPS[7],
      -FP4_STEPS[0], -FP4_STEPS[1], -FP4_STEPS[2], -FP4_STEPS[3], -FP4_STEPS[4], -FP4_STEPS[5], -FP4_STEPS[6],
      -FP4_STEPS[7]},
 };
+
+// One of four.
+__device__ __forceinline__ float select4(uint32_t i, float first, float second, float third, float fourth) {
+    const float low = i & 1 ? second : first, high = i & 1 ? fourth : third;
+    return i & 2 ? high : low;
+}
+
+// CODEBOOKS' value `code` by instructions alone: constant memory that is cold waits for the device's.
+__device__ __forceinline__ float codebook_value(uint32_t code, bool fp4) {
+    if (fp4) {
+        const float low = select4(code, FP4_STEPS[0], FP4_STEPS[1], FP4_STEPS[2], FP4_STEPS[3]);
+        const float high = select4(code, FP4_STEPS[4], FP4_STEPS[5], FP4_STEPS[6], FP4_STEPS[7]);
+        const float size = code & 4 ? high : low;
+        return code & 8 ? -size : size;
+    }
+    const float first = select4(code, NF4_STEPS[0], NF4_STEPS[1], NF4_STEPS[2], NF4_STEPS[3]);
+    const float second = select4(code, NF4_STEPS[4], NF4_STEPS[5], NF4_STEPS[6], NF4_STEPS[7]);
+    const float third = select4(code, NF4_STEPS[8], NF4_STEPS[9], NF4_STEPS[10], NF4_STEPS[11]);
+    const float fourth = select4(code, NF4_STEPS[12], NF4_STEPS[13], NF4_STEPS[14], NF4_STEPS[15]);
+    return select4(code >> 2, first, second, third, fourth);
+}
 
 // What a block of threads looks values up in. The sixteen values lie in sixteen banks: no lookup waits for another.
 template <bool NESTED>

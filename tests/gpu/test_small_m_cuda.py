@@ -119,7 +119,7 @@ def test_every_division(m: int, adapter: torch.dtype, device: torch.device) -> N
     rank = case.scaling * x @ case.lora_A.double().t()
     for splits in (1, 2, 4, 8):
         for k_groups in (1, 2, 4, 8):
-            for groups in (1, 2, 3):
+            for groups in (1, 2, 3, 17):
                 y = torch.full((m, n), torch.nan, dtype=BF16, device=device)
                 h = torch.full((m, planes * 48), torch.nan, dtype=BF16, device=device)
                 label = (splits, k_groups, groups)

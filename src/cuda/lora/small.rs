@@ -31,6 +31,8 @@ const FEW_TABLE: u64 = 1 << 16;
 const RESERVED: u64 = 1024;
 /// What a block has beside its dynamic shared memory, and the part of that which alignment may take.
 const STATIC: u64 = 2048;
+/// Blocks that follow one another on a multiprocessor.
+const MOST_ROUNDS: u64 = 256;
 
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
@@ -60,8 +62,8 @@ struct LinearSmall {
     stage_k: u32,
     sums: u32,
     ranks: u32,
-    h_tile: u32,
-    slots: u32,
+    received: u32,
+    shifts: u32,
 }
 const _: () = assert!(size_of::<LinearSmall>() == 192);
 // SAFETY: the kernel's structure, field for field.
@@ -120,8 +122,7 @@ struct Placed {
     stage_k: u64,
     sums: u64,
     ranks: u64,
-    h_tile: u64,
-    slots: u64,
+    received: u64,
     shared: u64,
     blocks: u64,
 }
@@ -166,14 +167,6 @@ impl Sizes {
         }
     }
 
-    /// Bytes of the tile of H for so many tokens.
-    fn h_tile(&self, tokens: u64) -> u64 {
-        match self.r {
-            0 => 0,
-            _ => 2 * tokens * (self.planes * SEGMENT * self.rank_tiles() + 8),
-        }
-    }
-
     /// A cluster is there for H alone.
     fn few(&self, device: &Device, splits: u64, groups: u64) -> Option<Placed> {
         if (self.r > 0) != (splits > 1) {
@@ -181,22 +174,20 @@ impl Sizes {
         }
         let block_k = self.k.next_multiple_of(UNIT_DEPTH);
         let stage_k = self.k.div_ceil(UNIT_DEPTH * splits) * UNIT_DEPTH;
-        // Of H a slot for each warp of a block, over the cluster.
-        let ranks = if self.r > 0 { WARPS * FRAGMENT } else { 0 };
-        let before = ranks + self.h_tile(TOKENS[0]);
+        // What precedes the table: sums of row tiles, which warps have by turns, and of H's tiles by warps and by blocks.
+        let sums = groups.next_multiple_of(WARPS) * FRAGMENT;
+        let ranks = self.rank_tiles() * WARPS * FRAGMENT;
+        let before = sums + ranks + self.rank_tiles() * splits * FRAGMENT;
         let shared = FEW_TABLE - RESERVED + PAIRS + 2 * self.m * block_k;
-        let slots = (WARPS / splits / self.rank_tiles().max(1)).min(stage_k / UNIT_DEPTH);
-        let fits = slots > 0
-            && before + STATIC + RESERVED <= FEW_TABLE
-            && shared + STATIC <= u64::from(device.shared);
+        let fits =
+            before + STATIC + RESERVED <= FEW_TABLE && shared + STATIC <= u64::from(device.shared);
         fits.then_some(Placed {
             tile_rows: TILE_ROWS,
             block_k,
             stage_k,
             sums: 0,
-            ranks: 0,
-            h_tile: ranks,
-            slots,
+            ranks: sums,
+            received: sums + ranks,
             shared,
             blocks: self.n.div_ceil(TILE_ROWS * groups).next_multiple_of(splits),
         })
@@ -221,8 +212,8 @@ impl Sizes {
         let tiles = tokens / 8;
         let sums = tiles * GROUP_ROWS / TILE_ROWS * row_groups * (k_groups - 1).max(1);
         let sums = sums.saturating_sub(GAPS) * FRAGMENT;
-        let ranks = self.rank_tiles() * tiles * FRAGMENT;
-        let fixed = PAIRS + sums + ranks + self.h_tile(tokens);
+        let received = self.rank_tiles() * tiles.max(splits) * FRAGMENT;
+        let fixed = PAIRS + sums + received;
         let room =
             (u64::from(device.shared) - STATIC).checked_sub(fixed)? / (2 * tokens) / depth * depth;
         if room == 0 {
@@ -237,9 +228,8 @@ impl Sizes {
             block_k,
             stage_k,
             sums: x,
-            ranks: x + sums,
-            h_tile: x + sums + ranks,
-            slots: 0,
+            ranks: 0,
+            received: x + sums,
             shared: fixed + 2 * tokens * stage_k,
             blocks: self.n.div_ceil(tile_rows * groups) * splits,
         })
@@ -271,10 +261,7 @@ impl Sizes {
             1
         };
         let stages = placed.block_k.div_ceil(placed.stage_k);
-        // For H all stages come once before; the first one stays.
-        let before = if self.r > 0 { stages - 1 } else { 0 };
-        let x = loads * (2 * tokens * placed.block_k / X + stages * STAGE)
-            + before * (2 * tokens * placed.stage_k / X + STAGE);
+        let x = loads * (2 * tokens * placed.block_k / X + stages * STAGE);
         let sums = FLUSH + placed.tile_rows * tokens * 4 / REMOTE;
         let ranks = self.rank_tiles() * self.planes * placed.block_k / UNIT_DEPTH * tokens * 2;
         rounds * (START + work + x + division.groups * sums + ranks)
@@ -309,8 +296,11 @@ pub fn division(device: &Device, sizes: &Sizes) -> Option<Division> {
             if places == 0 {
                 continue;
             }
-            let how = with(one.blocks.div_ceil(places));
-            let Some(placed) = sizes.place(device, how) else {
+            // As few rounds of blocks as there is room for their row tiles.
+            let Some((how, placed)) = (1..=MOST_ROUNDS).find_map(|rounds| {
+                let how = with(one.blocks.div_ceil(places * rounds));
+                sizes.place(device, how).map(|placed| (how, placed))
+            }) else {
                 continue;
             };
             let cost = sizes.cost(device, how, &placed, places);
@@ -389,7 +379,7 @@ pub unsafe fn launch(
         n: sizes.n as u32,
         r: sizes.r as u32,
         h_plane: small.h_plane as u32,
-        wide: u32::from(sizes.planes > 1),
+        wide: u32::from(sizes.r > 0 && sizes.planes > 1),
         lora_bias_type: type_number(small.lora_bias_dtype),
         scale: small.scaling,
         splits: division.splits as u32,
@@ -400,8 +390,8 @@ pub unsafe fn launch(
         stage_k: placed.stage_k as u32,
         sums: placed.sums as u32,
         ranks: placed.ranks as u32,
-        h_tile: placed.h_tile as u32,
-        slots: placed.slots as u32,
+        received: placed.received as u32,
+        shifts: division.splits.trailing_zeros() | division.k_groups.trailing_zeros() << 8,
     };
     let grid = placed.grid();
     let nested = usize::from(small.weight.nested.is_some());
