@@ -27,7 +27,7 @@ struct Gemm {
     TensorMap h;                    // 16 columns, 128 rows
     TensorMap out;                  // 32 columns, 16 rows
     const float* bias;              // [w], or null
-    const uint32_t* bits;           // the mask, [m, ceil(w_columns / 32)], or null: it is made here
+    const uint32_t* bits;           // the mask, [m, kept_words(w_columns)], or null: it is made here
     Masks masks;
     Segment masked;                 // whose mask; its scale is in H
     uint64_t m;
@@ -143,29 +143,44 @@ __device__ __forceinline__ void gemm_copy(const Gemm& p, uint32_t shared, uint32
 // use. (To make them costs the products time: the warps share the registers' ports.)
 __device__ __forceinline__ void gemm_mask(const Gemm& p, uint32_t shared, uint32_t rank) {
     const uint32_t full = shared + GEMM_MASK_BARRIERS, empty = full + 8 * 2;
-    const uint64_t seed = *p.masks.seed;
-    const uint32_t words = static_cast<uint32_t>((p.w_columns + 31) / 32);
     const GemmTiles tiles(p);
-    GemmRing<2> ring;
-    for (uint32_t tile = blockIdx.x / 2; tile < tiles.count(); tile += gridDim.x / 2, ring.next()) {
-        int row, column;
-        tiles.place(tile, row, column);
-        row += static_cast<int>(rank) * GEMM_ROWS;
-        barrier_wait(empty + 8 * ring.at, ring.parity ^ 1);
-        const uint32_t mask = shared + GEMM_MASKS + ring.at * GEMM_MASK_BYTES;
-        for (uint32_t word = threadIdx.x - 32; word < GEMM_MASK_BYTES / 4; word += 96) {
-            const uint64_t at_row = row + word / 8;
-            const uint32_t at_column = column + word % 8 * 32;
-            uint32_t bits = 0;
-            if (p.bits == nullptr) {
-                bits = kept_of_four_calls(seed, p.masked, at_row * (p.masks.columns / 8) + at_column / 8);
-            } else if (at_row < p.m && at_column / 32 < words) {
-                bits = __ldg(p.bits + at_row * words + at_column / 32);
-            }
-            asm volatile("st.shared.u32 [%0], %1;" ::"r"(mask + 4 * word), "r"(bits) : "memory");
+    const auto fill = [&](const auto& mask_of) {
+        GemmRing<2> ring;
+        for (uint32_t tile = blockIdx.x / 2; tile < tiles.count(); tile += gridDim.x / 2, ring.next()) {
+            int row, column;
+            tiles.place(tile, row, column);
+            row += static_cast<int>(rank) * GEMM_ROWS;
+            barrier_wait(empty + 8 * ring.at, ring.parity ^ 1);
+            mask_of(shared + GEMM_MASKS + ring.at * GEMM_MASK_BYTES, row, column);
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) barrier_arrive(full + 8 * ring.at);
         }
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(full + 8 * ring.at);
+    };
+    if (p.bits == nullptr) {
+        const uint64_t seed = *p.masks.seed;
+        fill([&](uint32_t mask, int row, int column) {
+            for (uint32_t word = threadIdx.x - 32; word < GEMM_MASK_BYTES / 4; word += 96) {
+                const uint64_t at_row = row + word / 8;
+                const uint32_t at_column = column + word % 8 * 32;
+                const uint32_t bits = kept_of_four_calls(seed, p.masked, at_row * (p.masks.columns / 8) + at_column / 8);
+                asm volatile("st.shared.u32 [%0], %1;" ::"r"(mask + 4 * word), "r"(bits) : "memory");
+            }
+        });
+    } else {
+        const uint32_t words = static_cast<uint32_t>(kept_words(p.w_columns));
+        fill([&](uint32_t mask, int row, int column) {
+            for (uint32_t four = threadIdx.x - 32; four < GEMM_MASK_BYTES / 16; four += 96) {
+                const uint64_t at_row = row + four / 2;
+                const uint32_t word = column / 32 + four % 2 * 4;
+                uint4 bits = make_uint4(0, 0, 0, 0);
+                if (at_row < p.m && word < words) {
+                    bits = __ldg(reinterpret_cast<const uint4*>(p.bits + at_row * words + word));
+                }
+                asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(mask + 16 * four), "r"(bits.x),
+                             "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                             : "memory");
+            }
+        });
     }
 }
 

@@ -69,13 +69,15 @@ __device__ __forceinline__ uint32_t masks_of(const Segment (&segments)[MAX_SEGME
 }
 
 // A maker's share of the masks of all steps. Those of a step are of WORDS words a row, from the row and the column that
-// `place` gives; columns of the masked matrix are a multiple of 8. They also go to `bits`, [m, words], unless null.
+// `place` gives; columns of the masked matrix are a multiple of 8. They also go to `bits`, [m, kept_words(columns)],
+// unless null. Eight words a row lie as `kept_word` says.
 template <int PARTS, uint32_t WORDS, typename Place>
 __device__ __forceinline__ void make_masks(const Masks& masks, const Segment (&segments)[MAX_SEGMENTS],
                                            const MaskRing& ring, uint32_t maker, uint32_t steps, const Place& place,
                                            uint32_t* bits, uint64_t m) {
     const uint64_t seed = *masks.seed;
-    const uint32_t lane = threadIdx.x % 32, words = static_cast<uint32_t>((masks.columns + 31) / 32);
+    const uint32_t lane = threadIdx.x % 32, words = static_cast<uint32_t>(kept_words(masks.columns));
+    static_assert(WORDS == 4 || WORDS == 8);
     uint32_t order = 0, found = 0;  // the first segment of mask i in byte i
 #pragma unroll
     for (int part = 0; part < PARTS; ++part) {
@@ -102,9 +104,9 @@ __device__ __forceinline__ void make_masks(const Masks& masks, const Segment (&s
             if (bits != nullptr && row < m && column / 32 < words) bits[row * words + column / 32] = kept[half];
         }
         barrier_wait(ring.empty + 8 * ring.slot(step), ring.turn(step) ^ 1);
-        const uint32_t to = ring.mask(step, i) + 4 * (task % MASK_TASKS * 64 + lane);
-        store_shared(to, __uint_as_float(kept[0]));
-        store_shared(to + 128, __uint_as_float(kept[1]));
+        const uint32_t to = ring.mask(step, i) + 4 * (task % MASK_TASKS * 64);
+        store_shared(to + 4 * lane, __uint_as_float(kept[0]));
+        store_shared(to + 128 + 4 * (WORDS == 8 ? lane ^ 4 : lane), __uint_as_float(kept[1]));
         __syncwarp();
         if (lane == 0) barrier_arrive(ring.full + 8 * ring.slot(step));
     }
@@ -140,13 +142,18 @@ __device__ __forceinline__ void load_kept_rows(Fragments (&kept)[4], uint32_t ti
     }
 }
 
+// Where word `word` of row `row` lies among eight words a row, in bytes: as a copy swizzles 32 bytes.
+__device__ __forceinline__ uint32_t kept_word(uint32_t row, uint32_t word) {
+    return 32 * row + 4 * (word ^ (row / 4 % 2 * 4));
+}
+
 // Four operands of 64 rows and sixteen columns of x, transposed: columns 16 * SIXTEEN.. of the 32 whose masks' words are
-// at `mask`, a row each `stride` bytes; `chunk` is the first column's place in the row, in 16 bytes.
+// word `word` of the eight of a row at `mask`; `chunk` is the first column's place in the row, in 16 bytes.
 template <int SIXTEEN>
 __device__ __forceinline__ void load_kept_columns(Fragments (&kept)[4], uint32_t tile, uint32_t chunk, uint32_t mask,
-                                                  uint32_t stride) {
+                                                  uint32_t word) {
     const uint32_t lane = threadIdx.x % 32, row = lane % 8 + lane / 16 * 8, shift = 7 - lane / 4;
-    const uint32_t mask_row = mask + lane % 4 * 2 * stride;
+    const uint32_t mask_row = mask + kept_word(lane % 4 * 2, word);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
         const uint32_t place = (16 * k + row) * 128 + 16 * ((chunk + lane / 8 % 2) ^ (row % 8));
@@ -154,8 +161,8 @@ __device__ __forceinline__ void load_kept_columns(Fragments (&kept)[4], uint32_t
         f = load_matrices_at<true>(tile + place);
 #pragma unroll
         for (int eight = 0; eight < 2; ++eight) {
-            const uint32_t at = mask_row + (16 * k + 8 * eight) * stride;
-            const uint32_t low = load_shared(at) << shift, high = load_shared(at + stride) << shift;
+            const uint32_t at = mask_row + (16 * k + 8 * eight) * 32;
+            const uint32_t low = load_shared(at) << shift, high = load_shared(at + 32) << shift;
             f.part[2 * eight] = keep_pair<2 * SIXTEEN>(f.part[2 * eight], low, high);
             f.part[2 * eight + 1] = keep_pair<2 * SIXTEEN + 1>(f.part[2 * eight + 1], low, high);
         }

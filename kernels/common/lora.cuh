@@ -34,6 +34,10 @@ struct Masks {
     uint64_t columns;  // of the matrix that is masked: element (i, j) has index i * columns + j
 };
 
+// A mask that is kept for backward, a bit an element: the least significant of a row's words come first, and rows are a
+// multiple of 16 bytes long, so that they can be copied asynchronously.
+__host__ __device__ constexpr uint64_t kept_words(uint64_t columns) { return (columns + 127) / 128 * 4; }
+
 // Rows of a tile in shared memory are 16 bytes longer than what they hold, so that eight in a column hit other banks.
 __host__ __device__ constexpr int padded(int columns) { return columns + 8; }
 
@@ -163,6 +167,13 @@ __device__ __forceinline__ uint32_t kept_bits(uint64_t seed, const Segment& segm
 #pragma unroll
     for (int i = 0; i < 4; ++i) paired |= (bits >> (2 * i) & 1u) << i | (bits >> (2 * i + 1) & 1u) << (8 + i);
     return paired;
+}
+
+// The eight bits of kept_bits<true> in the elements' order.
+__device__ __forceinline__ uint32_t in_order(uint32_t paired) {
+    uint32_t spread = (paired | paired << 2) & 0x3333u;  // in each of the two bytes a bit at every second place
+    spread = (spread | spread << 1) & 0x5555u;
+    return (spread | spread >> 7) & 0xFFu;
 }
 
 // `a` with dropped elements zeroed; `bits` are kept_bits<!TRANSPOSED> of the row of 16 bytes whose address this lane

@@ -21,6 +21,7 @@ struct Down90 {
     x: TensorMap,
     panel: [TensorMap; MAX_PANELS],
     out: Address,
+    bits: Address,
     masks: Masks,
     m: u64,
     steps: u32,
@@ -56,7 +57,7 @@ pub fn takes(device: &Device, input: &Input, projections: &[Projection]) -> bool
 const KERNELS: Variants = variants!("lora_down90");
 const KERNELS_PARTS: Variants = variants!("lora_down90_parts");
 
-/// Writes H. `panels` are where each projection's A lies, `[planes, r, k]`.
+/// Writes H, and the mask if it is kept. `panels` are where each projection's A lies, `[planes, r, k]`.
 ///
 /// # Safety
 /// [`takes`] said yes; the addresses are `device`'s and hold what `kernels/lora_down_sm90a.cuh` says.
@@ -77,6 +78,7 @@ pub unsafe fn launch(
         x: x.map(input.dtype, DEPTH as u32, ROWS as u32, Swizzle::Bytes128)?,
         panel: [TensorMap::default(); MAX_PANELS],
         out: input.h,
+        bits: input.bits,
         masks,
         m: input.m,
         steps: input.k.div_ceil(DEPTH) as u32,

@@ -49,6 +49,7 @@ pub unsafe fn forward(
                 panel: workspace + layout.panel_a,
                 out: input.h,
                 masks,
+                bits: input.bits,
                 m: input.m,
                 k: input.k,
                 planes: input.planes as u32,

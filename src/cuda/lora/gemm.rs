@@ -157,7 +157,7 @@ pub struct Carried<'a> {
     pub lower: usize,
     pub masks: Masks,
     pub masked: Segment,
-    /// The mask, a bit an element, as `kernels/lora_outer_sm90a.cuh` keeps it; 0: it is made again.
+    /// The mask, if it was kept, as `kernels/common/lora.cuh` says; 0: it is made again.
     pub bits: Address,
     /// f32 `[w]`, or 0.
     pub bias: Address,
