@@ -197,19 +197,15 @@ __device__ __forceinline__ void gemm_apply_mask(float (&sums)[128], uint32_t mas
                          : "r"(mask + (lane / 4 + 8 * half) * (GEMM_COLUMNS / 8) + 16 * part)
                          : "memory");
 #pragma unroll
-            for (int word = 0; word < 4; ++word)
+            for (int word = 0; word < 4; ++word) {
+                // The lane's two bits of each byte, side by side in the uppermost one: predicates by one instruction.
+                const uint32_t kept = (words[word] >> (2 * (lane % 4)) & 0x03030303u) * 0x01041040u;
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    // The lane's bit of each byte to the byte's sign, and the sign to all of a register.
-                    const uint32_t signs = words[word] << (7 - 2 * (lane % 4) - i);
-#pragma unroll
-                    for (int byte = 0; byte < 4; ++byte) {
-                        uint32_t keep;
-                        asm("prmt.b32 %0, %1, 0, %2;" : "=r"(keep) : "r"(signs), "r"(0x8888u + 0x1111u * byte));
-                        float& sum = sums[4 * (16 * part + 4 * word + byte) + 2 * half + i];
-                        asm("and.b32 %0, %0, %1;" : "+f"(sum) : "r"(keep));
-                    }
+                for (int i = 0; i < 8; ++i) {
+                    float& sum = sums[4 * (16 * part + 4 * word + i / 2) + 2 * half + i % 2];
+                    if ((kept & 1u << (24 + i)) == 0) sum = 0.0f;
                 }
+            }
         }
     }
 }

@@ -84,9 +84,11 @@ __device__ __forceinline__ void make_masks(const Masks& masks, const Segment (&s
         if (segments[part].first) order |= static_cast<uint32_t>(part) << 8 * found++;
     }
     const uint32_t tasks = ring.count * MASK_TASKS;
+    // Eighths of the tasks: two for the maker that shares the copying warp's quarter of the multiprocessor.
+    const uint32_t stride = maker == 3 ? 4 : 8;
     uint32_t now = ~0u;  // the projection whose segment this is
     Segment segment;
-    for (uint32_t step = 0, task = maker;; task += PASS_MAKERS) {
+    for (uint32_t step = 0, task = maker;; task += stride) {
         for (; task >= tasks; task -= tasks) ++step;
         if (step >= steps) return;
         const uint32_t i = task / MASK_TASKS;

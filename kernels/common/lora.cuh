@@ -128,28 +128,36 @@ __device__ __forceinline__ uint32_t kept_of_call(uint64_t seed, const Segment& s
     return bits;
 }
 
+// `sum` with 2^BIT added if `word` is at least the threshold: additions have room beside the integers of Philox.
+template <int BIT>
+__device__ __forceinline__ void add_bit(float& sum, uint32_t word, uint32_t threshold) {
+    asm("{\n\t.reg .pred kept;\n\tsetp.ge.u32 kept, %1, %2;\n\t@kept add.f32 %0, %0, %3;\n\t}"
+        : "+f"(sum)
+        : "r"(word), "r"(threshold), "f"(static_cast<float>(1u << BIT)));
+}
+
 // The same of four calls in a row, a byte each: bit i for element i of the 32.
-template <int CALL>
-__device__ __forceinline__ void keep_call(uint32_t& bits, uint64_t seed, const Segment& segment, uint64_t call,
-                                          uint32_t threshold) {
-    const uint4 uniforms = dropout_uniforms(seed, segment.stream, call + CALL);
-    keep_bit<8 * CALL>(bits, uniforms.x << 16, threshold);
-    keep_bit<8 * CALL + 1>(bits, uniforms.x, threshold);
-    keep_bit<8 * CALL + 2>(bits, uniforms.y << 16, threshold);
-    keep_bit<8 * CALL + 3>(bits, uniforms.y, threshold);
-    keep_bit<8 * CALL + 4>(bits, uniforms.z << 16, threshold);
-    keep_bit<8 * CALL + 5>(bits, uniforms.z, threshold);
-    keep_bit<8 * CALL + 6>(bits, uniforms.w << 16, threshold);
-    keep_bit<8 * CALL + 7>(bits, uniforms.w, threshold);
+template <int BIT>
+__device__ __forceinline__ void add_call(float& sum, uint64_t seed, const Segment& segment, uint64_t call,
+                                         uint32_t threshold) {
+    const uint4 uniforms = dropout_uniforms(seed, segment.stream, call);
+    add_bit<BIT>(sum, uniforms.x << 16, threshold);
+    add_bit<BIT + 1>(sum, uniforms.x, threshold);
+    add_bit<BIT + 2>(sum, uniforms.y << 16, threshold);
+    add_bit<BIT + 3>(sum, uniforms.y, threshold);
+    add_bit<BIT + 4>(sum, uniforms.z << 16, threshold);
+    add_bit<BIT + 5>(sum, uniforms.z, threshold);
+    add_bit<BIT + 6>(sum, uniforms.w << 16, threshold);
+    add_bit<BIT + 7>(sum, uniforms.w, threshold);
 }
 __device__ __forceinline__ uint32_t kept_of_four_calls(uint64_t seed, const Segment& segment, uint64_t call) {
     const uint32_t threshold = segment.threshold > 0xFFFFu ? 0xFFFFFFFFu : segment.threshold << 16;
-    uint32_t bits[4] = {};
-    keep_call<0>(bits[0], seed, segment, call, threshold);
-    keep_call<1>(bits[1], seed, segment, call, threshold);
-    keep_call<2>(bits[2], seed, segment, call, threshold);
-    keep_call<3>(bits[3], seed, segment, call, threshold);
-    return bits[0] | bits[1] | bits[2] | bits[3];
+    float low = 8388608.0f, high = 8388608.0f;  // 2^23, whose last bits count ones: sixteen of them
+    add_call<0>(low, seed, segment, call, threshold);
+    add_call<8>(low, seed, segment, call + 1, threshold);
+    add_call<0>(high, seed, segment, call + 2, threshold);
+    add_call<8>(high, seed, segment, call + 3, threshold);
+    return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x5410);
 }
 
 // The same of elements (row, column) .. (row, column + 7), `column` a multiple of 8.
