@@ -77,6 +77,9 @@ __device__ __forceinline__ void make_masks(const Masks& masks, const Segment (&s
                                            uint32_t* bits, uint64_t m) {
     const uint64_t seed = *masks.seed;
     const uint32_t lane = threadIdx.x % 32, words = static_cast<uint32_t>(kept_words(masks.columns));
+    const uint64_t calls = masks.columns / 8;  // a row
+    const uint32_t my_row = lane / WORDS, my_word = lane % WORDS;
+    const uint64_t my_call = my_row * calls + 4 * my_word, my_place = static_cast<uint64_t>(my_row) * words + my_word;
     static_assert(WORDS == 4 || WORDS == 8);
     uint32_t order = 0, found = 0;  // the first segment of mask i in byte i
 #pragma unroll
@@ -96,14 +99,14 @@ __device__ __forceinline__ void make_masks(const Masks& masks, const Segment (&s
         uint64_t row0;
         uint32_t column0;
         place(step, row0, column0);
+        row0 += task % MASK_TASKS * (64 / WORDS);
         uint32_t kept[2];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const uint32_t word = task % MASK_TASKS * 64 + half * 32 + lane;
-            const uint64_t row = row0 + word / WORDS;
-            const uint32_t column = column0 + word % WORDS * 32;
-            kept[half] = kept_of_four_calls(seed, segment, row * (masks.columns / 8) + column / 8);
-            if (bits != nullptr && row < m && column / 32 < words) bits[row * words + column / 32] = kept[half];
+        for (int half = 0; half < 2; ++half, row0 += 32 / WORDS) {
+            kept[half] = kept_of_four_calls(seed, segment, row0 * calls + column0 / 8 + my_call);
+            if (bits != nullptr && row0 + my_row < m && column0 / 32 + my_word < words) {
+                bits[row0 * words + column0 / 32 + my_place] = kept[half];
+            }
         }
         barrier_wait(ring.empty + 8 * ring.slot(step), ring.turn(step) ^ 1);
         const uint32_t to = ring.mask(step, i) + 4 * (task % MASK_TASKS * 64);

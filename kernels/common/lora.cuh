@@ -128,30 +128,39 @@ __device__ __forceinline__ uint32_t kept_of_call(uint64_t seed, const Segment& s
     return bits;
 }
 
-// `sum` with 2^BIT added if `word` is at least the threshold: additions have room beside the integers of Philox.
+// From what 16-bit uniforms, two a word, are kept on.
+struct Threshold {
+    uint32_t upper;  // of the upper one, in its place
+    float lower;     // of the lower one, less one, and 2^23
+    __device__ __forceinline__ explicit Threshold(const Segment& segment)
+        // No uniform reaches 65536; what p = 1 keeps all the same, one word in 2^32, is scaled by 0.
+        : upper(segment.threshold > 0xFFFFu ? 0xFFFFFFFFu : segment.threshold << 16),
+          lower(8388607.0f + static_cast<float>(segment.threshold)) {}
+};
+
+// `sum` with 2^BIT added if the lower uniform of a word is kept, and with 2^(BIT + 1) if the upper one is: floats have
+// room beside the integers of Philox.
 template <int BIT>
-__device__ __forceinline__ void add_bit(float& sum, uint32_t word, uint32_t threshold) {
+__device__ __forceinline__ void add_bits(float& sum, uint32_t word, const Threshold& threshold) {
+    const float lower = __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7610));  // 2^23 and the uniform
+    sum = __fmaf_rn(__saturatef(lower - threshold.lower), static_cast<float>(1u << BIT), sum);
     asm("{\n\t.reg .pred kept;\n\tsetp.ge.u32 kept, %1, %2;\n\t@kept add.f32 %0, %0, %3;\n\t}"
         : "+f"(sum)
-        : "r"(word), "r"(threshold), "f"(static_cast<float>(1u << BIT)));
+        : "r"(word), "r"(threshold.upper), "f"(static_cast<float>(2u << BIT)));
 }
 
 // The same of four calls in a row, a byte each: bit i for element i of the 32.
 template <int BIT>
 __device__ __forceinline__ void add_call(float& sum, uint64_t seed, const Segment& segment, uint64_t call,
-                                         uint32_t threshold) {
+                                         const Threshold& threshold) {
     const uint4 uniforms = dropout_uniforms(seed, segment.stream, call);
-    add_bit<BIT>(sum, uniforms.x << 16, threshold);
-    add_bit<BIT + 1>(sum, uniforms.x, threshold);
-    add_bit<BIT + 2>(sum, uniforms.y << 16, threshold);
-    add_bit<BIT + 3>(sum, uniforms.y, threshold);
-    add_bit<BIT + 4>(sum, uniforms.z << 16, threshold);
-    add_bit<BIT + 5>(sum, uniforms.z, threshold);
-    add_bit<BIT + 6>(sum, uniforms.w << 16, threshold);
-    add_bit<BIT + 7>(sum, uniforms.w, threshold);
+    add_bits<BIT>(sum, uniforms.x, threshold);
+    add_bits<BIT + 2>(sum, uniforms.y, threshold);
+    add_bits<BIT + 4>(sum, uniforms.z, threshold);
+    add_bits<BIT + 6>(sum, uniforms.w, threshold);
 }
 __device__ __forceinline__ uint32_t kept_of_four_calls(uint64_t seed, const Segment& segment, uint64_t call) {
-    const uint32_t threshold = segment.threshold > 0xFFFFu ? 0xFFFFFFFFu : segment.threshold << 16;
+    const Threshold threshold(segment);
     float low = 8388608.0f, high = 8388608.0f;  // 2^23, whose last bits count ones: sixteen of them
     add_call<0>(low, seed, segment, call, threshold);
     add_call<8>(low, seed, segment, call + 1, threshold);
