@@ -27,9 +27,7 @@ struct Gemm {
     TensorMap h;                    // 16 columns, 128 rows
     TensorMap out;                  // 32 columns, 16 rows
     const float* bias;              // [w], or null
-    const uint32_t* bits;           // the mask, [m, kept_words(w_columns)], or null: it is made here
-    Masks masks;
-    Segment masked;                 // whose mask; its scale is in H
+    const uint32_t* bits;           // the mask, [m, kept_words(w_columns)], or null
     uint64_t m;
     uint64_t w_columns;
     uint32_t steps[GEMM_PROJECTIONS];  // ceil(depth / 64)
@@ -41,7 +39,7 @@ struct Gemm {
     uint32_t reserved;
     GemmChunk chunk[GEMM_CHUNKS];
 };
-static_assert(sizeof(Gemm) == 1984, "src/cuda/lora/gemm.rs lays it out alike");
+static_assert(sizeof(Gemm) == 1920, "src/cuda/lora/gemm.rs lays it out alike");
 
 constexpr int GEMM_THREADS = 384;  // a warpgroup that copies, two that multiply
 constexpr int GEMM_ROWS = 128;     // of a block's tile; a cluster's two blocks lie one below the other
@@ -139,48 +137,31 @@ __device__ __forceinline__ void gemm_copy(const Gemm& p, uint32_t shared, uint32
     }
 }
 
-// The three warps that neither copy nor multiply bring the masks of tiles, or make them, a bit an element, ahead of their
-// use. (To make them costs the products time: the warps share the registers' ports.)
+// The three warps that neither copy nor multiply bring the masks of tiles ahead of their use.
 __device__ __forceinline__ void gemm_mask(const Gemm& p, uint32_t shared, uint32_t rank) {
     const uint32_t full = shared + GEMM_MASK_BARRIERS, empty = full + 8 * 2;
+    const uint32_t words = static_cast<uint32_t>(kept_words(p.w_columns));
     const GemmTiles tiles(p);
-    const auto fill = [&](const auto& mask_of) {
-        GemmRing<2> ring;
-        for (uint32_t tile = blockIdx.x / 2; tile < tiles.count(); tile += gridDim.x / 2, ring.next()) {
-            int row, column;
-            tiles.place(tile, row, column);
-            row += static_cast<int>(rank) * GEMM_ROWS;
-            barrier_wait(empty + 8 * ring.at, ring.parity ^ 1);
-            mask_of(shared + GEMM_MASKS + ring.at * GEMM_MASK_BYTES, row, column);
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) barrier_arrive(full + 8 * ring.at);
+    GemmRing<2> ring;
+    for (uint32_t tile = blockIdx.x / 2; tile < tiles.count(); tile += gridDim.x / 2, ring.next()) {
+        int row, column;
+        tiles.place(tile, row, column);
+        row += static_cast<int>(rank) * GEMM_ROWS;
+        barrier_wait(empty + 8 * ring.at, ring.parity ^ 1);
+        const uint32_t mask = shared + GEMM_MASKS + ring.at * GEMM_MASK_BYTES;
+        for (uint32_t four = threadIdx.x - 32; four < GEMM_MASK_BYTES / 16; four += 96) {
+            const uint64_t at_row = row + four / 2;
+            const uint32_t word = column / 32 + four % 2 * 4;
+            uint4 bits = make_uint4(0, 0, 0, 0);
+            if (at_row < p.m && word < words) {
+                bits = __ldg(reinterpret_cast<const uint4*>(p.bits + at_row * words + word));
+            }
+            asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(mask + 16 * four), "r"(bits.x), "r"(bits.y),
+                         "r"(bits.z), "r"(bits.w)
+                         : "memory");
         }
-    };
-    if (p.bits == nullptr) {
-        const uint64_t seed = *p.masks.seed;
-        fill([&](uint32_t mask, int row, int column) {
-            for (uint32_t word = threadIdx.x - 32; word < GEMM_MASK_BYTES / 4; word += 96) {
-                const uint64_t at_row = row + word / 8;
-                const uint32_t at_column = column + word % 8 * 32;
-                const uint32_t bits = kept_of_four_calls(seed, p.masked, at_row * (p.masks.columns / 8) + at_column / 8);
-                asm volatile("st.shared.u32 [%0], %1;" ::"r"(mask + 4 * word), "r"(bits) : "memory");
-            }
-        });
-    } else {
-        const uint32_t words = static_cast<uint32_t>(kept_words(p.w_columns));
-        fill([&](uint32_t mask, int row, int column) {
-            for (uint32_t four = threadIdx.x - 32; four < GEMM_MASK_BYTES / 16; four += 96) {
-                const uint64_t at_row = row + four / 2;
-                const uint32_t word = column / 32 + four % 2 * 4;
-                uint4 bits = make_uint4(0, 0, 0, 0);
-                if (at_row < p.m && word < words) {
-                    bits = __ldg(reinterpret_cast<const uint4*>(p.bits + at_row * words + word));
-                }
-                asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(mask + 16 * four), "r"(bits.x),
-                             "r"(bits.y), "r"(bits.z), "r"(bits.w)
-                             : "memory");
-            }
-        });
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(full + 8 * ring.at);
     }
 }
 
@@ -196,15 +177,19 @@ __device__ __forceinline__ void gemm_apply_mask(float (&sums)[128], uint32_t mas
                          : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                          : "r"(mask + (lane / 4 + 8 * half) * (GEMM_COLUMNS / 8) + 16 * part)
                          : "memory");
+            // The lane's bits are every fourth one of a word, from lane % 4 on: those of four words become one word.
 #pragma unroll
             for (int word = 0; word < 4; ++word) {
-                // The lane's two bits of each byte, side by side in the uppermost one: predicates by one instruction.
-                const uint32_t kept = (words[word] >> (2 * (lane % 4)) & 0x03030303u) * 0x01041040u;
+                words[word] = __funnelshift_r(words[word], words[word], lane % 4 + 32 - word);
+            }
+            const auto choose = [](uint32_t which, uint32_t a, uint32_t b) { return (a & which) | (b & ~which); };
+            const uint32_t kept = choose(0x33333333u, choose(0x55555555u, words[0], words[1]),
+                                         choose(0x55555555u, words[2], words[3]));
 #pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    float& sum = sums[4 * (16 * part + 4 * word + i / 2) + 2 * half + i % 2];
-                    if ((kept & 1u << (24 + i)) == 0) sum = 0.0f;
-                }
+            for (int bit = 0; bit < 32; ++bit) {
+                // Of word bit % 4, its eight columns bit / 4 % 4, and of these the lane's first or second.
+                float& sum = sums[4 * (16 * part + 4 * (bit % 4) + bit / 4 % 4) + 2 * half + bit / 16];
+                if ((kept & 1u << bit) == 0) sum = 0.0f;
             }
         }
     }
@@ -283,7 +268,7 @@ __device__ __forceinline__ void gemm_multiply(const Gemm& p, uint32_t shared, ui
             }
             products_commit();
             first += count;
-            const bool masked = first == p.chunks && p.masks.seed != nullptr;
+            const bool masked = first == p.chunks && p.bits != nullptr;
             if (first == p.lower || masked) {
                 products_wait<0>(sums);
                 release(held);
@@ -357,13 +342,12 @@ __device__ __forceinline__ void gemm(const Gemm& p) {
         barriers_visible();
     }
     cluster_sync();
-    // Masks that are made here need nothing of the kernel before this one, but no other may start before that is done.
-    if (threadIdx.x / 32 - 1 >= 3 || p.bits != nullptr) begin();
+    begin();
     if (threadIdx.x < 128) {
         give_registers<56>();
         if (threadIdx.x == 0) {
             gemm_copy<DOWN_ROWS>(p, shared, rank);
-        } else if (threadIdx.x >= 32 && p.masks.seed != nullptr) {
+        } else if (threadIdx.x >= 32 && p.bits != nullptr) {
             gemm_mask(p, shared, rank);
         }
     } else {

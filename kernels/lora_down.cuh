@@ -91,8 +91,12 @@ __device__ __forceinline__ void lora_down(const LoraDown& p) {
                     const uint64_t row = row0 + row_warp * 16 + lane % 16;
                     const uint64_t column = static_cast<uint64_t>(around(step)) * Tile::DEPTH + depth + lane / 16 * 8;
                     const uint32_t kept = kept_bits<true>(seed, p.segments[part], row, column, p.masks.columns);
-                    if (p.bits != nullptr && row < p.m) {
-                        p.bits[row * 4 * kept_words(p.k) + column / 8] = static_cast<uint8_t>(in_order(kept));
+                    if (p.bits != nullptr) {
+                        // Sixteen columns are a byte of a word's even elements and one of its odd ones.
+                        const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, kept, 16), odd = lane / 16;
+                        const uint32_t first = odd ? other >> 8 : kept, second = odd ? kept >> 8 : other;
+                        const uint64_t place = row * 4 * kept_words(p.k) + column / 32 * 4 + 2 * odd + column / 16 % 2;
+                        if (row < p.m) p.bits[place] = static_cast<uint8_t>((first & 0xFu) | second << 4);
                     }
                     masked = mask_fragments<false>(a, kept);
                 }

@@ -75,7 +75,7 @@ __device__ __forceinline__ void lora_down90(const LoraDown90& p) {
                 row = row0;
                 column = column_of(step);
             };
-            make_masks<PARTS, DOWN90_MASK_WORDS>(p.masks, p.segments, ring, warp - PASS_CONSUMERS - 1, steps, place,
+            make_masks<PARTS, DOWN90_MASK_WORDS, words_at_once(other_registers(PARTS, PLANES))>(p.masks, p.segments, ring, warp - PASS_CONSUMERS - 1, steps, place,
                                                  p.bits, p.m);
         } else if (warp == PASS_CONSUMERS && lane == 0) {
             uint32_t at = 0, parity = 0;

@@ -120,6 +120,7 @@ class Native:
             dx += scaling * mask * (g @ lora_B @ lora_A)
             if weight[0]:
                 assert grad % ALIGNMENT == 0
+                assert not group[5] or group[8]
                 dx += g @ self._weight(group, weight, n)
         if grad_x:
             at(grad_x, dtype, m, k).copy_(dx)

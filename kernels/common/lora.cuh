@@ -34,8 +34,8 @@ struct Masks {
     uint64_t columns;  // of the matrix that is masked: element (i, j) has index i * columns + j
 };
 
-// A mask that is kept for backward, a bit an element: the least significant of a row's words come first, and rows are a
-// multiple of 16 bytes long, so that they can be copied asynchronously.
+// A mask that is kept for backward has the words of kept_of_four_calls, and rows that are a multiple of 16 bytes long, so
+// that they can be copied asynchronously.
 __host__ __device__ constexpr uint64_t kept_words(uint64_t columns) { return (columns + 127) / 128 * 4; }
 
 // Rows of a tile in shared memory are 16 bytes longer than what they hold, so that eight in a column hit other banks.
@@ -128,45 +128,40 @@ __device__ __forceinline__ uint32_t kept_of_call(uint64_t seed, const Segment& s
     return bits;
 }
 
-// From what 16-bit uniforms, two a word, are kept on.
+// Which 16-bit uniforms are kept, for two of them a word: held to what lies between `low` and `high`, in each half, a word
+// is `none` where neither is kept, and one more in the half of one that is.
 struct Threshold {
-    uint32_t upper;  // of the upper one, in its place
-    float lower;     // of the lower one, less one, and 2^23
-    __device__ __forceinline__ explicit Threshold(const Segment& segment)
-        // No uniform reaches 65536; what p = 1 keeps all the same, one word in 2^32, is scaled by 0.
-        : upper(segment.threshold > 0xFFFFu ? 0xFFFFFFFFu : segment.threshold << 16),
-          lower(8388607.0f + static_cast<float>(segment.threshold)) {}
+    uint32_t low, high, none;
+    __device__ __forceinline__ explicit Threshold(const Segment& segment) {
+        const uint32_t t = segment.threshold;  // p = 0 keeps all, p = 1 nothing
+        low = t == 0 ? 1 : t > 0xFFFFu ? 0 : t - 1;
+        high = t == 0 ? 1 : t > 0xFFFFu ? 0 : t;
+        none = t == 0 ? 0 : low;
+        low *= 0x10001u, high *= 0x10001u, none *= 0x10001u;
+    }
 };
 
-// `sum` with 2^BIT added if the lower uniform of a word is kept, and with 2^(BIT + 1) if the upper one is: floats have
-// room beside the integers of Philox.
-template <int BIT>
-__device__ __forceinline__ void add_bits(float& sum, uint32_t word, const Threshold& threshold) {
-    const float lower = __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7610));  // 2^23 and the uniform
-    sum = __fmaf_rn(__saturatef(lower - threshold.lower), static_cast<float>(1u << BIT), sum);
-    asm("{\n\t.reg .pred kept;\n\tsetp.ge.u32 kept, %1, %2;\n\t@kept add.f32 %0, %0, %3;\n\t}"
-        : "+f"(sum)
-        : "r"(word), "r"(threshold.upper), "f"(static_cast<float>(2u << BIT)));
-}
-
-// The same of four calls in a row, a byte each: bit i for element i of the 32.
-template <int BIT>
-__device__ __forceinline__ void add_call(float& sum, uint64_t seed, const Segment& segment, uint64_t call,
-                                         const Threshold& threshold) {
+// The same of four calls in a row, of the first 2^32: bit i for element 2i of the 32, bit 16 + i for element 2i + 1. (By
+// Hopper's instructions for two 16-bit values a word.)
+__device__ __forceinline__ void keep_call(uint32_t& sum, uint64_t seed, const Segment& segment, uint32_t call,
+                                          const Threshold& threshold) {
     const uint4 uniforms = dropout_uniforms(seed, segment.stream, call);
-    add_bits<BIT>(sum, uniforms.x, threshold);
-    add_bits<BIT + 2>(sum, uniforms.y, threshold);
-    add_bits<BIT + 4>(sum, uniforms.z, threshold);
-    add_bits<BIT + 6>(sum, uniforms.w, threshold);
+    const auto keep = [&](uint32_t word) {
+        const uint32_t held = __vminu2(__vmaxu2(word, threshold.low), threshold.high);
+        // sum = 2 * sum + held; as a product it would wait for those of Philox.
+        asm("add.u32 %0, %0, %0;\n\tadd.u32 %0, %0, %1;" : "+r"(sum) : "r"(held));
+    };
+    keep(uniforms.w);
+    keep(uniforms.z);
+    keep(uniforms.y);
+    keep(uniforms.x);
 }
-__device__ __forceinline__ uint32_t kept_of_four_calls(uint64_t seed, const Segment& segment, uint64_t call) {
+__device__ __forceinline__ uint32_t kept_of_four_calls(uint64_t seed, const Segment& segment, uint32_t call) {
     const Threshold threshold(segment);
-    float low = 8388608.0f, high = 8388608.0f;  // 2^23, whose last bits count ones: sixteen of them
-    add_call<0>(low, seed, segment, call, threshold);
-    add_call<8>(low, seed, segment, call + 1, threshold);
-    add_call<0>(high, seed, segment, call + 2, threshold);
-    add_call<8>(high, seed, segment, call + 3, threshold);
-    return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x5410);
+    uint32_t sum = 0;
+#pragma unroll
+    for (int i = 3; i >= 0; --i) keep_call(sum, seed, segment, call + i, threshold);
+    return sum - 0xFFFFu * threshold.none;
 }
 
 // The same of elements (row, column) .. (row, column + 7), `column` a multiple of 8.
@@ -184,13 +179,6 @@ __device__ __forceinline__ uint32_t kept_bits(uint64_t seed, const Segment& segm
 #pragma unroll
     for (int i = 0; i < 4; ++i) paired |= (bits >> (2 * i) & 1u) << i | (bits >> (2 * i + 1) & 1u) << (8 + i);
     return paired;
-}
-
-// The eight bits of kept_bits<true> in the elements' order.
-__device__ __forceinline__ uint32_t in_order(uint32_t paired) {
-    uint32_t spread = (paired | paired << 2) & 0x3333u;  // in each of the two bytes a bit at every second place
-    spread = (spread | spread << 1) & 0x5555u;
-    return (spread | spread >> 7) & 0xFFu;
 }
 
 // `a` with dropped elements zeroed; `bits` are kept_bits<!TRANSPOSED> of the row of 16 bytes whose address this lane

@@ -138,6 +138,14 @@ fn group(
         let what = "a mask is kept of one projection alone, whose input is dropped";
         return Err(Error::argument(what));
     }
+    if backward
+        && input.bits == 0
+        && input.seed != 0
+        && projections.iter().any(|one| one.weight != 0)
+    {
+        let what = "the product of a weight takes a mask that was kept, or none";
+        return Err(Error::argument(what));
+    }
     let layout = Layout::new(device, m, k, planes, &sizes, backward)?;
     Ok((input, projections, layout))
 }

@@ -12,6 +12,7 @@ from ferrotune.ops.types import Need, Projection
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SEED, STREAM = 12_345, 3
+PLACES = [i // 2 + 16 * (i % 2) for i in range(32)]  # of 32 elements' bits in their word
 # Odd rows; columns no multiple of 32, 64 or 128; fewer than a tile and more; the last fill a chip.
 SIZES = [(1, 8), (37, 40), (129, 200), (1031, 1032), (1030, 2048), (7600, 264)]
 
@@ -46,12 +47,17 @@ def seed() -> Tensor:
 
 
 def split(h: Tensor, one: Projection, x: Tensor) -> tuple[Tensor, Tensor]:
-    """H, and the bytes of the mask."""
+    """H, and the words of the mask."""
     (m, k), planes = x.shape, 1 if one.lora_A.dtype == x.dtype else 3
     columns = planes * -(-one.rank // 16) * 16
     flat = h.view(-1)
-    mask = flat[m * columns :].view(torch.uint8).view(m, 16 * -(-k // 128))
+    mask = flat[m * columns :].view(torch.int32).view(m, 4 * -(-k // 128))
     return flat[: m * columns].view(m, columns), mask
+
+
+def kept_elements(words: Tensor, k: int) -> Tensor:
+    places = torch.tensor(PLACES, dtype=torch.int32, device=words.device)
+    return (words[:, :, None] >> places & 1).flatten(1)[:, :k].bool()
 
 
 @pytest.mark.usefixtures("use")
@@ -67,8 +73,7 @@ def test_it_is_the_mask_of_the_formula(p: float, dtype: torch.dtype, adapter: to
         assert (tuple(h.shape), h.dtype) == cuda_lora.saved(x, [one])[0]
         want = ops.dropout_mask((m, k), p if p < 1 else 0.9999, seed(), STREAM) > 0
         for kept in (h, again):
-            places = torch.arange(8, dtype=torch.uint8, device="cuda")
-            bits = (split(kept, one, x)[1][:, :, None] >> places & 1).view(m, -1)[:, :k].bool()
+            bits = kept_elements(split(kept, one, x)[1], k)
             if p < 1:
                 assert torch.equal(bits, want), (m, k)
             else:
@@ -86,10 +91,10 @@ def test_backward_takes_it(dtype: torch.dtype, adapter: torch.dtype) -> None:
         how = cuda_lora.plan(x, [one])
         _, (h,) = cuda_lora.forward(x, [one], seed(), how)
         assert h is not None
-        split(h, one, x)[1].fill_(0x5A)
+        split(h, one, x)[1].fill_(0x5A3C_17E9)
+        keeps = kept_elements(split(h, one, x)[1], k)
         need = Need(True, (True,), (False,), (False,), (False,))
         found = cuda_lora.backward([grad], x, [h], [one], seed(), need, how)
-        keeps = torch.tensor([0, 1, 0, 1, 1, 0, 1, 0], device="cuda").repeat(k // 8)
         wide = [part.double() for part in (grad, x, one.weight, one.lora_A, one.lora_B)]  # type: ignore[union-attr]
         g, x64, weight, lora_A, lora_B = wide
         down = g @ lora_B * (one.scaling / (1 - p))

@@ -302,7 +302,7 @@ def _plan_backward(
         if not (need.x or any(need.lora_A[i] or need.lora_B[i] for i in members)) or not members:
             continue
         if need.x and plan.m:
-            based |= _based(plan, grads, x, projections, members)
+            based |= _based(plan, grads, x, projections, members, one)
         live = [
             Live(i, start, need.lora_A[i], need.lora_B[i], i in based)
             for i, start in zip(one.members, one.starts, strict=True)
@@ -342,11 +342,12 @@ def _based(
     x: Tensor,
     projections: Sequence[Projection],
     members: list[int],
+    kept: Pass,
 ) -> set[int]:
     """The projections whose base products x's gradient gets together with the LoRA terms."""
     found: set[int] = set()
-    if len(members) > 1 and any(projections[i].dropout_p for i in members):
-        return found  # their masks differ, and the sums are one
+    if not kept.bits and any(projections[i].dropout_p for i in members):
+        return found  # the product takes a mask that was kept, and of several it is one sum
     room = 0.0
     transposed: set[bool] = set()
     for i in members:

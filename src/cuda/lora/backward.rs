@@ -11,8 +11,8 @@ use super::{Input, Layout, Projection, masks, outer90, segments_of, type_number,
 use crate::error::Result;
 
 /// Writes the adapters' gradients that are asked for, and to `grad_x`, unless 0, the LoRA terms' part of x's gradient
-/// with the products of the weights that are given: these must lie alike, and with several projections nothing is
-/// dropped.
+/// with the products of the weights that are given: these must lie alike, and nothing is dropped but under a mask that was
+/// kept.
 ///
 /// # Safety
 /// As [`super::forward`], with `grad_x` `[m, k]` aligned to 16 bytes.
@@ -350,7 +350,6 @@ unsafe fn sum_of_grad_x(
         let (chunks, lower) = gemm::chunks(input.planes, &places, columns, columns);
         (vec![beside(layout.panel_a, input.k)], chunks, lower)
     };
-    let (segments, _) = segments_of(projections, |_| 1.0);
     let carried = Carried {
         products: &products,
         down_rows: given().all(|one| !one.weight_transposed),
@@ -359,8 +358,6 @@ unsafe fn sum_of_grad_x(
         adapters,
         chunks: &chunks,
         lower,
-        masks: masks(input, projections),
-        masked: segments[0],
         bits: input.bits,
         bias: 0,
         out: Matrix::new(grad_x, input.m, input.k),

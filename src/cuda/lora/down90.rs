@@ -4,7 +4,7 @@ use super::super::device::Device;
 use super::super::launch::{Address, Grid, Parameters, Stream};
 use super::gemm::{Matrix, Swizzle, TensorMap};
 use super::kernels::{MAX_SEGMENTS, Masks, SEGMENT, Segment, Variants, variants};
-use super::{Hopper, Input, Projection};
+use super::{Hopper, Input, Projection, few_calls};
 use crate::error::Result;
 
 const MAX_PANELS: usize = 12;
@@ -51,6 +51,7 @@ pub fn takes(device: &Device, input: &Input, projections: &[Projection]) -> bool
         && input.k.is_multiple_of(alignment)
         && input.x.is_multiple_of(16)
         && input.m.max(input.k) < 1 << 31
+        && few_calls(input)
         && (input.planes > 1 || projections.iter().all(|one| one.lora_a.is_multiple_of(16)))
 }
 

@@ -3,7 +3,7 @@
 use super::super::device::Device;
 use super::super::launch::{Address, Stream};
 use super::gemm::{self, Carried, Matrix, Product};
-use super::kernels::{self, Down, MAX_SEGMENTS, Masks, Segment, Up, UpSegment};
+use super::kernels::{self, Down, MAX_SEGMENTS, Masks, Up, UpSegment};
 use super::panels::{bias_job, bias_of, jobs_of_a, jobs_of_b, panel_b, parts_of_a};
 use super::{Input, Layout, Projection, Terms, down90, masks, segments_of, vectors};
 use crate::error::Result;
@@ -193,8 +193,6 @@ unsafe fn whole(
         adapters: false,
         chunks: &chunks,
         lower,
-        masks: Masks::default(),
-        masked: Segment::default(),
         bits: 0,
         bias: bias_of(projection, layout, workspace, i),
         out: Matrix::new(projection.y, input.m, projection.n),

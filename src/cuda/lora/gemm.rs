@@ -5,7 +5,6 @@ use cudarc::driver::sys;
 use super::super::device::Device;
 use super::super::error::during;
 use super::super::launch::{Address, Grid, Parameters, Stream};
-use super::kernels::{Masks, Segment};
 use super::{Float16, tuned};
 use crate::error::Result;
 
@@ -54,8 +53,6 @@ struct Gemm {
     out: TensorMap,
     bias: Address,
     bits: Address,
-    masks: Masks,
-    masked: Segment,
     m: u64,
     w_columns: u64,
     steps: [u32; MAX_PROJECTIONS],
@@ -67,7 +64,7 @@ struct Gemm {
     reserved: u32,
     chunk: [Chunk; MAX_CHUNKS],
 }
-const _: () = assert!(size_of::<Gemm>() == 1984);
+const _: () = assert!(size_of::<Gemm>() == 1920);
 // SAFETY: the kernel's structure, field for field.
 unsafe impl Parameters for Gemm {}
 
@@ -155,9 +152,7 @@ pub struct Carried<'a> {
     /// At most [`MAX_CHUNKS`]: first those of values' lower parts.
     pub chunks: &'a [Chunk],
     pub lower: usize,
-    pub masks: Masks,
-    pub masked: Segment,
-    /// The mask, if it was kept, as `kernels/common/lora.cuh` says; 0: it is made again.
+    /// The mask, as `kernels/common/lora.cuh` says it is kept, or 0.
     pub bits: Address,
     /// f32 `[w]`, or 0.
     pub bias: Address,
@@ -252,8 +247,6 @@ pub unsafe fn launch(
         out: carried.out.map(dtype, 32, 16, Swizzle::Bytes64)?,
         bias: carried.bias,
         bits: carried.bits,
-        masks: carried.masks,
-        masked: carried.masked,
         m: carried.out.rows,
         w_columns: carried.out.columns,
         steps: [0; MAX_PROJECTIONS],
@@ -323,8 +316,6 @@ pub unsafe fn product(
         adapters: false,
         chunks: &[],
         lower: 0,
-        masks: Masks::default(),
-        masked: Segment::default(),
         bits: 0,
         bias: 0,
         out,

@@ -238,6 +238,11 @@ fn masks(input: &Input, projections: &[Projection]) -> Masks {
     }
 }
 
+/// Whether Hopper's passes over x can make its masks: their counters have one word.
+fn few_calls(input: &Input) -> bool {
+    input.seed == 0 || u128::from(input.m) * u128::from(input.k) <= 1 << 35
+}
+
 /// Where the parts of a workspace lie, in bytes from its start.
 #[derive(Debug)]
 pub struct Layout {

@@ -7,7 +7,7 @@ use super::gemm::{Matrix, Swizzle, TensorMap};
 use super::kernels::{
     DownOuter, MAX_SEGMENTS, Masks, Outer, SEGMENT, Segment, Variants, divide, variants,
 };
-use super::{Float16, Hopper, Input};
+use super::{Float16, Hopper, Input, few_calls};
 use crate::error::Result;
 
 const ROWS: u64 = 64;
@@ -51,6 +51,7 @@ pub fn takes(device: &Device, input: &Input, address: Address, w: u64) -> bool {
         && w.is_multiple_of(8)
         && address.is_multiple_of(16)
         && input.m.max(w) < 1 << 31
+        && (input.bits != 0 || few_calls(input))
 }
 
 /// Into how many ranges the rows are divided, and the rows of each.
