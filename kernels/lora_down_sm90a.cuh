@@ -75,8 +75,8 @@ __device__ __forceinline__ void lora_down90(const LoraDown90& p) {
                 row = row0;
                 column = column_of(step);
             };
-            make_masks<PARTS, DOWN90_MASK_WORDS, words_at_once(other_registers(PARTS, PLANES))>(p.masks, p.segments, ring, warp - PASS_CONSUMERS - 1, steps, place,
-                                                 p.bits, p.m);
+            make_masks<PARTS, DOWN90_MASK_WORDS, words_at_once(other_registers(PARTS, PLANES))>(
+                p.masks, p.segments, ring, warp - PASS_CONSUMERS - 1, steps, place, p.bits, p.m);
         } else if (warp == PASS_CONSUMERS && lane == 0) {
             uint32_t at = 0, parity = 0;
             for (uint32_t step = 0; step < steps; ++step) {

@@ -91,8 +91,8 @@ __device__ __forceinline__ void lora_outer90(const LoraOuter90& p) {
                 row = first_row + static_cast<uint64_t>(step) * OUTER90_ROWS;
                 column = static_cast<uint32_t>(column0);
             };
-            make_masks<PARTS, OUTER90_MASK_WORDS, words_at_once(other_registers(PARTS, PLANES))>(p.masks, p.segments, ring, warp - PASS_CONSUMERS - 1, steps, place,
-                                                  nullptr, p.m);
+            make_masks<PARTS, OUTER90_MASK_WORDS, words_at_once(other_registers(PARTS, PLANES))>(
+                p.masks, p.segments, ring, warp - PASS_CONSUMERS - 1, steps, place, nullptr, p.m);
         } else if (warp == PASS_CONSUMERS && lane == 0) {
             if constexpr (DOWN) {
                 barrier_expect(panel_full, Memory::PANEL);

@@ -44,7 +44,8 @@ struct MaskRing {
     uint32_t count, slots;
 
     __device__ __forceinline__ MaskRing(uint32_t memory, uint32_t barriers, uint32_t count)
-        : memory(memory), full(barriers), empty(barriers + 8 * MASK_SLOTS), count(count), slots(count <= 2 ? MASK_SLOTS / count : 2) {}
+        : memory(memory), full(barriers), empty(barriers + 8 * MASK_SLOTS), count(count),
+          slots(count <= 1 ? MASK_SLOTS : count == 2 ? 4 : 2) {}
     __device__ __forceinline__ void init() const {
         for (uint32_t slot = 0; slot < slots; ++slot) {
             barrier_init(full + 8 * slot, count * MASK_TASKS);
