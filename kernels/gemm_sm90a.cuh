@@ -33,9 +33,7 @@ struct Gemm {
     TensorMap up;                   // gated: alike
     TensorMap hidden;
     const float* bias;              // [w], or null
-    const uint32_t* bits;           // the mask, [m, ceil(w_columns / 32)], or null: it is made here
-    Masks masks;
-    Segment masked;                 // whose mask; its scale is in H
+    const uint32_t* bits;           // the mask, [m, kept_words(w_columns)], or null
     uint64_t m;
     uint64_t w_columns;
     uint32_t steps[GEMM_PROJECTIONS];  // ceil(depth / 64)
@@ -47,7 +45,7 @@ struct Gemm {
     uint32_t activation;     // gated
     GemmChunk chunk[GEMM_CHUNKS];
 };
-static_assert(sizeof(Gemm) == 2240, "src/cuda/lora/gemm.rs lays it out alike");
+static_assert(sizeof(Gemm) == 2176, "src/cuda/lora/gemm.rs lays it out alike");
 
 constexpr int GEMM_THREADS = 384;  // a warpgroup that copies, two that multiply
 constexpr int GEMM_ROWS = 128;     // of a block's tile; a cluster's two blocks lie one below the other
@@ -153,12 +151,10 @@ __device__ __forceinline__ void gemm_copy(const Gemm& p, uint32_t shared, uint32
     }
 }
 
-// The three warps that neither copy nor multiply bring the masks of tiles, or make them, a bit an element, ahead of their
-// use. (To make them costs the products time: the warps share the registers' ports.)
+// The three warps that neither copy nor multiply bring the masks of tiles ahead of their use.
 __device__ __forceinline__ void gemm_mask(const Gemm& p, uint32_t shared, uint32_t rank) {
     const uint32_t full = shared + GEMM_MASK_BARRIERS, empty = full + 8 * 2;
-    const uint64_t seed = *p.masks.seed;
-    const uint32_t words = static_cast<uint32_t>((p.w_columns + 31) / 32);
+    const uint32_t words = static_cast<uint32_t>(kept_words(p.w_columns));
     const GemmTiles<false> tiles(p);
     GemmRing<2> ring;
     for (uint32_t tile = blockIdx.x / 2; tile < tiles.count(); tile += gridDim.x / 2, ring.next()) {
@@ -167,16 +163,16 @@ __device__ __forceinline__ void gemm_mask(const Gemm& p, uint32_t shared, uint32
         row += static_cast<int>(rank) * GEMM_ROWS;
         barrier_wait(empty + 8 * ring.at, ring.parity ^ 1);
         const uint32_t mask = shared + GEMM_MASKS + ring.at * GEMM_MASK_BYTES;
-        for (uint32_t word = threadIdx.x - 32; word < GEMM_MASK_BYTES / 4; word += 96) {
-            const uint64_t at_row = row + word / 8;
-            const uint32_t at_column = column + word % 8 * 32;
-            uint32_t bits = 0;
-            if (p.bits == nullptr) {
-                bits = kept_of_four_calls(seed, p.masked, at_row * (p.masks.columns / 8) + at_column / 8);
-            } else if (at_row < p.m && at_column / 32 < words) {
-                bits = __ldg(p.bits + at_row * words + at_column / 32);
+        for (uint32_t four = threadIdx.x - 32; four < GEMM_MASK_BYTES / 16; four += 96) {
+            const uint64_t at_row = row + four / 2;
+            const uint32_t word = column / 32 + four % 2 * 4;
+            uint4 bits = make_uint4(0, 0, 0, 0);
+            if (at_row < p.m && word < words) {
+                bits = __ldg(reinterpret_cast<const uint4*>(p.bits + at_row * words + word));
             }
-            asm volatile("st.shared.u32 [%0], %1;" ::"r"(mask + 4 * word), "r"(bits) : "memory");
+            asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(mask + 16 * four), "r"(bits.x), "r"(bits.y),
+                         "r"(bits.z), "r"(bits.w)
+                         : "memory");
         }
         __syncwarp();
         if (threadIdx.x % 32 == 0) barrier_arrive(full + 8 * ring.at);
@@ -195,20 +191,20 @@ __device__ __forceinline__ void gemm_apply_mask(float (&sums)[128], uint32_t mas
                          : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                          : "r"(mask + (lane / 4 + 8 * half) * (GEMM_COLUMNS / 8) + 16 * part)
                          : "memory");
+            // The lane's bits are every fourth one of a word, from lane % 4 on: those of four words become one word.
 #pragma unroll
-            for (int word = 0; word < 4; ++word)
+            for (int word = 0; word < 4; ++word) {
+                words[word] = __funnelshift_r(words[word], words[word], lane % 4 + 32 - word);
+            }
+            const auto choose = [](uint32_t which, uint32_t a, uint32_t b) { return (a & which) | (b & ~which); };
+            const uint32_t kept = choose(0x33333333u, choose(0x55555555u, words[0], words[1]),
+                                         choose(0x55555555u, words[2], words[3]));
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    // The lane's bit of each byte to the byte's sign, and the sign to all of a register.
-                    const uint32_t signs = words[word] << (7 - 2 * (lane % 4) - i);
-#pragma unroll
-                    for (int byte = 0; byte < 4; ++byte) {
-                        uint32_t keep;
-                        asm("prmt.b32 %0, %1, 0, %2;" : "=r"(keep) : "r"(signs), "r"(0x8888u + 0x1111u * byte));
-                        float& sum = sums[4 * (16 * part + 4 * word + byte) + 2 * half + i];
-                        asm("and.b32 %0, %0, %1;" : "+f"(sum) : "r"(keep));
-                    }
-                }
+            for (int bit = 0; bit < 32; ++bit) {
+                // Of word bit % 4, its eight columns bit / 4 % 4, and of these the lane's first or second.
+                float& sum = sums[4 * (16 * part + 4 * (bit % 4) + bit / 4 % 4) + 2 * half + bit / 16];
+                if ((kept & 1u << bit) == 0) sum = 0.0f;
+            }
         }
     }
 }
@@ -309,7 +305,7 @@ __device__ __forceinline__ void gemm_multiply(const Gemm& p, uint32_t shared, ui
             }
             products_commit();
             first += count;
-            const bool masked = first == p.chunks && p.masks.seed != nullptr;
+            const bool masked = first == p.chunks && p.bits != nullptr;
             if (first == p.lower || masked) {
                 products_wait<0>(sums);
                 release(held);
@@ -394,13 +390,12 @@ __device__ __forceinline__ void gemm(const Gemm& p) {
         barriers_visible();
     }
     cluster_sync();
-    // Masks that are made here need nothing of the kernel before this one, but no other may start before that is done.
-    if (threadIdx.x / 32 - 1 >= 3 || p.bits != nullptr) begin();
+    begin();
     if (threadIdx.x < 128) {
         give_registers<56>();
         if (threadIdx.x == 0) {
             gemm_copy<DOWN_ROWS, GATED>(p, shared, rank);
-        } else if (threadIdx.x >= 32 && p.masks.seed != nullptr) {
+        } else if (threadIdx.x >= 32 && p.bits != nullptr) {
             gemm_mask(p, shared, rank);
         }
     } else {

@@ -10,6 +10,7 @@ struct LoraDown {
     const void* panel;  // [k, planes * columns]
     void* out;          // [m, planes * columns]
     Masks masks;
+    uint8_t* bits;  // where an only projection's mask is kept, [m, kept_words(k)], or null
     uint64_t m;
     uint64_t k;
     uint32_t planes;
@@ -18,7 +19,7 @@ struct LoraDown {
     uint32_t reserved;
     Segment segments[MAX_SEGMENTS];
 };
-static_assert(sizeof(LoraDown) == 168, "src/cuda/lora/kernels.rs lays it out alike");
+static_assert(sizeof(LoraDown) == 176, "src/cuda/lora/kernels.rs lays it out alike");
 
 // Rows and depth of a step of x, by the warps along the rows; the others share the depth.
 template <int ROW_WARPS>
@@ -89,8 +90,15 @@ __device__ __forceinline__ void lora_down(const LoraDown& p) {
                 if (p.masks.seed != nullptr && p.segments[part].first) {
                     const uint64_t row = row0 + row_warp * 16 + lane % 16;
                     const uint64_t column = static_cast<uint64_t>(around(step)) * Tile::DEPTH + depth + lane / 16 * 8;
-                    masked = mask_fragments<false>(
-                        a, kept_bits<true>(seed, p.segments[part], row, column, p.masks.columns));
+                    const uint32_t kept = kept_bits<true>(seed, p.segments[part], row, column, p.masks.columns);
+                    if (p.bits != nullptr) {
+                        // Sixteen columns are a byte of a word's even elements and one of its odd ones.
+                        const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, kept, 16), odd = lane / 16;
+                        const uint32_t first = odd ? other >> 8 : kept, second = odd ? kept >> 8 : other;
+                        const uint64_t place = row * 4 * kept_words(p.k) + column / 32 * 4 + 2 * odd + column / 16 % 2;
+                        if (row < p.m) p.bits[place] = static_cast<uint8_t>((first & 0xFu) | second << 4);
+                    }
+                    masked = mask_fragments<false>(a, kept);
                 }
                 multiply_parts<T, R>(sums[2 * part], sums[2 * part + 1], masked,
                                      panel_tile + depth * panel_width + part * SEGMENT + rows_first(panel_width),

@@ -12,6 +12,7 @@ struct LoraDown90 {
     TensorMap x;                     // boxes of 64 columns, 128 rows
     TensorMap panel[DOWN90_PANELS];  // 64 columns, 16 rows; a part of a projection's each
     void* out;                       // [m, planes * R]
+    uint32_t* bits;                  // where an only projection's mask is kept, [m, kept_words(k)], or null
     Masks masks;
     uint64_t m;
     uint32_t steps;  // ceil(k / 64)
@@ -74,8 +75,8 @@ __device__ __forceinline__ void lora_down90(const LoraDown90& p) {
                 row = row0;
                 column = column_of(step);
             };
-            make_masks<PARTS, DOWN90_MASK_WORDS>(p.masks, p.segments, ring, warp - PASS_CONSUMERS - 1, steps, place,
-                                                 nullptr, p.m);
+            make_masks<PARTS, DOWN90_MASK_WORDS, words_at_once(other_registers(PARTS, PLANES))>(
+                p.masks, p.segments, ring, warp - PASS_CONSUMERS - 1, steps, place, p.bits, p.m);
         } else if (warp == PASS_CONSUMERS && lane == 0) {
             uint32_t at = 0, parity = 0;
             for (uint32_t step = 0; step < steps; ++step) {

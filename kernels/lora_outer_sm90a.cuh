@@ -10,19 +10,21 @@ struct LoraOuter90 {
     TensorMap x;       // [m, w], boxes of 64 columns, 64 rows
     TensorMap g;       // [m, ..], 16 columns, 64 rows
     TensorMap panel;   // DOWN: [w, PLANES * R], 16 columns, 256 rows
+    TensorMap bits;    // of a mask that was kept, as 16-bit elements: 16 columns, 64 rows
     float* partial;    // [ranges, w, R]
     float* g_partial;  // DOWN: [column blocks, m, R]
     Masks masks;
-    uint32_t* bits;  // [m, ceil(w / 32)], where an only projection's mask is kept, or null
     uint64_t m;
     uint64_t w;
     uint32_t g_column;        // the first of G
     uint32_t g_plane;         // columns from one part of a value to the next
     uint32_t rows_per_range;  // a multiple of 64
     uint32_t early;           // see common/launch.cuh
+    uint32_t kept;            // 1: an only projection's mask is that of `bits`; 0: masks are made here
+    uint32_t reserved;
     Segment segments[MAX_SEGMENTS];
 };
-static_assert(sizeof(LoraOuter90) == 576, "src/cuda/lora/outer90.rs lays it out alike");
+static_assert(sizeof(LoraOuter90) == 704, "src/cuda/lora/outer90.rs lays it out alike");
 
 constexpr int OUTER90_ROWS = 64;
 constexpr int OUTER90_COLUMNS = 256;  // four boxes of x
@@ -30,7 +32,7 @@ constexpr uint32_t OUTER90_BOX = OUTER90_ROWS * 64 * 2;
 constexpr uint32_t OUTER90_G = OUTER90_ROWS * SEGMENT * 2;
 constexpr uint32_t OUTER90_PANEL = OUTER90_COLUMNS * SEGMENT * 2;
 constexpr uint32_t OUTER90_MASK_WORDS = MASK_WORDS / OUTER90_ROWS;  // of a row
-static_assert(OUTER90_MASK_WORDS * 32 == OUTER90_COLUMNS);
+static_assert(OUTER90_MASK_WORDS == 8 && OUTER90_MASK_WORDS * 32 == OUTER90_COLUMNS);
 
 // What a block keeps in shared memory, in bytes: what its warpgroups exchange, masks, the panel, and stages.
 template <int R, int PLANES, bool DOWN>
@@ -44,7 +46,7 @@ struct Outer90Memory {
     }
     static constexpr uint32_t EXCHANGES = !DOWN ? 0 : stages(2) >= 2 ? 2 : 1;
     static constexpr uint32_t STAGES = stages(EXCHANGES) < PASS_STAGES ? stages(EXCHANGES) : PASS_STAGES;
-    static_assert(STAGES >= 2);
+    static_assert(STAGES >= 2 && (DOWN || STAGES * MASK_BYTES <= MASK_MEMORY));
 };
 
 // A block takes OUTER90_COLUMNS columns and a range of rows, half of the columns a warpgroup.
@@ -60,6 +62,7 @@ __device__ __forceinline__ void lora_outer90(const LoraOuter90& p) {
     const uint32_t exchange = (shared_address(memory) + 1023u) & ~1023u;
     const uint32_t panel = exchange + Memory::EXCHANGES * Memory::SUMS + Memory::MASKS_BYTES;  // [PARTS][PLANES] boxes
     const uint32_t stages_at = panel + Memory::PANEL;
+    const auto kept_at = [&](uint32_t stage) { return exchange + stage * MASK_BYTES; };  // where masks are made, else
     const uint32_t full = shared_address(barriers), empty = full + 8 * PASS_STAGES;
     const uint32_t panel_full = empty + 8 * PASS_STAGES;
     const MaskRing ring(exchange, panel_full + 8, masks_of<PARTS>(p.segments));
@@ -68,14 +71,14 @@ __device__ __forceinline__ void lora_outer90(const LoraOuter90& p) {
     const uint64_t first_row = static_cast<uint64_t>(blockIdx.y) * p.rows_per_range;
     const uint64_t last_row = min(first_row + p.rows_per_range, p.m);
     const uint32_t steps = static_cast<uint32_t>((last_row - first_row + OUTER90_ROWS - 1) / OUTER90_ROWS);
-    const bool masked = !DOWN && p.masks.seed != nullptr;
+    const bool masked = !DOWN && p.masks.seed != nullptr, made = masked && p.kept == 0;
     if (threadIdx.x == 0) {
         for (uint32_t stage = 0; stage < STAGES; ++stage) {
             barrier_init(full + 8 * stage, 1);
             barrier_init(empty + 8 * stage, PASS_CONSUMERS);
         }
         barrier_init(panel_full, 1);
-        if (masked) ring.init();
+        if (made) ring.init();
         barriers_visible();
     }
     __syncthreads();
@@ -83,13 +86,13 @@ __device__ __forceinline__ void lora_outer90(const LoraOuter90& p) {
 
     if (warp >= PASS_CONSUMERS) {
         give_registers<other_registers(PARTS, PLANES)>();
-        if (warp > PASS_CONSUMERS && masked) {
+        if (warp > PASS_CONSUMERS && made) {
             const auto place = [&](uint32_t step, uint64_t& row, uint32_t& column) {
                 row = first_row + static_cast<uint64_t>(step) * OUTER90_ROWS;
                 column = static_cast<uint32_t>(column0);
             };
-            make_masks<PARTS, OUTER90_MASK_WORDS>(p.masks, p.segments, ring, warp - PASS_CONSUMERS - 1, steps, place,
-                                                  p.bits, p.m);
+            make_masks<PARTS, OUTER90_MASK_WORDS, words_at_once(other_registers(PARTS, PLANES))>(
+                p.masks, p.segments, ring, warp - PASS_CONSUMERS - 1, steps, place, nullptr, p.m);
         } else if (warp == PASS_CONSUMERS && lane == 0) {
             if constexpr (DOWN) {
                 barrier_expect(panel_full, Memory::PANEL);
@@ -107,7 +110,8 @@ __device__ __forceinline__ void lora_outer90(const LoraOuter90& p) {
                 uint32_t to = stages_at + at * Memory::STAGE;
                 const uint32_t here = full + 8 * at;
                 const int row = static_cast<int>(first_row) + static_cast<int>(step) * OUTER90_ROWS;
-                barrier_expect(here, Memory::STAGE);
+                barrier_expect(here, Memory::STAGE + (masked && !made ? MASK_BYTES : 0));
+                if (masked && !made) copy_box(kept_at(at), p.bits, static_cast<int>(blockIdx.x) * 16, row, here);
 #pragma unroll
                 for (int box = 0; box < 4; ++box, to += OUTER90_BOX) {
                     copy_box(to, p.x, static_cast<int>(column0) + 64 * box, row, here);
@@ -172,22 +176,22 @@ __device__ __forceinline__ void lora_outer90(const LoraOuter90& p) {
                 products_wait_all();
             }
         } else if constexpr (!DOWN) {
-            ring.wait(step);
-            constexpr uint32_t STRIDE = 4 * OUTER90_MASK_WORDS;
+            if (made) ring.wait(step);
             const uint32_t tile = boxes + group_warp / 2 * OUTER90_BOX, chunk = group_warp % 2 * 4;
-            const auto mask = [&](uint32_t i) { return ring.mask(step, i) + 4 * (4 * group + group_warp); };
+            const uint32_t word = 4 * group + group_warp;
+            const auto mask = [&](uint32_t i) { return made ? ring.mask(step, i) : kept_at(at); };
             multiply_kept<T, PARTS, PLANES, 1>(
                 sums[0], apart, p.segments, ring.count,
-                [&](Fragments(&kept)[4], uint32_t i) { load_kept_columns<0>(kept, tile, chunk, mask(i), STRIDE); }, of_g);
+                [&](Fragments(&kept)[4], uint32_t i) { load_kept_columns<0>(kept, tile, chunk, mask(i), word); }, of_g);
             multiply_kept<T, PARTS, PLANES, 1>(
                 sums[1], apart, p.segments, ring.count,
-                [&](Fragments(&kept)[4], uint32_t i) { load_kept_columns<1>(kept, tile, chunk + 2, mask(i), STRIDE); },
+                [&](Fragments(&kept)[4], uint32_t i) { load_kept_columns<1>(kept, tile, chunk + 2, mask(i), word); },
                 of_g);
         }
         __syncwarp();
         if (lane == 0) {
             barrier_arrive(empty + 8 * at);
-            if (masked) ring.release(step);
+            if (made) ring.release(step);
         }
         if (++at == STAGES) at = 0, parity ^= 1;
         if constexpr (DOWN) {

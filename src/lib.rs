@@ -57,7 +57,8 @@ mod native {
     #[pymodule_export]
     use crate::python::cuda_lora::{
         cuda_lora_backward, cuda_lora_carries, cuda_lora_forward, cuda_lora_forward_gated,
-        cuda_lora_max_columns, cuda_lora_products, cuda_lora_workspace, cuda_product,
+        cuda_lora_kept_bytes, cuda_lora_max_columns, cuda_lora_products, cuda_lora_workspace,
+        cuda_product,
     };
     #[cfg(feature = "cuda")]
     #[pymodule_export]

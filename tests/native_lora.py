@@ -49,6 +49,10 @@ class Native:
     def cuda_lora_max_columns(self, device: int, planes: int) -> int:
         return 64 if planes == 1 else 32
 
+    def cuda_lora_kept_bytes(self, device: int, k: int, planes: int, use: str) -> int | None:
+        assert use in ("auto", "always")
+        return 16 * -(-k // 128) if k % 8 == 0 else None
+
     def cuda_lora_workspace(self, *_: Any) -> int:
         return WORKSPACE
 
@@ -66,6 +70,12 @@ class Native:
         at(workspace, "uint8", WORKSPACE).fill_(255)
         m, planes, columns = group[1], group[4], group[7]
         at(group[6], group[3], m, planes * columns).fill_(KEPT)
+        if group[8]:
+            (one,) = given
+            kept = torch.zeros(m, self._kept(group).shape[1] * 8, dtype=torch.uint8)
+            kept[:, : group[2]] = self._made(group, one) > 0
+            places = torch.arange(8, dtype=torch.uint8)
+            self._kept(group).copy_((kept.view(m, -1, 8) << places).sum(2, dtype=torch.uint8))
         for one in given:
             (_, _, _, n, _), _, (y, bias, lora_bias, kind), _, weight = one
             out = at(y, group[3], m, n)
@@ -114,7 +124,8 @@ class Native:
         dx = torch.zeros(m, k, dtype=F64)
         for one in given:
             (A, B, kind, n, r), (scaling, *_), (grad, *_), (grad_A, grad_B, wide), weight = one
-            g, mask = at(grad, dtype, m, n).to(F64), self._mask(group, one)
+            g = at(grad, dtype, m, n).to(F64)
+            mask = self._found(group, one) if group[8] else self._made(group, one)
             lora_A, lora_B = at(A, kind, r, k).to(F64), at(B, kind, n, r).to(F64)
             dropped = self._x(group) * mask
             if grad_A:
@@ -124,6 +135,7 @@ class Native:
             dx += scaling * mask * (g @ lora_B @ lora_A)
             if weight[0]:
                 assert grad % ALIGNMENT == 0
+                assert not group[5] or group[8]
                 dx += g @ self._weight(group, weight, n)
         if grad_x:
             at(grad_x, dtype, m, k).copy_(dx)
@@ -161,7 +173,19 @@ class Native:
     def _x(self, group: Any) -> Tensor:
         return at(group[0], group[3], group[1], group[2]).to(F64)
 
-    def _mask(self, group: Any, one: Any) -> Tensor:
+    def _kept(self, group: Any) -> Tensor:
+        """The bytes of the mask, which must start where H ends."""
+        m, k, planes, columns = group[1], group[2], group[4], group[7]
+        assert group[8] == group[6] + 2 * m * planes * columns
+        return at(group[8], "uint8", m, 16 * -(-k // 128))
+
+    def _found(self, group: Any, one: Any) -> Tensor:
+        """The mask that forward kept."""
+        bits = self._kept(group)[:, :, None] >> torch.arange(8, dtype=torch.uint8) & 1
+        p = one[1][1]
+        return bits.view(group[1], -1)[:, : group[2]].to(F64) / (1 - p if p < 1 else 1)
+
+    def _made(self, group: Any, one: Any) -> Tensor:
         shape, (_, p, stream, _) = (group[1], group[2]), one[1]
         if not p:
             return torch.ones(shape, dtype=F64)
@@ -170,7 +194,7 @@ class Native:
     def _term(self, group: Any, one: Any) -> Tensor:
         (A, B, kind, n, r), (scaling, *_) = one[:2]
         lora_A, lora_B = at(A, kind, r, group[2]).to(F64), at(B, kind, n, r).to(F64)
-        dropped = self._x(group) * self._mask(group, one)
+        dropped = self._x(group) * self._made(group, one)
         return scaling * (dropped @ lora_A.t() @ lora_B.t())
 
     def _weight(self, group: Any, weight: Any, n: int) -> Tensor:
@@ -200,6 +224,7 @@ def forget() -> None:
 
     for cached in (
         cuda_plan._carries,
+        cuda_plan._kept_bytes,
         cuda_plan._max_columns,
         cuda_plan._workspace_bytes,
         cuda_small._division,

@@ -34,6 +34,10 @@ struct Masks {
     uint64_t columns;  // of the matrix that is masked: element (i, j) has index i * columns + j
 };
 
+// A mask that is kept for backward has the words of kept_of_four_calls, and rows that are a multiple of 16 bytes long, so
+// that they can be copied asynchronously.
+__host__ __device__ constexpr uint64_t kept_words(uint64_t columns) { return (columns + 127) / 128 * 4; }
+
 // Rows of a tile in shared memory are 16 bytes longer than what they hold, so that eight in a column hit other banks.
 __host__ __device__ constexpr int padded(int columns) { return columns + 8; }
 
@@ -124,28 +128,40 @@ __device__ __forceinline__ uint32_t kept_of_call(uint64_t seed, const Segment& s
     return bits;
 }
 
-// The same of four calls in a row, a byte each: bit i for element i of the 32.
-template <int CALL>
-__device__ __forceinline__ void keep_call(uint32_t& bits, uint64_t seed, const Segment& segment, uint64_t call,
-                                          uint32_t threshold) {
-    const uint4 uniforms = dropout_uniforms(seed, segment.stream, call + CALL);
-    keep_bit<8 * CALL>(bits, uniforms.x << 16, threshold);
-    keep_bit<8 * CALL + 1>(bits, uniforms.x, threshold);
-    keep_bit<8 * CALL + 2>(bits, uniforms.y << 16, threshold);
-    keep_bit<8 * CALL + 3>(bits, uniforms.y, threshold);
-    keep_bit<8 * CALL + 4>(bits, uniforms.z << 16, threshold);
-    keep_bit<8 * CALL + 5>(bits, uniforms.z, threshold);
-    keep_bit<8 * CALL + 6>(bits, uniforms.w << 16, threshold);
-    keep_bit<8 * CALL + 7>(bits, uniforms.w, threshold);
+// Which 16-bit uniforms are kept, for two of them a word: held to what lies between `low` and `high`, in each half, a word
+// is `none` where neither is kept, and one more in the half of one that is.
+struct Threshold {
+    uint32_t low, high, none;
+    __device__ __forceinline__ explicit Threshold(const Segment& segment) {
+        const uint32_t t = segment.threshold;  // p = 0 keeps all, p = 1 nothing
+        low = t == 0 ? 1 : t > 0xFFFFu ? 0 : t - 1;
+        high = t == 0 ? 1 : t > 0xFFFFu ? 0 : t;
+        none = t == 0 ? 0 : low;
+        low *= 0x10001u, high *= 0x10001u, none *= 0x10001u;
+    }
+};
+
+// The same of four calls in a row, of the first 2^32: bit i for element 2i of the 32, bit 16 + i for element 2i + 1. (By
+// Hopper's instructions for two 16-bit values a word.)
+__device__ __forceinline__ void keep_call(uint32_t& sum, uint64_t seed, const Segment& segment, uint32_t call,
+                                          const Threshold& threshold) {
+    const uint4 uniforms = dropout_uniforms(seed, segment.stream, call);
+    const auto keep = [&](uint32_t word) {
+        const uint32_t held = __vminu2(__vmaxu2(word, threshold.low), threshold.high);
+        // sum = 2 * sum + held; as a product it would wait for those of Philox.
+        asm("add.u32 %0, %0, %0;\n\tadd.u32 %0, %0, %1;" : "+r"(sum) : "r"(held));
+    };
+    keep(uniforms.w);
+    keep(uniforms.z);
+    keep(uniforms.y);
+    keep(uniforms.x);
 }
-__device__ __forceinline__ uint32_t kept_of_four_calls(uint64_t seed, const Segment& segment, uint64_t call) {
-    const uint32_t threshold = segment.threshold > 0xFFFFu ? 0xFFFFFFFFu : segment.threshold << 16;
-    uint32_t bits[4] = {};
-    keep_call<0>(bits[0], seed, segment, call, threshold);
-    keep_call<1>(bits[1], seed, segment, call, threshold);
-    keep_call<2>(bits[2], seed, segment, call, threshold);
-    keep_call<3>(bits[3], seed, segment, call, threshold);
-    return bits[0] | bits[1] | bits[2] | bits[3];
+__device__ __forceinline__ uint32_t kept_of_four_calls(uint64_t seed, const Segment& segment, uint32_t call) {
+    const Threshold threshold(segment);
+    uint32_t sum = 0;
+#pragma unroll
+    for (int i = 3; i >= 0; --i) keep_call(sum, seed, segment, call + i, threshold);
+    return sum - 0xFFFFu * threshold.none;
 }
 
 // The same of elements (row, column) .. (row, column + 7), `column` a multiple of 8.

@@ -33,6 +33,7 @@ __all__ = [
     "cuda_lora_carries",
     "cuda_lora_forward",
     "cuda_lora_forward_gated",
+    "cuda_lora_kept_bytes",
     "cuda_lora_max_columns",
     "cuda_lora_products",
     "cuda_lora_workspace",
@@ -409,10 +410,11 @@ def cuda_rope(
     backward: bool,
 ) -> None: ...
 
-# x [m, k], m, k, dtype, planes, seed (0 without dropout), h, h_columns, where Hopper's kernels are
-# used ("auto", "always", "never"), what forward does with LoRA terms whose weight is not given
-# ("written" to y, "added" to it, or "left")
-_GroupInput = tuple[int, int, int, str, int, int, int, int, str, str]
+# x [m, k], m, k, dtype, planes, seed (0 without dropout), h, h_columns, the mask that is kept (0 if
+# none is; `cuda_lora_kept_bytes` a row), where Hopper's kernels are used ("auto", "always",
+# "never"), what forward does with LoRA terms whose weight is not given ("written" to y, "added" to
+# it, or "left")
+_GroupInput = tuple[int, int, int, str, int, int, int, int, int, str, str]
 # (lora_A, lora_B, their dtype, n, r), (scaling, dropout_p, stream, h_column), (y, or its gradient,
 # bias, lora_bias, its dtype), (gradients of lora_A, lora_B, their dtype), (weight, whether it lies
 # as [k, n], the 4-bit one that it receives first); addresses are 0 for what is not there
@@ -439,14 +441,9 @@ def cuda_product(
     together: int,
 ) -> None: ...
 def cuda_lora_max_columns(device: int, planes: int) -> int: ...
+def cuda_lora_kept_bytes(device: int, k: int, planes: int, hopper: str) -> int | None: ...
 def cuda_lora_workspace(
-    device: int,
-    m: int,
-    k: int,
-    planes: int,
-    sizes: list[tuple[int, int]],
-    backward: bool,
-    dropped: bool,
+    device: int, m: int, k: int, planes: int, sizes: list[tuple[int, int]], backward: bool
 ) -> int: ...
 def cuda_lora_forward(
     device: int,

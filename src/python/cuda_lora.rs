@@ -20,6 +20,7 @@ pub struct GroupInput(
     u64,    // seed: of an int64; 0 without dropout
     u64,    // h: [m, planes * h_columns]
     u64,    // h_columns
+    u64, // bits: the mask that forward of a projection alone keeps, of `cuda_lora_kept_bytes` a row, or 0
     String, // Hopper's kernels: "auto", "always" or "never"
     String, // forward: LoRA terms without a weight are "written", "added" to the outputs, or "left"
 );
@@ -41,17 +42,9 @@ impl GroupInput {
             seed: self.5,
             h: self.6,
             h_columns: self.7,
-            hopper: match self.8.as_str() {
-                "auto" => Hopper::Auto,
-                "always" => Hopper::Always,
-                "never" => Hopper::Never,
-                other => {
-                    return Err(Error::argument(format!(
-                        "Hopper's kernels are used 'auto', 'always' or 'never', not '{other}'"
-                    )));
-                }
-            },
-            terms: match self.9.as_str() {
+            bits: self.8,
+            hopper: used(&self.9)?,
+            terms: match self.10.as_str() {
                 "written" => Terms::Written,
                 "added" => Terms::Added,
                 "left" => Terms::Left,
@@ -62,6 +55,18 @@ impl GroupInput {
                 }
             },
         })
+    }
+}
+
+/// Where Hopper's kernels are used.
+fn used(name: &str) -> Result<Hopper> {
+    match name {
+        "auto" => Ok(Hopper::Auto),
+        "always" => Ok(Hopper::Always),
+        "never" => Ok(Hopper::Never),
+        other => Err(Error::argument(format!(
+            "Hopper's kernels are used 'auto', 'always' or 'never', not '{other}'"
+        ))),
     }
 }
 
@@ -129,9 +134,20 @@ fn group(
         .map(GroupProjection::get)
         .collect::<Result<Vec<_>>>()?;
     let sizes: Vec<_> = projections.iter().map(|one| (one.n, one.r)).collect();
-    let dropped = projections.iter().any(|one| one.p > 0.0);
     let (m, k, planes) = (input.m, input.k, input.planes);
-    let layout = Layout::new(device, m, k, planes, &sizes, backward, dropped)?;
+    if input.bits != 0 && (projections.len() > 1 || input.seed == 0) {
+        let what = "a mask is kept of one projection alone, whose input is dropped";
+        return Err(Error::argument(what));
+    }
+    if backward
+        && input.bits == 0
+        && input.seed != 0
+        && projections.iter().any(|one| one.weight != 0)
+    {
+        let what = "the product of a weight takes a mask that was kept, or none";
+        return Err(Error::argument(what));
+    }
+    let layout = Layout::new(device, m, k, planes, &sizes, backward)?;
     Ok((input, projections, layout))
 }
 
@@ -196,6 +212,22 @@ pub fn cuda_product(
     Ok(())
 }
 
+/// Bytes a row of the mask that forward keeps of a projection alone for its backward; None where that makes it again.
+#[pyfunction]
+pub fn cuda_lora_kept_bytes(
+    device: usize,
+    k: u64,
+    planes: u64,
+    hopper: &str,
+) -> Result<Option<u64>> {
+    Ok(lora::kept_bytes(
+        Device::get(device)?,
+        k,
+        planes,
+        used(hopper)?,
+    ))
+}
+
 /// Bytes of workspace that a group needs; `sizes` are (n, r) of its projections.
 #[pyfunction]
 pub fn cuda_lora_workspace(
@@ -205,10 +237,9 @@ pub fn cuda_lora_workspace(
     planes: u64,
     sizes: Vec<(u64, u64)>,
     backward: bool,
-    dropped: bool,
 ) -> Result<u64> {
     let device = Device::get(device)?;
-    Ok(Layout::new(device, m, k, planes, &sizes, backward, dropped)?.bytes)
+    Ok(Layout::new(device, m, k, planes, &sizes, backward)?.bytes)
 }
 
 /// Writes H and every projection's LoRA term with its biases, and with its weight's product if that is given.

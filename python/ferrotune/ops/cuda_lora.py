@@ -5,7 +5,8 @@ f32 sums, in forward and in x's gradient. Elsewhere the LoRA term of a projectio
 with its biases, and PyTorch's product accumulates onto it. (f32 adapters beside a 16-bit x: the
 base product first, so that the term is rounded but once, with the sum; each of their values is
 three of x's type.) Backward does the same for x's gradient, from a 4-bit weight laid out
-transposed. Adapters that no kernel takes (x of 32 bits or more, ranks above what one pass takes) go
+transposed. Where x is dropped for a projection alone, forward keeps the mask behind H, a bit an
+element. Adapters that no kernel takes (x of 32 bits or more, ranks above what one pass takes) go
 through PyTorch's products, with the same masks and weights.
 """
 
@@ -62,12 +63,15 @@ def plan(x: Tensor, projections: Sequence[Projection]) -> Plan:
 def saved(
     x: Tensor, projections: Sequence[Projection]
 ) -> list[tuple[tuple[int, int], torch.dtype] | None]:
-    """Shape and dtype of what forward keeps of each projection: a pass's H, with its first."""
+    """Shape and dtype of what forward keeps of each projection: a pass's H, with its first.
+
+    Rows are H's first, ``[m, planes · columns]``, then a mask's, if one is kept.
+    """
     found = reference.saved(x, projections)
-    for one in passes(x, projections):
+    for one in passes(x, projections, hopper):
         for i in one.members:
             found[i] = None
-        found[one.members[0]] = ((x.shape[0], one.planes * one.columns), x.dtype)
+        found[one.members[0]] = ((x.shape[0], one.width), x.dtype)
     return found
 
 
@@ -89,7 +93,7 @@ def forward(
         ys[i] = x.new_empty(*before, projections[i].shape[0])
         cuda_small.run(x, how.m, projections[i], division, ys[i])
     for one in how.passes:
-        hs[one.members[0]] = h = x.new_empty(how.m, one.planes * one.columns)
+        hs[one.members[0]] = h = x.new_empty(how.m, one.width)
         for i in one.members:
             if one.terms == "added":
                 ys[i] = _shaped(x, reference.base(_rows(how, x), projections[i]))
@@ -125,7 +129,7 @@ def gated(
     (one,) = how.passes
     before, n = x.shape[:-1], projections[0].shape[0]
     gate, up, hidden = (x.new_empty(*before, n) for _ in range(3))
-    h = x.new_empty(how.m, one.planes * one.columns)
+    h = x.new_empty(how.m, one.width)
     alive: list[Tensor | None] = []
     given = [
         (
@@ -159,7 +163,7 @@ def ranks(
     how = plan(x, projections) if how is None else how
     hs: list[Tensor | None] = [None] * len(projections)
     for one in how.passes:
-        hs[one.members[0]] = h = x.new_empty(how.m, one.planes * one.columns)
+        hs[one.members[0]] = h = x.new_empty(how.m, one.width)
         if one.small:
             for i, start, division in zip(one.members, one.starts, one.small, strict=True):
                 y, at = x.new_empty(how.m), (h, start, one.columns)
@@ -288,14 +292,16 @@ def _input(
     one: Pass | BackwardPass,
     h: Tensor,
     terms: str = "written",
-) -> tuple[int, int, int, str, int, int, int, int, str, str]:
+) -> tuple[int, int, int, str, int, int, int, int, int, str, str]:
     if not one.dropped:
         seed = None
     elif seed is None or seed.device != x.device:
         raise ValueError("dropout needs a seed on x's device: ops.dropout_seed(x)")
+    at = h.data_ptr()
+    bits = at + how.m * one.planes * one.columns * h.element_size() if one.bits else 0
     return (
         x.data_ptr(), how.m, how.k, NAMES[x.dtype], one.planes, address(seed),
-        h.data_ptr(), one.columns, how.use, terms,
+        at, one.columns, bits, how.use, terms,
     )  # fmt: skip
 
 

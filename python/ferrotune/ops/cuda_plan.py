@@ -41,11 +41,17 @@ class Pass(NamedTuple):
     columns: int
     planes: int  # parts of an adapter's value
     onto: bool  # without products of our own: the LoRA terms are added to the base products
+    bits: int = 0  # columns of the mask that is kept behind H, an only projection's
     terms: str = "written"  # what forward does with them, as native calls name it
     dropped: bool = False
     workspace: int = 0  # bytes, of forward
     small: tuple[Division, ...] = ()  # a member's each: forward is a kernel of few rows for each
     gated: bool = False  # whether one product takes both members, as gate and up
+
+    @property
+    def width(self) -> int:
+        """Columns of x's type of what is kept for backward: H, and then all rows of the mask."""
+        return self.planes * self.columns + self.bits
 
 
 class Live(NamedTuple):
@@ -59,12 +65,13 @@ class Live(NamedTuple):
 
 
 class BackwardPass(NamedTuple):
-    """A pass whose H was kept with projection ``first``; ``columns`` are those of that H."""
+    """A pass whose H, of ``columns`` with ``bits`` behind them, was kept with ``first``."""
 
     first: int
     live: list[Live]
     columns: int
     planes: int
+    bits: int
     dropped: bool
     workspace: int  # bytes
 
@@ -140,7 +147,7 @@ def _plan(x: Tensor, projections: Sequence[Projection], use: str, small: str) ->
     k = x.shape[-1]
     m = x.shape[:-1].numel()
     taken: list[Pass] = []
-    for one in passes(x, projections):
+    for one in passes(x, projections, use):
         members = [projections[i] for i in one.members]
         carried = all(_carried(x, m, member, use, backward=False) for member in members)
         sizes = tuple((member.shape[0], member.rank) for member in members)
@@ -155,9 +162,7 @@ def _plan(x: Tensor, projections: Sequence[Projection], use: str, small: str) ->
                 terms=terms,
                 small=few,
                 dropped=dropped,
-                workspace=_workspace_bytes(index, m, k, one.planes, sizes, False, dropped)
-                if m
-                else 0,
+                workspace=_workspace_bytes(index, m, k, one.planes, sizes, False) if m else 0,
                 gated=0 < m
                 and (m <= _GATED_ROWS or use == "always")
                 and terms == "left"
@@ -210,9 +215,13 @@ def _workspace_bytes(
     planes: int,
     sizes: tuple[tuple[int, int], ...],
     backward: bool,
-    dropped: bool,
 ) -> int:
-    return _native.cuda_lora_workspace(index, m, k, planes, list(sizes), backward, dropped)
+    return _native.cuda_lora_workspace(index, m, k, planes, list(sizes), backward)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kept_bytes(index: int, k: int, planes: int, use: str) -> int:
+    return _native.cuda_lora_kept_bytes(index, k, planes, use) or 0
 
 
 def _planes(x: Tensor, projection: Projection) -> int:
@@ -230,8 +239,11 @@ def _planes(x: Tensor, projection: Projection) -> int:
     return 1 if kind == x.dtype else 3
 
 
-def passes(x: Tensor, projections: Sequence[Projection]) -> list[Pass]:
-    """The passes over x in which the kernels take the projections; reads no address."""
+def passes(x: Tensor, projections: Sequence[Projection], use: str) -> list[Pass]:
+    """The passes over x in which the kernels take the projections; reads no address.
+
+    What they keep does not depend on the number of rows, which may be symbolic.
+    """
     found: list[Pass] = []
     for i, projection in enumerate(projections):
         planes = _planes(x, projection)
@@ -254,6 +266,11 @@ def passes(x: Tensor, projections: Sequence[Projection]) -> list[Pass]:
             last.members.append(i)
             last.starts.append(last.columns)
             found[-1] = last._replace(columns=last.columns + columns)
+    for place, one in enumerate(found):
+        projection = projections[one.members[0]]
+        if len(one.members) == 1 and projection.dropout_p:
+            kept = _kept_bytes(x.device.index, projection.shape[1], one.planes, use)
+            found[place] = one._replace(bits=kept // x.dtype.itemsize)
     return found
 
 
@@ -311,7 +328,7 @@ def _plan_backward(
         if not (need.x or any(need.lora_A[i] or need.lora_B[i] for i in members)) or not members:
             continue
         if need.x and plan.m:
-            based |= _based(plan, grads, x, projections, members)
+            based |= _based(plan, grads, x, projections, members, one)
         live = [
             Live(i, start, need.lora_A[i], need.lora_B[i], i in based)
             for i, start in zip(one.members, one.starts, strict=True)
@@ -325,8 +342,9 @@ def _plan_backward(
                 live,
                 one.columns,
                 one.planes,
+                one.bits,
                 dropped,
-                _workspace_bytes(plan.device, plan.m, plan.k, one.planes, sizes, True, dropped)
+                _workspace_bytes(plan.device, plan.m, plan.k, one.planes, sizes, True)
                 if plan.m
                 else 0,
             )
@@ -350,11 +368,12 @@ def _based(
     x: Tensor,
     projections: Sequence[Projection],
     members: list[int],
+    kept: Pass,
 ) -> set[int]:
     """The projections whose base products x's gradient gets together with the LoRA terms."""
     found: set[int] = set()
-    if len(members) > 1 and any(projections[i].dropout_p for i in members):
-        return found  # their masks differ, and the sums are one
+    if not kept.bits and any(projections[i].dropout_p for i in members):
+        return found  # the product takes a mask that was kept, and of several it is one sum
     room = 0.0
     transposed: set[bool] = set()
     for i in members:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..planning.memory import LEAST_MOVED
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Key = tuple[int, int, torch.dtype, int]
-
-_LEAST = 1 << 20  # bytes that are worth a copy
 
 
 class Held:
@@ -179,7 +179,7 @@ def _moves(tensor: Tensor) -> bool:
     return (
         type(tensor) is torch.Tensor
         and tensor.is_floating_point()
-        and tensor.numel() * tensor.element_size() >= _LEAST
+        and tensor.numel() * tensor.element_size() >= LEAST_MOVED
         and not isinstance(tensor._base, torch.nn.Parameter)
         and torch.ops.aten.is_non_overlapping_and_dense(tensor)
     )

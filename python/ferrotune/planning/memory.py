@@ -8,7 +8,8 @@ of torch or bitsandbytes. What a block keeps for the backward pass, an element a
   and a value; what attention puts out; gate and up. The MLP's hidden state is computed again in
   backward where the MLP is one node (`ferrotune.ops.gated_mlp`: with adapters, without dropout,
   gate and up apart), else kept;
-- in 4 bytes: a row's 1 / rms for each norm and, for each head, attention's log-sum-exp.
+- in 4 bytes: a row's 1 / rms for each norm and, for each head, attention's log-sum-exp;
+- with LoRA dropout a bit for its mask at each linear, as on Hopper.
 
 What a block recomputes instead (see `LEVELS`) it has for the time of its own backward. Blocks have
 their backward from the last to the first, and each lets go of what it kept after its own.
@@ -22,7 +23,7 @@ from itertools import accumulate
 from typing import Literal, get_args
 
 from ..chunks import chunk_rows
-from .shapes import Shape
+from .shapes import Linear, Shape
 
 Level = Literal["keep", "elementwise", "mlp", "spill", "layer", "offload"]
 """What a block keeps: all; all but what norms and activations give; neither what the MLP does; the
@@ -32,6 +33,7 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 CHECKPOINTS: tuple[Level, ...] = ("layer", "offload")
 """Those of a model that is asked for checkpointing."""
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
+LEAST_MOVED = 1 << 20  # bytes that are worth a copy to the host
 _WIDE = 4  # bytes of f32
 _ABSMAX_GROUP = 256  # absmax values that share a scale, quantised themselves
 # Of an 8-bit state: a code a value, and the f32 absmax of every 256.
@@ -170,8 +172,9 @@ def level_bytes(shape: Shape, setup: Setup, level: Level) -> tuple[int, int]:
     kept = block - 2 * entry - hidden
     if level == "elementwise":  # one at a time
         return kept, max(entry, hidden)
-    ranks = 0 if setup.method == "full" else setup.r * _mlp_linears(shape) * setup.tokens * _WIDE
-    again = 2 * token * shape.intermediate + ranks
+    mlp = shape.linears[-_mlp_linears(shape) :]
+    ranks = 0 if setup.method == "full" else setup.r * len(mlp) * setup.tokens * _WIDE
+    again = 2 * token * shape.intermediate + ranks + sum(mask_bytes(setup, mlp))
     if level == "spill":
         moved = spilled_bytes(shape, setup)
         return kept - again - moved, again + entry + hidden + moved
@@ -180,11 +183,13 @@ def level_bytes(shape: Shape, setup: Setup, level: Level) -> tuple[int, int]:
 
 def spilled_bytes(shape: Shape, setup: Setup) -> int:
     """What a block moves to the host at level "spill": its norms' inputs, attention's query, key,
-    value and output, and the f32 of a row and a head of that."""
+    value and output, the f32 of a row and a head of that, and its linears' masks."""
     elements = shape.norms * shape.hidden + 2 * shape.queries + 2 * shape.keys
     if shape.head_norms:
         elements += shape.queries + shape.keys
-    return setup.tokens * (elements * setup.element + shape.heads * _WIDE)
+    masks = mask_bytes(setup, shape.linears[: -_mlp_linears(shape)])
+    moved = sum(size for size in masks if size >= LEAST_MOVED)
+    return setup.tokens * (elements * setup.element + shape.heads * _WIDE) + moved
 
 
 def host_bytes(shape: Shape, setup: Setup, level: Level) -> int:
@@ -197,6 +202,13 @@ def host_bytes(shape: Shape, setup: Setup, level: Level) -> int:
 def keeps_hidden(shape: Shape, setup: Setup) -> bool:
     """Whether the product of the MLP's activation is kept: where the MLP is not one node."""
     return setup.method == "full" or setup.lora_dropout > 0 or shape.fused or not shape.gated
+
+
+def mask_bytes(setup: Setup, linears: Sequence[Linear]) -> list[int]:
+    """The masks of LoRA dropout: the CUDA kernels take activations of 16 bits."""
+    if setup.method == "full" or setup.lora_dropout == 0 or setup.element != 2:
+        return []
+    return [setup.tokens * 16 * -(-one.k // 128) for one in linears]
 
 
 def _mlp_linears(shape: Shape) -> int:
@@ -216,7 +228,8 @@ def block_bytes(shape: Shape, setup: Setup) -> int:
         elements += shape.intermediate
     if setup.method != "full":
         wide += setup.r * len(shape.linears)
-    return setup.tokens * (elements * setup.element + wide * _WIDE)
+    kept = setup.tokens * (elements * setup.element + wide * _WIDE)
+    return kept + sum(mask_bytes(setup, shape.linears))
 
 
 def loss_bytes(shape: Shape, setup: Setup) -> int:

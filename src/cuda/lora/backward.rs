@@ -11,8 +11,8 @@ use super::{Input, Layout, Projection, masks, outer90, segments_of, type_number,
 use crate::error::Result;
 
 /// Writes the adapters' gradients that are asked for, and to `grad_x`, unless 0, the LoRA terms' part of x's gradient
-/// with the products of the weights that are given: these must lie alike, and with several projections nothing is
-/// dropped.
+/// with the products of the weights that are given: these must lie alike, and nothing is dropped but under a mask that was
+/// kept.
 ///
 /// # Safety
 /// As [`super::forward`], with `grad_x` `[m, k]` aligned to 16 bytes.
@@ -36,7 +36,6 @@ pub unsafe fn backward(
     let columns: u64 = projections.iter().map(Projection::columns).sum();
     let g = workspace + layout.g;
     let given = projections.iter().any(|one| one.weight != 0);
-    let bits = kept_mask(device, input, projections, layout, workspace, grad_x);
     let mut jobs = jobs_of_b(input, projections, layout, workspace);
     if grad_x != 0 && !(given && adapters_do(input, projections)) {
         jobs.extend(jobs_of_a(input, projections, layout, workspace));
@@ -79,16 +78,9 @@ pub unsafe fn backward(
         sums.extend(of_b);
         column += width;
     }
-    let of_a = |when| {
-        // SAFETY: as above.
-        unsafe { grad_a(device, stream, input, projections, layout, workspace, when) }
-    };
     // SAFETY: as above.
     unsafe {
         kernels::reduce(device, stream, &sums_of_g)?;
-        if bits != 0 {
-            sums.extend(of_a(When::First { bits })?);
-        }
         for projection in projections.iter().filter(|_| grad_x != 0) {
             projection.dequantize(device, stream, input, true)?;
         }
@@ -104,35 +96,19 @@ pub unsafe fn backward(
                 grad_x,
             )?;
         }
-        if bits == 0 && projections.iter().any(|projection| projection.grad_a != 0) {
-            sums.extend(of_a(if grad_x == 0 {
-                When::Alone
-            } else {
-                When::Beside
-            })?);
+        if projections.iter().any(|projection| projection.grad_a != 0) {
+            let beside = grad_x != 0; // which alone was launched last: it may start before that is done
+            sums.extend(grad_a(
+                device,
+                stream,
+                input,
+                projections,
+                layout,
+                workspace,
+                beside,
+            )?);
         }
         kernels::reduce(device, stream, &sums)
-    }
-}
-
-/// Where the mask of an only projection is kept by its pass over x for the product that comes after it; 0 if either has
-/// no use for it.
-fn kept_mask(
-    device: &Device,
-    input: &Input,
-    projections: &[Projection],
-    layout: &Layout,
-    workspace: Address,
-    grad_x: Address,
-) -> Address {
-    let ([one], Some(place)) = (projections, layout.bits) else {
-        return 0;
-    };
-    let used = one.p > 0.0 && one.weight != 0 && one.grad_a != 0 && grad_x != 0;
-    if used && outer90::takes(device, input, input.x, input.k) {
-        workspace + place
-    } else {
-        0
     }
 }
 
@@ -217,18 +193,7 @@ fn sums_of(
     (of_g, of_b)
 }
 
-/// When the pass for the gradients of A runs.
-#[derive(Debug, Clone, Copy)]
-enum When {
-    /// Before x's gradient is written, and keeps the mask for it.
-    First { bits: Address },
-    /// After x's gradient, which alone was launched last: it may start before that is done.
-    Beside,
-    /// Where there is none.
-    Alone,
-}
-
-/// Writes the partial sums of the gradients of A; returns what adds them up.
+/// Writes the partial sums of the gradients of A, `beside` the kernel before or after it; returns what adds them up.
 ///
 /// # Safety
 /// As [`backward`], after G was written.
@@ -239,7 +204,7 @@ unsafe fn grad_a(
     projections: &[Projection],
     layout: &Layout,
     workspace: Address,
-    when: When,
+    beside: bool,
 ) -> Result<Vec<ReduceJob>> {
     let columns: u64 = projections.iter().map(Projection::columns).sum();
     let (segments, count) = segments_of(projections, |_| 1.0);
@@ -256,7 +221,7 @@ unsafe fn grad_a(
         stages: 0,
         rows_per_range: 0,
         vectors: vectors(input.x, input.k),
-        early: u32::from(matches!(when, When::Beside)),
+        early: u32::from(beside),
         reserved: 0,
         segments,
     };
@@ -291,11 +256,8 @@ unsafe fn grad_a(
     // SAFETY: the caller's promise.
     unsafe {
         if hopper {
-            let bits = if let When::First { bits } = when {
-                bits
-            } else {
-                0
-            };
+            let bits = (input.bits != 0)
+                .then(|| Matrix::new(input.bits, input.m, 8 * input.k.div_ceil(128)));
             outer90::outer(device, stream, input.dtype, count, &outer, bits)?;
         } else {
             kernels::outer(device, stream, input.dtype, count, outer)?;
@@ -350,7 +312,7 @@ unsafe fn term_of_grad_x(
 }
 
 /// # Safety
-/// As [`backward`], after G and the mask were written.
+/// As [`backward`], after G was written.
 unsafe fn sum_of_grad_x(
     device: &Device,
     stream: Stream,
@@ -388,7 +350,6 @@ unsafe fn sum_of_grad_x(
         let (chunks, lower) = gemm::chunks(input.planes, &places, columns, columns);
         (vec![beside(layout.panel_a, input.k)], chunks, lower)
     };
-    let (segments, _) = segments_of(projections, |_| 1.0);
     let carried = Carried {
         products: &products,
         down_rows: given().all(|one| !one.weight_transposed),
@@ -397,9 +358,7 @@ unsafe fn sum_of_grad_x(
         adapters,
         chunks: &chunks,
         lower,
-        masks: masks(input, projections),
-        masked: segments[0],
-        bits: kept_mask(device, input, projections, layout, workspace, grad_x),
+        bits: input.bits,
         bias: 0,
         out: Matrix::new(grad_x, input.m, input.k),
         gated: None,

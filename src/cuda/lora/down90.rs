@@ -4,7 +4,7 @@ use super::super::device::Device;
 use super::super::launch::{Address, Grid, Parameters, Stream};
 use super::gemm::{Matrix, Swizzle, TensorMap};
 use super::kernels::{MAX_SEGMENTS, Masks, SEGMENT, Segment, Variants, variants};
-use super::{Hopper, Input, Projection};
+use super::{Hopper, Input, Projection, few_calls};
 use crate::error::Result;
 
 const MAX_PANELS: usize = 12;
@@ -21,6 +21,7 @@ struct Down90 {
     x: TensorMap,
     panel: [TensorMap; MAX_PANELS],
     out: Address,
+    bits: Address,
     masks: Masks,
     m: u64,
     steps: u32,
@@ -50,13 +51,14 @@ pub fn takes(device: &Device, input: &Input, projections: &[Projection]) -> bool
         && input.k.is_multiple_of(alignment)
         && input.x.is_multiple_of(16)
         && input.m.max(input.k) < 1 << 31
+        && few_calls(input)
         && (input.planes > 1 || projections.iter().all(|one| one.lora_a.is_multiple_of(16)))
 }
 
 const KERNELS: Variants = variants!("lora_down90");
 const KERNELS_PARTS: Variants = variants!("lora_down90_parts");
 
-/// Writes H. `panels` are where each projection's A lies, `[planes, r, k]`.
+/// Writes H, and the mask if it is kept. `panels` are where each projection's A lies, `[planes, r, k]`.
 ///
 /// # Safety
 /// [`takes`] said yes; the addresses are `device`'s and hold what `kernels/lora_down_sm90a.cuh` says.
@@ -77,6 +79,7 @@ pub unsafe fn launch(
         x: x.map(input.dtype, DEPTH as u32, ROWS as u32, Swizzle::Bytes128)?,
         panel: [TensorMap::default(); MAX_PANELS],
         out: input.h,
+        bits: input.bits,
         masks,
         m: input.m,
         steps: input.k.div_ceil(DEPTH) as u32,

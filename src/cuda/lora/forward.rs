@@ -4,7 +4,7 @@ use super::super::device::Device;
 use super::super::glu::Activation;
 use super::super::launch::{Address, Stream};
 use super::gemm::{self, Carried, Chunk, Gated, MAX_CHUNKS, Matrix, Product};
-use super::kernels::{self, Down, MAX_SEGMENTS, Masks, Segment, Up, UpSegment};
+use super::kernels::{self, Down, MAX_SEGMENTS, Masks, Up, UpSegment};
 use super::panels::{bias_job, bias_of, jobs_of_a, jobs_of_b, panel_b, parts_of_a};
 use super::{Input, Layout, Projection, Terms, down90, masks, segments_of, vectors};
 use crate::error::{Error, Result};
@@ -95,8 +95,6 @@ pub unsafe fn forward_gated(
         adapters: false,
         chunks: &chunks,
         lower,
-        masks: Masks::default(),
-        masked: Segment::default(),
         bits: 0,
         bias: 0,
         out: written(projections[0].y),
@@ -162,6 +160,7 @@ unsafe fn ranks(
                 panel: workspace + layout.panel_a,
                 out: input.h,
                 masks,
+                bits: input.bits,
                 m: input.m,
                 k: input.k,
                 planes: input.planes as u32,
@@ -287,8 +286,6 @@ unsafe fn whole(
         adapters: false,
         chunks: &chunks,
         lower,
-        masks: Masks::default(),
-        masked: Segment::default(),
         bits: 0,
         bias: bias_of(projection, layout, workspace, i),
         out: Matrix::new(projection.y, input.m, projection.n),

@@ -6,7 +6,6 @@ use super::super::device::Device;
 use super::super::error::during;
 use super::super::glu::Activation;
 use super::super::launch::{Address, Grid, Parameters, Stream};
-use super::kernels::{Masks, Segment};
 use super::{Float16, tuned};
 use crate::error::Result;
 
@@ -57,8 +56,6 @@ struct Gemm {
     hidden: TensorMap,
     bias: Address,
     bits: Address,
-    masks: Masks,
-    masked: Segment,
     m: u64,
     w_columns: u64,
     steps: [u32; MAX_PROJECTIONS],
@@ -70,7 +67,7 @@ struct Gemm {
     activation: u32,
     chunk: [Chunk; MAX_CHUNKS],
 }
-const _: () = assert!(size_of::<Gemm>() == 2240);
+const _: () = assert!(size_of::<Gemm>() == 2176);
 // SAFETY: the kernel's structure, field for field.
 unsafe impl Parameters for Gemm {}
 
@@ -169,9 +166,7 @@ pub struct Carried<'a> {
     /// At most [`MAX_CHUNKS`]: first those of values' lower parts.
     pub chunks: &'a [Chunk],
     pub lower: usize,
-    pub masks: Masks,
-    pub masked: Segment,
-    /// The mask, a bit an element, as `kernels/lora_outer_sm90a.cuh` keeps it; 0: it is made again.
+    /// The mask, as `kernels/common/lora.cuh` says it is kept, or 0.
     pub bits: Address,
     /// f32 `[w]`, or 0.
     pub bias: Address,
@@ -274,8 +269,6 @@ pub unsafe fn launch(
         hidden: TensorMap::default(),
         bias: carried.bias,
         bits: carried.bits,
-        masks: carried.masks,
-        masked: carried.masked,
         m: carried.out.rows,
         w_columns: carried.out.columns,
         steps: [0; MAX_PROJECTIONS],
@@ -354,8 +347,6 @@ pub unsafe fn product(
         adapters: false,
         chunks: &[],
         lower: 0,
-        masks: Masks::default(),
-        masked: Segment::default(),
         bits: 0,
         bias: 0,
         out,

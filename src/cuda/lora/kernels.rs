@@ -44,6 +44,7 @@ pub struct Down {
     pub panel: Address,
     pub out: Address,
     pub masks: Masks,
+    pub bits: Address,
     pub m: u64,
     pub k: u64,
     pub planes: u32,
@@ -52,7 +53,7 @@ pub struct Down {
     pub reserved: u32,
     pub segments: [Segment; MAX_SEGMENTS],
 }
-const _: () = assert!(size_of::<Down>() == 168);
+const _: () = assert!(size_of::<Down>() == 176);
 // SAFETY: the kernel's structure, field for field.
 unsafe impl Parameters for Down {}
 

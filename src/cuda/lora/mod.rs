@@ -104,6 +104,9 @@ pub struct Input {
     pub h: Address,
     /// Of H, over all projections of the forward pass.
     pub h_columns: u64,
+    /// The mask of an only projection, as forward keeps it for backward: a bit an element, [`kept_bytes`] a row, aligned
+    /// to 16 bytes; 0 where it does not.
+    pub bits: Address,
 }
 
 /// One projection. Addresses are 0 where there is nothing, or nothing is asked for.
@@ -235,6 +238,11 @@ fn masks(input: &Input, projections: &[Projection]) -> Masks {
     }
 }
 
+/// Whether Hopper's passes over x can make its masks: their counters have one word.
+fn few_calls(input: &Input) -> bool {
+    input.seed == 0 || u128::from(input.m) * u128::from(input.k) <= 1 << 35
+}
+
 /// Where the parts of a workspace lie, in bytes from its start.
 #[derive(Debug)]
 pub struct Layout {
@@ -249,8 +257,6 @@ pub struct Layout {
     g_partial: Vec<u64>,
     b_partial: Vec<u64>,
     a_partial: u64,
-    /// An only projection's mask, `[m, ceil(k / 32)]` words; None where nothing is dropped, or not by one alone.
-    bits: Option<u64>,
     plans: Vec<DownOuterPlan>,
     pub bytes: u64,
 }
@@ -268,7 +274,6 @@ impl Layout {
         planes: u64,
         sizes: &[Size],
         backward: bool,
-        dropped: bool,
     ) -> Result<Self, Error> {
         let padded = |r: u64| r.next_multiple_of(SEGMENT);
         let columns: u64 = sizes.iter().map(|size| padded(size.1)).sum();
@@ -297,7 +302,6 @@ impl Layout {
             g_partial: Vec::new(),
             b_partial: Vec::new(),
             a_partial: 0,
-            bits: None,
             plans: Vec::new(),
             bytes: 0,
         };
@@ -316,7 +320,6 @@ impl Layout {
             let (ranges, _) = kernels::outer_ranges(device, m, k);
             let ranges = ranges.max(outer90::ranges(device, m, k).0);
             layout.a_partial = take(4 * ranges * k * columns);
-            layout.bits = (dropped && sizes.len() == 1).then(|| take(4 * m * k.div_ceil(32)));
         } else {
             layout.bias = sizes.iter().map(|&(n, _)| take(4 * n)).collect();
         }
@@ -332,6 +335,15 @@ pub fn max_columns(device: &Device, planes: u64) -> u64 {
         .filter(|&columns| DownOuterPlan::new(device, 1, 1, columns, planes).is_some())
         .max()
         .unwrap_or(0)
+}
+
+/// Bytes of a row of the mask that forward of a projection alone keeps, where backward has kernels that take it.
+pub fn kept_bytes(device: &Device, k: u64, planes: u64, hopper: Hopper) -> Option<u64> {
+    let used = hopper != Hopper::Never
+        && device.capability == (9, 0)
+        && matches!(planes, 1 | 3)
+        && k.is_multiple_of(8);
+    used.then(|| 16 * k.div_ceil(128))
 }
 
 /// Whether rows of `columns` 16-bit elements at `address` start on 16 bytes.

@@ -7,7 +7,7 @@ use super::gemm::{Matrix, Swizzle, TensorMap};
 use super::kernels::{
     DownOuter, MAX_SEGMENTS, Masks, Outer, SEGMENT, Segment, Variants, divide, variants,
 };
-use super::{Float16, Hopper, Input};
+use super::{Float16, Hopper, Input, few_calls};
 use crate::error::Result;
 
 const ROWS: u64 = 64;
@@ -21,19 +21,21 @@ struct Outer90 {
     x: TensorMap,
     g: TensorMap,
     panel: TensorMap,
+    bits: TensorMap,
     partial: Address,
     g_partial: Address,
     masks: Masks,
-    bits: Address,
     m: u64,
     w: u64,
     g_column: u32,
     g_plane: u32,
     rows_per_range: u32,
     early: u32,
+    kept: u32,
+    reserved: u32,
     segments: [Segment; MAX_SEGMENTS],
 }
-const _: () = assert!(size_of::<Outer90>() == 576);
+const _: () = assert!(size_of::<Outer90>() == 704);
 // SAFETY: the kernel's structure, field for field.
 unsafe impl Parameters for Outer90 {}
 
@@ -49,6 +51,7 @@ pub fn takes(device: &Device, input: &Input, address: Address, w: u64) -> bool {
         && w.is_multiple_of(8)
         && address.is_multiple_of(16)
         && input.m.max(w) < 1 << 31
+        && (input.bits != 0 || few_calls(input))
 }
 
 /// Into how many ranges the rows are divided, and the rows of each.
@@ -71,7 +74,7 @@ const OUTER_PARTS: Variants = variants!("lora_outer90_parts");
 const DOWN_OUTER: Variants = variants!("lora_down_outer90");
 const DOWN_OUTER_PARTS: Variants = variants!("lora_down_outer90_parts");
 
-/// `bits`: where an only projection's mask is kept, `[m, ceil(w / 32)]` words, or 0.
+/// `bits`: the mask of an only projection, if it was kept, as 16-bit elements.
 ///
 /// # Safety
 /// [`takes`] said yes; the addresses are `device`'s and hold what `kernels/lora_outer_sm90a.cuh` says.
@@ -84,24 +87,30 @@ pub unsafe fn outer(
     dtype: Float16,
     segments: usize,
     of: &Outer,
-    bits: Address,
+    bits: Option<Matrix>,
 ) -> Result<()> {
     let (ranges, rows) = ranges(device, of.m, of.w);
     let g = Matrix::new(of.g, of.m, u64::from(of.g_stride));
+    let box_of_bits = |bits: Matrix| {
+        let columns = COLUMNS as u32 / 16;
+        bits.map(dtype, columns, ROWS as u32, Swizzle::Bytes32)
+    };
     let p = Outer90 {
         x: box_of(dtype, Matrix::new(of.x, of.m, of.w))?,
         g: g.map(dtype, SEGMENT as u32, ROWS as u32, Swizzle::Bytes32)?,
         panel: TensorMap::default(),
+        bits: bits.map_or_else(|| Ok(TensorMap::default()), box_of_bits)?,
         partial: of.partial,
         g_partial: 0,
         masks: of.masks,
-        bits,
         m: of.m,
         w: of.w,
         g_column: 0,
         g_plane: of.g_plane,
         rows_per_range: rows as u32,
         early: of.early,
+        kept: u32::from(bits.is_some()),
+        reserved: 0,
         segments: of.segments,
     };
     let kernels = if of.planes == 1 { OUTER } else { OUTER_PARTS };
@@ -134,16 +143,18 @@ pub unsafe fn down_outer(
         x: box_of(dtype, Matrix::new(of.grad, of.m, of.n))?,
         g: h.map(dtype, SEGMENT as u32, ROWS as u32, Swizzle::Bytes32)?,
         panel: panel.map(dtype, SEGMENT as u32, COLUMNS as u32, Swizzle::Bytes32)?,
+        bits: TensorMap::default(),
         partial: of.panel_partial,
         g_partial: of.g_partial,
         masks: Masks::default(),
-        bits: 0,
         m: of.m,
         w: of.n,
         g_column: h_column as u32,
         g_plane: of.h_plane,
         rows_per_range: rows as u32,
         early: 0,
+        kept: 0,
+        reserved: 0,
         segments: [Segment::default(); MAX_SEGMENTS],
     };
     let kernels = if of.planes == 1 {
