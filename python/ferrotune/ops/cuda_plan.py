@@ -163,7 +163,7 @@ def _plan(x: Tensor, projections: Sequence[Projection], use: str, small: str) ->
                 small=few,
                 dropped=dropped,
                 workspace=_workspace_bytes(index, m, k, one.planes, sizes, False) if m else 0,
-                gated=0 < m
+                gated=m > 0
                 and (m <= _GATED_ROWS or use == "always")
                 and terms == "left"
                 and _gated(one, members),
