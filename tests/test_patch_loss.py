@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
-    Gemma2Config,
-    Gemma3TextConfig,
     OPTConfig,
     OPTForCausalLM,
     Trainer,
@@ -18,20 +16,12 @@ from transformers import (
 )
 
 import ferrotune
-import tiny_models
 from side_by_side import assert_agree, counted
 from test_trainers import arguments, losses, records, texts, tokenizer
 from tiny_models import base_4bit_model, base_model, batch, with_lora
 
-CAPPED = {**tiny_models._DECODER, "head_dim": 16, "final_logit_softcapping": 3.0}
 MODELS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "gpt2"]
 NO_LOGITS = "in training with labels, without logits"
-
-
-@pytest.fixture(autouse=True)
-def capped_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tiny_models.CONFIGS, "gemma2", lambda: Gemma2Config(**CAPPED))
-    monkeypatch.setitem(tiny_models.CONFIGS, "gemma3", lambda: Gemma3TextConfig(**CAPPED))
 
 
 def lora_model(name: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> Any:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import ferrotune
 from ferrotune import ops
@@ -25,7 +24,7 @@ from ferrotune.patching.memory import policy_of
 from ferrotune.planning.memory import LEVELS, Level, memory
 from ferrotune.planning.policy import size_of
 from side_by_side import assert_agree, step
-from tiny_models import CONFIGS, base_4bit_model, base_model, batch, with_lora
+from tiny_models import base_4bit_model, base_model, batch, with_lora
 
 NAMES = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "gpt2", "bert",
@@ -35,16 +34,7 @@ LARGE = "1 TiB"
 
 
 def made(name: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    if name in ("gemma2", "gemma3"):
-        settings = {**CONFIGS["gemma"]().to_dict(), "sliding_window": 8}
-        kind = "gemma3_text" if name == "gemma3" else name
-        for own in ("model_type", "architectures", "hidden_act", "rope_parameters"):
-            settings.pop(own, None)
-        torch.manual_seed(0)
-        base = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings)).to(dtype)
-    else:
-        base = base_model(name, dtype)
-    return with_lora(base.train(), name, **options)
+    return with_lora(base_model(name, dtype).train(), name, **options)
 
 
 def at(model: Any, level: Level | tuple[Level, ...], asked: bool = False) -> Any:

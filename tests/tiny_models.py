@@ -12,6 +12,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BitsAndBytesConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
@@ -37,6 +39,7 @@ _DECODER = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_CAPPED = {**_DECODER, "head_dim": 16, "sliding_window": 8, "final_logit_softcapping": 3.0}
 _ENCODER = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
@@ -61,6 +64,8 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen2": lambda: Qwen2Config(**_DECODER),
     "qwen3": lambda: Qwen3Config(**_DECODER, head_dim=16),
     "gemma": lambda: GemmaConfig(**_DECODER, head_dim=16),
+    "gemma2": lambda: Gemma2Config(**_CAPPED),
+    "gemma3": lambda: Gemma3TextConfig(**_CAPPED),
     "phi3": lambda: Phi3Config(**_DECODER),
     "gpt2": lambda: GPT2Config(**_GPT2),
     "bert": lambda: BertConfig(**_ENCODER),

@@ -26,7 +26,10 @@ from test_models_cuda import build
 from test_patch_memory import LARGE, assert_equal, at
 from tiny_models import batch, with_lora
 
-NAMES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt2", "bert", "roberta")
+NAMES = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "gpt2", "bert",
+    "roberta",
+)  # fmt: skip
 LAYERS, ROWS, LENGTH = 6, 4, 1024
 MIB = 1 << 20
 NEAR = 0.05  # of the prediction

@@ -23,7 +23,8 @@ from test_patch_models import DTYPES, train
 from tiny_models import base_4bit_model, base_model, batch, with_lora
 
 NAMES = (
-    "llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt2", "bert", "roberta",
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "gpt2", "bert",
+    "roberta",
 )  # fmt: skip
 # Operations of a forward of two layers, besides those of linear layers: MLPs in one node, gated
 # activations alone, rotary positions, norms by themselves, and groups of q, k and v.
