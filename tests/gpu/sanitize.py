@@ -105,6 +105,7 @@ def work() -> None:
     for cuda_lora.hopper in ("never", "always"):  # kernels that the chip alone has, and the others
         for i, settings in enumerate(cases):
             tools.run(build(**settings, seed=i).to(device), tools.ours)
+        mlps(device)
     cuda_lora.hopper = "auto"
     few_rows(device)
     for dtype in floats:
@@ -127,6 +128,21 @@ def work() -> None:
     print(DONE, flush=True)
 
 
+def mlps(device: Any) -> None:
+    """Gate, up and what follows, by one product where that is used, and their gradients."""
+    import torch
+
+    import mlp_cases as tools
+    from ferrotune import ops
+
+    for i, dtype in enumerate((torch.float16, torch.bfloat16)):
+        for adapter in (dtype, torch.float32):
+            options = {"quant": True, "adapter": adapter, "r": 17}
+            x, layers = tools.mlp((130, 72), 264, 48, dtype, device, options)
+            y = ops.gated_mlp(x, *layers, ("silu", "gelu_tanh")[i])
+            torch.autograd.grad(y.sum(), tools.leaves(x, layers))
+
+
 def few_rows(device: Any) -> None:
     """Every variant of the kernel of few rows, with depths of one block and of several."""
     import torch
@@ -147,12 +163,13 @@ def few_rows(device: Any) -> None:
 
 
 def between(dtype: Any, device: Any) -> None:
-    """Norms, gated activations and rotary positions, in rows that fit vectors and that do not."""
+    """Norms, gated activations and rotary positions: in rows that fit vectors and that do not, and
+    in more of them than blocks that stay, by what such a block keeps."""
     import torch
 
     from ferrotune import ops
 
-    for rows, columns in ((3, 64), (5, 130), (2, 9000)):
+    for rows, columns in ((3, 64), (5, 130), (2, 9000), (300, 1032), (290, 2056), (280, 4104)):
         x, other = (torch.randn(rows, columns, device=device).to(dtype) for _ in range(2))
         weight = torch.randn(columns, device=device).to(dtype).requires_grad_()
         x.requires_grad_()
@@ -162,6 +179,7 @@ def between(dtype: Any, device: Any) -> None:
             y = ops.glu(y, other, activation)
         half = ops.glu(y, None, "silu")
         torch.autograd.grad(half.sum() + y.sum(), (x, weight))
+        torch.autograd.grad(ops.rms_norm(x, weight.detach()).sum(), x)
         heads = x.detach()[:, : columns // 4 * 4].reshape(1, rows, 2, -1).transpose(1, 2)
         angles = torch.randn(1, rows, heads.shape[-1] // 4 * 2, device=device).to(dtype)
         q = heads.requires_grad_()
