@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -114,9 +115,14 @@ def restored(ctx: Any, saved: Sequence[Tensor | None]) -> tuple[list[Projection]
         projections.append(
             Projection(weight, quant, bias, lora_A, lora_B, lora_bias, scaling, dropout_p, stream)
         )
-    _, need_x, *asked = ctx.needs_input_grad
-    need = {name: tuple(asked[i :: len(TRAINED)]) for i, name in enumerate(TRAINED)}
-    return projections, Need(need_x, **need, grads=ctx.grads)
+    return projections, _need(ctx.needs_input_grad, ctx.grads)
+
+
+@functools.lru_cache(maxsize=1024)
+def _need(asked: tuple[bool, ...], grads: torch.dtype | None) -> Need:
+    _, need_x, *trained = asked
+    need = {name: tuple(trained[i :: len(TRAINED)]) for i, name in enumerate(TRAINED)}
+    return Need(need_x, **need, grads=grads)
 
 
 def by_projection(found: Grads) -> list[Tensor | None]:

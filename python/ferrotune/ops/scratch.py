@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _BLOCK_BYTES = 2 << 20  # of a block of rows: what a core's caches hold
 _FEWEST_ROWS = 16
+_FEW = 1 << 14  # elements, for which the allocator has memory at hand
 
 
 class _Scratch(threading.local):
@@ -45,9 +46,10 @@ def scratch(purpose: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 def wide_rows(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """x ``[m, k]`` in ``dtype``, by blocks of rows: x itself, whole, if it is of that dtype.
 
-    On the CPU the blocks share memory that stays in the caches: one is valid until the next.
+    On the CPU the blocks of a large x share memory that stays in the caches: one is valid until the
+    next.
     """
-    if x.dtype == dtype or x.device.type != "cpu":
+    if x.dtype == dtype or x.device.type != "cpu" or x.numel() <= _FEW:
         yield slice(None), x.to(dtype)
         return
     m, k = x.shape

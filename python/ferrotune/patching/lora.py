@@ -77,11 +77,11 @@ def adapters_now(
     """What this forward takes; or why it is PEFT's."""
     if layer.disable_adapters:
         return runs.DISABLED
-    if kwargs.get("adapter_names") is not None:
+    if kwargs and kwargs.get("adapter_names") is not None:
         return runs.MIXED
     if layer.merged:
         return runs.MERGED
-    if args or not _KEYWORDS.issuperset(kwargs):
+    if args or (kwargs and not _KEYWORDS.issuperset(kwargs)):
         return "arguments for the base layer besides the input"
     names = active(layer)
     if not names:
@@ -121,9 +121,10 @@ def _read(layer: Any, name: str, *, between: bool = False) -> Adapter | str:
     variant = layer.lora_variant.get(name)
     if variant is not None and type(variant).__name__ not in _PLAIN_VARIANTS:
         return f"adapter '{name}' is {_variant_name(variant)}, not plain LoRA"
-    lora_A, lora_B, dropout = [
-        held(layer, part)._modules[name] for part in ("lora_A", "lora_B", "lora_dropout")
-    ]
+    parts = layer._modules
+    lora_A = parts["lora_A"]._modules[name]
+    lora_B = parts["lora_B"]._modules[name]
+    dropout = parts["lora_dropout"]._modules[name]
     weights: list[Any] = []
     for part, module in (("lora_A", lora_A), ("lora_B", lora_B)):
         weight = held(module, "weight")
