@@ -6,10 +6,9 @@
         ferrotune::begin(); \
         ferrotune::__VA_ARGS__(p); \
     }
-// HALVES: blocks of a multiprocessor, as many as its registers allow without spills.
-#define FERROTUNE_NORMS(SUFFIX, T, HALVES) \
+#define FERROTUNE_NORMS(SUFFIX, T) \
     FERROTUNE_KERNEL(rms_norm_##SUFFIX, RmsNorm, NORM_THREADS, 4, rms_norm<T, 256, 4, false>) \
-    FERROTUNE_KERNEL(rms_norm_half_##SUFFIX, RmsNorm, NORM_HALF, HALVES, rms_norm<T, 128, 4, true>) \
+    FERROTUNE_KERNEL(rms_norm_half_##SUFFIX, RmsNorm, NORM_HALF, 9, rms_norm<T, 128, 4, true>) \
     FERROTUNE_KERNEL(rms_norm_short_##SUFFIX, RmsNorm, NORM_THREADS, 4, rms_norm<T, 32, 4, false>) \
     FERROTUNE_KERNEL(rms_norm_backward_##SUFFIX, RmsNorm, NORM_THREADS, 1, rms_norm_backward<T, 256, false>) \
     FERROTUNE_KERNEL(rms_norm_backward_short_##SUFFIX, RmsNorm, NORM_THREADS, 1, rms_norm_backward<T, 32, false>) \
@@ -18,7 +17,7 @@
     FERROTUNE_KERNEL(norm_weight_##SUFFIX, NormWeight, NORM_THREADS, 1, norm_weight<T>)
 
 extern "C" {
-FERROTUNE_NORMS(f32, float, 9)
-FERROTUNE_NORMS(f16, ferrotune::f16, 8)
-FERROTUNE_NORMS(bf16, ferrotune::bf16, 9)
+FERROTUNE_NORMS(f32, float)
+FERROTUNE_NORMS(f16, ferrotune::f16)
+FERROTUNE_NORMS(bf16, ferrotune::bf16)
 }

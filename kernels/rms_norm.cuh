@@ -75,7 +75,7 @@ __device__ __forceinline__ uint4 load_row(const RmsNorm& p, uint64_t at, uint32_
     return pack16<T>(a);
 }
 
-// GROUP threads a row, of which each keeps KEPT vectors and reads the rest again.
+// GROUP threads a row, of which each keeps KEPT vectors and reads the rest again; with VECTORS there is no rest.
 // Floor: (2, or 4 with a residual) * rows * columns * sizeof(T) / 2.96 TB/s.
 template <typename T, int GROUP, int KEPT, bool VECTORS>
 __device__ __forceinline__ void rms_norm(const RmsNorm& p) {
@@ -101,8 +101,10 @@ __device__ __forceinline__ void rms_norm(const RmsNorm& p) {
     }
 #pragma unroll
     for (int v = 0; v < KEPT; ++v) add(kept[v]);
-    for (uint32_t column = first + KEPT * STEP; column < p.columns; column += STEP) {
-        add(load_row<T, VECTORS>(p, at, column));
+    if constexpr (!VECTORS) {
+        for (uint32_t column = first + KEPT * STEP; column < p.columns; column += STEP) {
+            add(load_row<T, VECTORS>(p, at, column));
+        }
     }
     uint4 weights[VECTORS ? KEPT : 1] = {};
     if constexpr (VECTORS) {  // under way while the row is summed
@@ -137,10 +139,12 @@ __device__ __forceinline__ void rms_norm(const RmsNorm& p) {
     for (int v = 0; v < KEPT; ++v) {
         if (first + v * STEP < p.columns) write(kept[v], first + v * STEP, v);
     }
-    // What this thread itself wrote or read before.
-    const T* again = static_cast<const T*>(p.residual ? p.sum : p.x) + at;
-    for (uint32_t column = first + KEPT * STEP; column < p.columns; column += STEP) {
-        write(load_lanes(again, column, p.columns, VECTORS || p.vectors), column, 0);
+    if constexpr (!VECTORS) {
+        // What this thread itself wrote or read before.
+        const T* again = static_cast<const T*>(p.residual ? p.sum : p.x) + at;
+        for (uint32_t column = first + KEPT * STEP; column < p.columns; column += STEP) {
+            write(load_lanes(again, column, p.columns, p.vectors), column, 0);
+        }
     }
 }
 
