@@ -26,7 +26,6 @@ _HALVES = (torch.float16, torch.bfloat16)
 _SEGMENT = 16  # ranks are padded to multiples of it
 _ALIGNMENT = 16  # bytes, of what ferrotune's own product reads
 _MOST_PLANS = 4096
-_MOST_CHUNKS = 12  # of sixteen columns of H and as many of a panel, in one product
 # Up to which gate, up and what follows are faster by one product: its epilogue is longer, which
 # shorter launches and less memory traffic outweigh there alone (4096x14336 on an H200: 2 % of the
 # three at 2048 rows, nothing at 4096, -1 % at 8192).
@@ -166,7 +165,7 @@ def _plan(x: Tensor, projections: Sequence[Projection], use: str, small: str) ->
                 gated=m > 0
                 and (m <= _GATED_ROWS or use == "always")
                 and terms == "left"
-                and _gated(one, members),
+                and _gated(members),
             )
         )
     done = {i for one in taken for i in one.members}
@@ -180,13 +179,11 @@ def _plan(x: Tensor, projections: Sequence[Projection], use: str, small: str) ->
     return Plan(use, index, m, k, taken, rest, bare, {})
 
 
-def _gated(one: Pass, members: Sequence[Projection]) -> bool:
-    """Whether carried projections are taken as gate and up by one product."""
-    chunks = one.columns // _SEGMENT * (1 if one.planes == 1 else 3)
+def _gated(members: Sequence[Projection]) -> bool:
+    """Whether carried projections of a pass are taken as gate and up by one product."""
     return (
         len(members) == 2
         and members[0].shape == members[1].shape
-        and chunks <= _MOST_CHUNKS
         and all(
             member.bias is None
             and member.lora_bias is None

@@ -7,7 +7,9 @@ use super::kernels::{
     self, DownOuter, DownOuterPlan, MAX_SEGMENTS, Outer, ReduceJob, Up, UpSegment,
 };
 use super::panels::{adapters_do, jobs_of_a, jobs_of_b, panel_b};
-use super::{Input, Layout, Projection, masks, outer90, segments_of, type_number, vectors};
+use super::{
+    Input, Layout, Projection, kept_row, masks, outer90, segments_of, type_number, vectors,
+};
 use crate::error::Result;
 
 /// Writes the adapters' gradients that are asked for, and to `grad_x`, unless 0, the LoRA terms' part of x's gradient
@@ -256,8 +258,8 @@ unsafe fn grad_a(
     // SAFETY: the caller's promise.
     unsafe {
         if hopper {
-            let bits = (input.bits != 0)
-                .then(|| Matrix::new(input.bits, input.m, 8 * input.k.div_ceil(128)));
+            let bits =
+                (input.bits != 0).then(|| Matrix::new(input.bits, input.m, kept_row(input.k) / 2));
             outer90::outer(device, stream, input.dtype, count, &outer, bits)?;
         } else {
             kernels::outer(device, stream, input.dtype, count, outer)?;

@@ -3,11 +3,11 @@
 use super::super::device::Device;
 use super::super::glu::Activation;
 use super::super::launch::{Address, Stream};
-use super::gemm::{self, Carried, Chunk, Gated, MAX_CHUNKS, Matrix, Product};
+use super::gemm::{self, Carried, Chunk, Gated, Matrix, Product};
 use super::kernels::{self, Down, MAX_SEGMENTS, Masks, Up, UpSegment};
 use super::panels::{bias_job, bias_of, jobs_of_a, jobs_of_b, panel_b, parts_of_a};
 use super::{Input, Layout, Projection, Terms, down90, masks, segments_of, vectors};
-use crate::error::{Error, Result};
+use crate::error::Result;
 
 /// Writes H and every projection's LoRA term with its biases, and with the product of its weight if that is given.
 ///
@@ -46,8 +46,8 @@ pub unsafe fn forward(
 /// Writes the outputs of gate and up, their weights given, and `hidden [m, n] = activation(gate) · up`.
 ///
 /// # Safety
-/// As [`forward`]; both projections are of one n and have no biases, both weights are `[n, k]`, of a product that the
-/// device [`super::takes`], and [`gated_chunks`] has an answer.
+/// As [`forward`]; both projections are of one n and have no biases, and both weights are `[n, k]`, of a product that the
+/// device [`super::takes`].
 ///
 /// # Errors
 /// A launch that failed.
@@ -65,11 +65,7 @@ pub unsafe fn forward_gated(
         return Ok(());
     }
     let _context = device.enter()?;
-    let Some((chunks, lower)) = gated_chunks(input, projections) else {
-        return Err(Error::argument(
-            "the ranks of gate and up are too large for one product",
-        ));
-    };
+    let (chunks, lower) = gated_chunks(input, projections);
     // SAFETY: the caller's promise.
     unsafe { ranks(device, stream, input, projections, layout, workspace) }?;
     for (i, projection) in projections.iter().enumerate() {
@@ -109,8 +105,8 @@ pub unsafe fn forward_gated(
     unsafe { gemm::launch(device, stream, input.dtype, &carried) }
 }
 
-/// What is multiplied for H of gate and up; None if that is more than one product takes.
-pub fn gated_chunks(input: &Input, projections: &[Projection; 2]) -> Option<(Vec<Chunk>, usize)> {
+/// What is multiplied for H of gate and up, and how much of it is of lower parts.
+fn gated_chunks(input: &Input, projections: &[Projection; 2]) -> (Vec<Chunk>, usize) {
     let mut found = Vec::new();
     let mut lower = 0;
     for (i, projection) in projections.iter().enumerate() {
@@ -124,7 +120,7 @@ pub fn gated_chunks(input: &Input, projections: &[Projection; 2]) -> Option<(Vec
         lower += parts;
         found.extend(rest);
     }
-    (found.len() <= MAX_CHUNKS).then_some((found, lower))
+    (found, lower)
 }
 
 /// Writes H, and the panels and biases that products and terms take.

@@ -6,13 +6,14 @@ use super::super::device::Device;
 use super::super::error::during;
 use super::super::glu::Activation;
 use super::super::launch::{Address, Grid, Parameters, Stream};
+use super::kernels::MAX_SEGMENTS;
 use super::{Float16, tuned};
 use crate::error::Result;
 
 /// Projections whose products one launch adds up.
 pub const MAX_PROJECTIONS: usize = 4;
-/// Chunks of sixteen columns that one launch takes.
-pub const MAX_CHUNKS: usize = 12;
+/// Chunks of sixteen columns that one launch takes: three products of values' parts for each segment of a pass.
+pub const MAX_CHUNKS: usize = 3 * MAX_SEGMENTS;
 /// Of a cluster of two blocks.
 const TILE: u64 = 256;
 /// Tiles down that are taken together where nothing was measured.

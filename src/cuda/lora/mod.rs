@@ -343,7 +343,12 @@ pub fn kept_bytes(device: &Device, k: u64, planes: u64, hopper: Hopper) -> Optio
         && device.capability == (9, 0)
         && matches!(planes, 1 | 3)
         && k.is_multiple_of(8);
-    used.then(|| 16 * k.div_ceil(128))
+    used.then(|| kept_row(k))
+}
+
+/// Bytes of a row of such a mask: `kernels/common/lora.cuh`'s `kept_words`.
+const fn kept_row(k: u64) -> u64 {
+    16 * k.div_ceil(128)
 }
 
 /// Whether rows of `columns` 16-bit elements at `address` start on 16 bytes.
