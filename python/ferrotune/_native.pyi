@@ -223,7 +223,7 @@ def dequantize_4bit_at(
 def dropout_at(values: int, out: int, len: int, p: float, seed: int, stream: int) -> None: ...
 
 # Products with a 4-bit weight `[n, k]`; sizes are (m, n, k), addresses 0 for what is not there. On
-# x86-64 alone. What they can run on here, the fastest first: "tiles", "vectors".
+# x86-64 alone. What they can run on here, the fastest first: "tiles", "wide", "vectors".
 def cpu_product_units() -> list[str]: ...
 
 _FourBit = tuple[
@@ -247,9 +247,10 @@ def cpu_product_at(
     out: int,
 ) -> bool: ...
 
-# In vectors: the term's [m, r] is written, and sums over rows are computed beside it.
+# The term's [m, r] is written, and sums over rows are computed beside it; False as above, of `out`
+# alone.
 def cpu_lora_at(
-    unit: str,  # not "tiles"
+    unit: str,
     backward: bool,
     sizes: tuple[int, int, int],
     dtype: str,
@@ -260,7 +261,7 @@ def cpu_lora_at(
     bias: int,
     accumulate: bool,
     out: int,
-) -> None: ...
+) -> bool: ...
 
 # ---- threads
 # Addresses of libgomp's functions of these names.

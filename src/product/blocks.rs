@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use super::adapter::Adapter;
 use super::amx::{Segment, Tiles, multiply};
 use super::output::{Block, Output};
 use super::parts::Planes;
@@ -121,6 +122,37 @@ impl Product<'_> {
                     true
                 }
             }
+        }
+    }
+
+    /// As `run`, where the term's `left` is what the adapter makes, in vectors on every unit; it makes the rest of what it
+    /// asks for, too, also where this returns false, and without `out`.
+    ///
+    /// # Safety
+    /// `unit` is available; `out` and what the adapter writes to have their elements, which nothing else uses, and what it
+    /// reads has its own.
+    ///
+    /// # Panics
+    /// If sizes do not fit.
+    pub unsafe fn run_with(&self, unit: Unit, adapter: &Adapter<'_>, out: Option<Output>) -> bool {
+        assert!(adapter.by.len() == self.inner() * self.rank(), "by");
+        assert!(
+            self.bias.is_none_or(|bias| bias.len() == self.columns()),
+            "bias"
+        );
+        // SAFETY: the caller's; CPUs with tiles have wide vectors.
+        unsafe {
+            if unit != Unit::Tiles {
+                vectors::run(self, unit, Some(adapter), out);
+                return true;
+            }
+            vectors::run(self, Unit::Wide, Some(adapter), None);
+            let left = std::slice::from_raw_parts(adapter.narrow, self.m * self.rank());
+            let term = self.term.map(|term| Term {
+                left: Dense::F32(left),
+                ..term
+            });
+            out.is_none_or(|out| Product { term, ..*self }.run_in_tiles(out))
         }
     }
 

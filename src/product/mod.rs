@@ -4,7 +4,7 @@
 //! memory whole. Of f32 operands every value is the exact sum of three bf16 ([`parts`]); the six largest of the nine
 //! products of parts are summed in f32, which leaves out less than 2⁻²⁴ of a product. The unit takes subnormal bf16 for
 //! zeros, so that f32 below 2⁻¹¹⁰ lose their last bits: [`Product::run`] refuses f32 matrices whose largest magnitude is
-//! not within [2⁻⁶⁰, 2⁶⁰], or not finite.
+//! not within [2⁻⁶⁰, 2⁶⁰], or not finite. What a LoRA term adds beside its product ([`Adapter`]) is summed in vectors there, too.
 
 mod adapter;
 mod amx;
@@ -34,7 +34,7 @@ pub use {
 /// What products run on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unit {
-    /// AMX.
+    /// AMX, with AVX-512.
     Tiles,
     /// AVX-512.
     Wide,
@@ -54,7 +54,7 @@ impl Unit {
     /// The units of this CPU and system, the fastest first.
     pub fn available() -> impl Iterator<Item = Self> {
         [
-            (Self::Tiles, amx::available()),
+            (Self::Tiles, amx::available() && vectors::wide_available()),
             (Self::Wide, vectors::wide_available()),
             (Self::Vectors, vectors::available()),
         ]

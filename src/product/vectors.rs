@@ -122,26 +122,6 @@ const fn block_of(with: Loop) -> usize {
     }
 }
 
-impl Product<'_> {
-    /// Writes the product to `out`, if that is asked for, in vectors, and what the adapter asks for.
-    ///
-    /// # Safety
-    /// `unit` is available and one of vectors; `out` and what the adapter writes to have their elements, which nothing
-    /// else uses, and what it reads has its own.
-    ///
-    /// # Panics
-    /// If sizes do not fit.
-    pub unsafe fn run_with(&self, unit: Unit, adapter: &Adapter<'_>, out: Option<Output>) {
-        assert!(adapter.by.len() == self.inner() * self.rank(), "by");
-        assert!(
-            self.bias.is_none_or(|bias| bias.len() == self.columns()),
-            "bias"
-        );
-        // SAFETY: the caller's.
-        unsafe { run(self, unit, Some(adapter), out) };
-    }
-}
-
 /// # Safety
 /// As [`Product::run`], with a unit of vectors; what `adapter` has addresses of has the elements, and nothing else uses what
 /// it writes.

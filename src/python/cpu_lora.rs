@@ -165,8 +165,9 @@ type AdapterAddresses = (usize, usize, usize, usize, f32);
 /// address of f32 `[r, columns]`, or `[columns, r]` if the last is true.
 type OuterAddresses = (usize, usize, usize, usize, bool);
 
-/// As [`cpu_product_at`] on a unit of vectors, where the term's `[m, r]` is written, not read: `scaling · input · by`, forward
-/// `byᵀ`. `outer` are computed beside it, of matrices in `dtype`. At address 0 there is no `out`.
+/// As [`cpu_product_at`], where the term's `[m, r]` is written, not read: `scaling · input · by`, forward `byᵀ`. `outer` are
+/// computed beside it, of matrices in `dtype`. At address 0 there is no `out`. Where it returns false, `out` alone is
+/// unspecified.
 #[pyfunction]
 pub fn cpu_lora_at(
     py: Python<'_>,
@@ -181,12 +182,9 @@ pub fn cpu_lora_at(
     bias: usize,
     accumulate: bool,
     out: usize,
-) -> PyResult<()> {
+) -> PyResult<bool> {
     let (m, n, k) = sizes;
     let unit = find_unit(unit)?;
-    if unit == Unit::Tiles {
-        return Err(Error::unsupported("tiles make no adapter's products").into());
-    }
     let (inner, columns) = if backward { (n, k) } else { (k, n) };
     let (r, narrow, right, by, scaling) = adapter;
     // SAFETY: as in `cpu_product_at`; what is written is new.
@@ -224,7 +222,6 @@ pub fn cpu_lora_at(
             outer: outer.collect::<Result<_>>()?,
         };
         let out = (out != 0).then(|| output(&product, out));
-        py.detach(|| product.run_with(unit, &adapter, out));
+        Ok(py.detach(|| product.run_with(unit, &adapter, out)))
     }
-    Ok(())
 }

@@ -37,7 +37,7 @@ NEAR = 0.05  # of the prediction
 
 @pytest.fixture(autouse=True)
 def _small_inputs_move_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "_LEAST", 1)
+    monkeypatch.setattr(offload, "LEAST_MOVED", 1)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_every_level_is_exact_in_a_large_model(large: Any) -> None:
 def test_levels_keep_and_take_what_is_predicted(
     large: Any, record_property: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offload, "_LEAST", 1 << 20)
+    monkeypatch.setattr(offload, "LEAST_MOVED", 1 << 20)
     torch.utils.deterministic.fill_uninitialized_memory = False
     ferrotune.patch(large, strict=True, fused_loss=True, memory=LARGE)
     (policy,) = policy_of(list(large.modules()))

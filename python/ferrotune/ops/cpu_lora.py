@@ -2,9 +2,9 @@
 
 Those have a tile unit (AMX), AVX-512 or AVX2. The product of a 4-bit weight, the LoRA term's and
 the biases are one native call with sums in float32, rounded once; the weight never lies in memory
-dequantised. The small products of the rank are PyTorch's in tiles; in vectors they are part of the
-call, in float32, where nothing is dropped. What the native product does not take (dense
-weights, float16, float32 values that tiles would not be exact for) goes the way of `reference`.
+dequantised. Where nothing is dropped, the small products of the rank are part of the call, in
+float32. What the native product does not take (dense weights, float16, float32 values that tiles
+would not be exact for) goes the way of `reference`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def saved(
     if not all(_takes(x, projection) for projection in projections):
         return found
     return [
-        (form[0], torch.float32) if form is not None and _is_whole(x, projection) else form
+        (form[0], torch.float32) if form is not None and _is_whole(projection) else form
         for form, projection in zip(found, projections, strict=True)
     ]
 
@@ -70,16 +70,17 @@ def forward(
     hs: list[Tensor | None] = []
     for projection in projections:
         h = None
-        if _is_whole(x, projection):
-            y, h = _whole_forward(x, projection)
-            ys.append(y)
-            hs.append(h)
-            continue
-        if projection.lora_A is not None:
-            h = down(x, projection, term_dtype(x, projection.lora_A), seed)
         y = x.new_empty(x.shape[0], projection.shape[0])
-        if not product(y, x, projection, h, bias=bias_of(projection)):
-            return reference.forward(x, projections, seed)
+        bias = bias_of(projection)
+        if _is_whole(projection):
+            h = x.new_empty(x.shape[0], projection.rank, dtype=torch.float32)
+            done = whole(y, x, h, projection, [], bias=bias)
+        else:
+            if projection.lora_A is not None:
+                h = down(x, projection, term_dtype(x, projection.lora_A), seed)
+            done = product(y, x, projection, h, bias=bias)
+        if not done:
+            ((y,), _) = reference.forward(x, [projection], seed)
         ys.append(y)
         hs.append(h)
     return ys, hs
@@ -93,7 +94,7 @@ def ranks(
         return reference.ranks(x, projections, seed)
     hs: list[Tensor | None] = []
     for projection in projections:
-        if _is_whole(x, projection):
+        if _is_whole(projection):
             h = x.new_empty(x.shape[0], projection.rank, dtype=torch.float32)
             whole(None, x, h, projection, [])
             hs.append(h)
@@ -121,10 +122,11 @@ def backward(
         if grad is None:
             continue
         reference.bias_grads(found, grad, projection, need, i)
-        if h is not None and _is_whole(x, projection):
+        if h is not None and _is_whole(projection):
             onto = dx is not None
             dx = torch.empty_like(x) if dx is None and need.x else dx
-            _whole_backward(dx, grad, x, h, projection, found, need, i, onto)
+            if not _whole_backward(dx, grad, x, h, projection, found, need, i, onto):
+                return reference.backward(grads, x, hs, projections, seed, need)
             continue
         g = None
         lora_A, lora_B = projection.lora_A, projection.lora_B
@@ -165,18 +167,10 @@ def _takes(x: Tensor, projection: Projection) -> bool:
     return lora_A is None or (lora_A.shape[0] > 0 and term_dtype(x, lora_A) in NAMES)
 
 
-def _is_whole(x: Tensor, projection: Projection) -> bool:
+def _is_whole(projection: Projection) -> bool:
     """Whether the products of the rank are part of the native call."""
     lora_A = projection.lora_A
-    return lora_A is not None and not projection.dropout_p and unit() in ("wide", "vectors")
-
-
-def _whole_forward(x: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
-    """y, and h in float32."""
-    y = x.new_empty(x.shape[0], projection.shape[0])
-    h = x.new_empty(x.shape[0], projection.rank, dtype=torch.float32)
-    whole(y, x, h, projection, [], bias=bias_of(projection))
-    return y, h
+    return lora_A is not None and not projection.dropout_p
 
 
 def _whole_backward(
@@ -189,8 +183,11 @@ def _whole_backward(
     need: Need,
     i: int,
     accumulate: bool,
-) -> None:
-    """Writes, or adds to, ``dx``, if there is one, and fills in the gradients of i's A and B."""
+) -> bool:
+    """Writes, or adds to, ``dx``, if there is one, and fills in the gradients of i's A and B.
+
+    False where the native product declines the values.
+    """
     lora_A, lora_B = projection.lora_A, projection.lora_B
     assert lora_A is not None
     assert lora_B is not None
@@ -203,9 +200,12 @@ def _whole_backward(
     if need.lora_B[i]:
         grad_B = h.new_empty(lora_B.shape)
         outer.append((h.data_ptr(), grad.data_ptr(), grad.shape[1], grad_B.data_ptr(), True))
-    if dx is not None or outer:
-        whole(dx, grad, g, projection, outer, backward=True, accumulate=accumulate)
+    if (dx is not None or outer) and not whole(
+        dx, grad, g, projection, outer, backward=True, accumulate=accumulate
+    ):
+        return False
     if grad_A is not None:
         found.lora_A[i] = grad_A.to(lora_A.dtype)
     if grad_B is not None:
         found.lora_B[i] = grad_B.to(lora_B.dtype)
+    return True

@@ -89,8 +89,11 @@ def whole(
     bias: Tensor | None = None,
     backward: bool = False,
     accumulate: bool = False,
-) -> None:
-    """`product` with the term, and ``narrow = scaling·rows·Aᵀ``, backward ``scaling·rows·B``."""
+) -> bool:
+    """`product` with the term, and ``narrow = scaling·rows·Aᵀ``, backward ``scaling·rows·B``.
+
+    False as there, of ``out`` alone.
+    """
     quant, lora_A, lora_B = projection.quant, projection.lora_A, projection.lora_B
     assert quant is not None
     assert lora_A is not None
@@ -102,7 +105,7 @@ def whole(
     found = unit()
     assert found is not None
     threads.share_with_torch()
-    _native.cpu_lora_at(
+    return _native.cpu_lora_at(
         found,
         backward,
         (rows.shape[0], quant.shape[0], quant.shape[1]),
