@@ -19,7 +19,7 @@ def one(i: int, p: float, seed: int, stream: int) -> float:
     mask, lane = 2**32 - 1, i % 8
     counter = [i // 8 & mask, i // 8 >> 32, stream & mask, stream >> 32]
     key = [seed & mask, seed >> 32]
-    for _ in range(10):
+    for _ in range(7):
         low, high = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
         counter = [
             high >> 32 ^ counter[1] ^ key[0], high & mask,

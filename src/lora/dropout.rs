@@ -20,10 +20,10 @@ pub struct Dropout {
     pub stream: u64,
 }
 
-/// Philox4x32-10 (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3").
+/// Philox4x32-7 (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3": the fewest rounds that pass BigCrush).
 #[inline(always)]
 fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
-    for _ in 0..10 {
+    for _ in 0..7 {
         let low = u64::from(counter[0]) * 0xD251_1F53;
         let high = u64::from(counter[2]) * 0xCD9E_8D57;
         counter = [
@@ -97,11 +97,11 @@ mod tests {
         // The vectors published with the Random123 library.
         assert_eq!(
             philox([0; 4], [0; 2]),
-            [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]
+            [0x5f6f_b709, 0x0d89_3f64, 0x4f12_1f81, 0x4f73_0a48]
         );
         assert_eq!(
             philox([u32::MAX; 4], [u32::MAX; 2]),
-            [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]
+            [0x5207_ddc2, 0x4516_5e59, 0x4d8e_e751, 0x8c52_f662]
         );
     }
 
