@@ -52,7 +52,7 @@ def split(h: Tensor, one: Projection, x: Tensor) -> tuple[Tensor, Tensor]:
     columns = planes * -(-one.rank // 16) * 16
     flat = h.view(-1)
     mask = flat[m * columns :].view(torch.int32).view(m, 4 * -(-k // 128))
-    return flat[: m * columns].view(m, columns), mask
+    return flat[: m * columns].view(x.dtype).view(m, columns), mask
 
 
 def kept_elements(words: Tensor, k: int) -> Tensor:

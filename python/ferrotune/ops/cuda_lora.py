@@ -65,13 +65,14 @@ def saved(
 ) -> list[tuple[tuple[int, int], torch.dtype] | None]:
     """Shape and dtype of what forward keeps of each projection: a pass's H, with its first.
 
-    Rows are H's first, ``[m, planes · columns]``, then a mask's, if one is kept.
+    Rows are H's first, ``[m, planes · columns]`` in x's dtype, then a mask's, if one is kept; then
+    all of it is int16.
     """
     found = reference.saved(x, projections)
     for one in passes(x, projections, hopper):
         for i in one.members:
             found[i] = None
-        found[one.members[0]] = ((x.shape[0], one.width), x.dtype)
+        found[one.members[0]] = ((x.shape[0], one.width), one.kept_dtype(x))
     return found
 
 
@@ -93,7 +94,7 @@ def forward(
         ys[i] = x.new_empty(*before, projections[i].shape[0])
         cuda_small.run(x, how.m, projections[i], division, ys[i])
     for one in how.passes:
-        hs[one.members[0]] = h = x.new_empty(how.m, one.width)
+        hs[one.members[0]] = h = _empty_kept(how, x, one)
         for i in one.members:
             if one.terms == "added":
                 ys[i] = _shaped(x, reference.base(_rows(how, x), projections[i]))
@@ -129,7 +130,7 @@ def gated(
     (one,) = how.passes
     before, n = x.shape[:-1], projections[0].shape[0]
     gate, up, hidden = (x.new_empty(*before, n) for _ in range(3))
-    h = x.new_empty(how.m, one.width)
+    h = _empty_kept(how, x, one)
     alive: list[Tensor | None] = []
     given = [
         (
@@ -163,7 +164,7 @@ def ranks(
     how = plan(x, projections) if how is None else how
     hs: list[Tensor | None] = [None] * len(projections)
     for one in how.passes:
-        hs[one.members[0]] = h = x.new_empty(how.m, one.width)
+        hs[one.members[0]] = h = _empty_kept(how, x, one)
         if one.small:
             for i, start, division in zip(one.members, one.starts, one.small, strict=True):
                 y, at = x.new_empty(how.m), (h, start, one.columns)
@@ -188,6 +189,11 @@ def ranks(
     for i in how.by_pytorch:
         (hs[i],) = reference.ranks(_rows(how, x), [projections[i]], seed)
     return hs
+
+
+def _empty_kept(how: Plan, x: Tensor, one: Pass) -> Tensor:
+    """What a pass keeps for backward (see ``saved``), to be written."""
+    return x.new_empty(how.m, one.width, dtype=one.kept_dtype(x))
 
 
 def _rows(how: Plan, tensor: Tensor) -> Tensor:

@@ -49,8 +49,12 @@ class Pass(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Columns of x's type of what is kept for backward: H, and then all rows of the mask."""
+        """16-bit columns of what is kept for backward: H, and then all rows of the mask."""
         return self.planes * self.columns + self.bits
+
+    def kept_dtype(self, x: Tensor) -> torch.dtype:
+        """Of what is kept: numbers in x's, or bits, which as such would be NaN here and there."""
+        return torch.int16 if self.bits else x.dtype
 
 
 class Live(NamedTuple):
@@ -266,7 +270,8 @@ def passes(x: Tensor, projections: Sequence[Projection], use: str) -> list[Pass]
     for place, one in enumerate(found):
         projection = projections[one.members[0]]
         if len(one.members) == 1 and projection.dropout_p:
-            kept = _kept_bytes(x.device.index, projection.shape[1], one.planes, use)
+            k = int(projection.shape[1])  # a compiler may have it as a symbol
+            kept = _kept_bytes(x.device.index, k, one.planes, use)
             found[place] = one._replace(bits=kept // x.dtype.itemsize)
     return found
 
