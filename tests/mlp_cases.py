@@ -64,8 +64,18 @@ def mlp(
     return x, layers
 
 
-def apart(x: Tensor, layers: list[Projection], activation: str, seed: Tensor | None) -> Tensor:
-    """The same by the operations that it is made of."""
+Seeds = Tensor | list[Tensor] | None
+
+
+def apart(x: Tensor, layers: list[Projection], activation: str, seed: Seeds) -> Tensor:
+    """The same by the operations that it is made of; given three seeds, those of single layers."""
+    if isinstance(seed, list):
+        first, second = (
+            ops.lora_linear_group(x, [one], seed=own)[0]
+            for one, own in zip(layers[:2], seed[:2], strict=True)
+        )
+        hidden = ops.glu(first, second, activation)
+        return ops.lora_linear_group(hidden, layers[2:], seed=seed[2])[0]
     gate, up, down = (one._replace(stream=i) for i, one in enumerate(layers))
     first, second = ops.lora_linear_group(x, [gate, up], seed=seed)
     return ops.lora_linear_group(ops.glu(first, second, activation), [down], seed=seed)[0]
@@ -92,7 +102,10 @@ def assert_same(
     for number, options in enumerate(cases(dtype)):
         activation = ACTIVATIONS[number % len(ACTIVATIONS)]
         x, layers = mlp(shape, inner, out, dtype, device, options)
-        seed = torch.tensor([number], device=device) if options["p"] else None
+        seed: Seeds = None
+        if options["p"]:
+            seeds = [torch.tensor([number + i], device=device) for i in range(3)]
+            seed = seeds if number % 2 else seeds[0]
         found = ops.gated_mlp(x, *layers, activation, seed=seed)
         expected = apart(x, layers, activation, seed)
         assert found.dtype == dtype

@@ -98,10 +98,16 @@ def test_mlp_under_autocast() -> None:
     assert grad.dtype == torch.float32
 
 
-def test_mlp_compiled() -> None:
-    x, layers = mlp((4, 8), 12, 8, torch.float32, CPU, {})
-    run = torch.compile(lambda x: ops.gated_mlp(x, *layers), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(run(x), ops.gated_mlp(x, *layers))
+@pytest.mark.parametrize("seeds", [(), (1, 2, 3)])
+def test_mlp_compiled(seeds: tuple[int, ...]) -> None:
+    x, layers = mlp((4, 8), 12, 8, torch.float32, CPU, {"p": 0.3 if seeds else 0.0})
+    options = {"seed": [torch.tensor([seed]) for seed in seeds] or None}
+
+    def call(x: Tensor) -> Tensor:
+        return ops.gated_mlp(x, *layers, **options)
+
+    run = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(x), call(x))
 
 
 def test_no_second_derivative() -> None:
@@ -120,6 +126,8 @@ def test_refused() -> None:
         ops.gated_mlp(x, *layers[:2], layer(8, 10, 1, torch.float32, CPU))
     with pytest.raises(ValueError, match="k differs"):
         ops.gated_mlp(torch.ones(2, 9), *layers)
+    with pytest.raises(ValueError, match="one seed or three, not 2"):
+        ops.gated_mlp(x, *layers, seed=[torch.tensor([1])] * 2)
     with pytest.raises(ValueError, match="must be alike"):
         ops.glu(x, torch.ones(2, 9))
     with pytest.raises(ValueError, match="even width"):
@@ -177,10 +185,10 @@ def test_blocks_by_plain_pytorch(
     def counting(key: str) -> None:
         right = getattr(ops, key)
 
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             label = f"group of {len(args[1])}" if key == "lora_linear_group" else key
             calls[label] = calls.get(label, 0) + 1
-            return right(*args)
+            return right(*args, **kwargs)
 
         monkeypatch.setattr(ops, key, call)
 
@@ -194,6 +202,6 @@ def test_blocks_by_plain_pytorch(
     assert_agree(stock, patched)
     grouped = not dropout and name != "phi3"
     assert calls.get("group of 3", 0) == (2 if grouped else 0)
-    assert calls.get("gated_mlp", 0) == (2 if grouped and name != "bert" else 0)
+    assert calls.get("gated_mlp", 0) == (0 if name in ("phi3", "bert") else 2)
     assert calls.get("rope", 0) == (0 if name == "bert" else 2)
     assert not [module for module in model.modules() if "_ferrotune_given" in module.__dict__]

@@ -121,9 +121,9 @@ def test_a_block_keeps_its_tensors() -> None:
     assert block_bytes(shape, setup) == 15 * a_token
     dropped = dataclasses.replace(setup, lora_dropout=0.1)
     masks = 6 * 16 + 32  # a bit an element of seven inputs of 96 and 208, to whole 16 bytes
-    assert block_bytes(shape, dropped) == 15 * (a_token + 208 * 2 + masks)
+    assert block_bytes(shape, dropped) == 15 * (a_token + masks)
     wide = dataclasses.replace(dropped, dtype="float32")
-    assert block_bytes(shape, wide) == 15 * (2 * (a_token + 208 * 2) - (2 + 6 + 7 * 16) * 4)
+    assert block_bytes(shape, wide) == 15 * (2 * a_token - (2 + 6 + 7 * 16) * 4)
     full = dataclasses.replace(setup, method="full")
     assert block_bytes(shape, full) == 15 * (a_token + 208 * 2 - 7 * 16 * 4)
 

@@ -99,19 +99,24 @@ def gated_mlp(
     down: Projection,
     activation: str = "silu",
     *,
-    seed: Tensor | None = None,
+    seed: Tensor | Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """``down(activation(gate(x))·up(x))``, one node of autograd: the MLP of Llama and its kind.
 
     What it keeps for backward is x, gate(x) and up(x); the product of the activation is made again.
-    With dropout the masks are streams 0, 1 and 2 of one seed. ``activation`` is one of `glu`'s,
-    and everything else as in ``lora_linear``.
+    With dropout the masks are streams 0, 1 and 2 of one seed; given three seeds, those of three
+    ``lora_linear`` by them (None where nothing is dropped). ``activation`` is one of `glu`'s, and
+    everything else as in ``lora_linear``.
 
     Returns ``[..., n]`` of ``down``.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, not {activation!r}")
-    streamed = [one._replace(stream=i) for i, one in enumerate((gate, up, down))]
+    alone = seed is not None and not isinstance(seed, torch.Tensor)
+    seeds: mlp.Seeds = tuple(seed) if alone else (seed,)  # type: ignore[arg-type, assignment]
+    if alone and len(seeds) != 3:
+        raise ValueError(f"gate, up and down take one seed or three, not {len(seeds)}")
+    streamed = [one._replace(stream=0 if alone else i) for i, one in enumerate((gate, up, down))]
     x, projections = _autocast(x, streamed)
     for projection in projections[:2]:
         _check(x, projection)
@@ -120,12 +125,15 @@ def gated_mlp(
         raise ValueError(f"gate and up have {hidden} out features, but down takes {inner}")
     _check(x.new_empty(0, inner), projections[2])
     if seed is None and any(projection.dropout_p > 0 for projection in projections):
-        seed = dropout_seed(x)
+        seeds = (dropout_seed(x),)
     trained = any(_is_trained(projection.weight) for projection in projections)
     if not trained and not torch.compiler.is_compiling():
-        return mlp.apply(x, projections, activation, seed, streamed)
-    first, second = _run(x, projections[:2], seed)
-    return _run(glu(first, second, activation), projections[2:], seed)[0]
+        return mlp.apply(x, projections, activation, seeds, streamed)
+    if alone:
+        first, second = (_run(x, [projections[i]], seeds[i])[0] for i in range(2))
+    else:
+        first, second = _run(x, projections[:2], seeds[0])
+    return _run(glu(first, second, activation), projections[2:], seeds[-1])[0]
 
 
 def _autocast(x: Tensor, projections: list[Projection]) -> tuple[Tensor, list[Projection]]:

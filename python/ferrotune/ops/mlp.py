@@ -23,11 +23,15 @@ if TYPE_CHECKING:
     from .types import Projection
 
 
+Seeds = tuple["Tensor | None", ...]
+"""Of the masks: one for all projections, or one for each."""
+
+
 def apply(
     x: Tensor,
     projections: Sequence[Projection],
     activation: str,
-    seed: Tensor | None,
+    seeds: Seeds,
     given: Sequence[Projection],
 ) -> Tensor:
     """``down(activation(gate(x))·up(x))``; the projections are gate, up and down.
@@ -35,10 +39,17 @@ def apply(
     ``given`` is as for `autograd.apply`.
     """
     if not torch.is_grad_enabled():  # no node, as in `autograd.apply`
-        y = _forward(choose(x), x, projections, activation, seed)[0]
+        y = _forward(choose(x), x, projections, activation, seeds)[0]
         return y if x.dim() == y.dim() else y.view(*x.shape[:-1], y.shape[-1])
-    call = (seed, projections, activation)
+    call = (seeds, projections, activation)
     return _GatedMlp.apply(call, x, *trained_tensors(given))  # type: ignore[no-any-return]
+
+
+def _first(seeds: Sequence[Tensor | None]) -> list[tuple[slice, Tensor | None]]:
+    """Which of gate and up the backend takes together, and their seed."""
+    if len(seeds) == 1:
+        return [(slice(2), seeds[0])]
+    return [(slice(1), seeds[0]), (slice(1, 2), seeds[1])]
 
 
 class _Now(threading.local):
@@ -64,44 +75,56 @@ def _forward(
     x: Tensor,
     projections: Sequence[Projection],
     activation: str,
-    seed: Tensor | None,
-) -> tuple[Tensor, tuple[Any, Any], list[Tensor | None]]:
-    """y; the plans of gate and up, and of down; x as it is kept, gate, up, every H."""
+    seeds: Seeds,
+) -> tuple[Tensor, list[Any], list[Tensor | None]]:
+    """y; the plans; x as it is kept, gate, up, every H."""
     laid_out = backend.laid_out(x)
-    plan = backend.plan(laid_out, projections[:2])
+    plans: list[Any] = []
+    made: list[Tensor] = []
+    hs: list[Tensor | None] = []
+    hidden = None
     with no_autocast(x):
-        together = backend.gated(laid_out, projections[:2], activation, seed, plan)
-        if together is None:
-            (gate, up), hs = backend.forward(laid_out, projections[:2], seed, plan)
+        for which, seed in _first(seeds):
+            plan = backend.plan(laid_out, projections[which])
+            together = backend.gated(laid_out, projections[which], activation, seed, plan)
+            if together is None:
+                ys, ranks = backend.forward(laid_out, projections[which], seed, plan)
+            else:
+                ys, hidden, ranks = together
+            plans.append(plan)
+            made += ys
+            hs += ranks
+        gate, up = made
+        if hidden is None:
             hidden = _gated(gate, up, activation)
-        else:
-            (gate, up), hidden, hs = together
-        down_plan = backend.plan(hidden, projections[2:])
+        plans.append(backend.plan(hidden, projections[2:]))
         if _now.output:
-            (y,), down_hs = backend.forward(hidden, projections[2:], seed, down_plan)
+            (y,), ranks = backend.forward(hidden, projections[2:], seeds[-1], plans[-1])
         else:
-            down_hs = backend.ranks(hidden, projections[2:], seed, down_plan)
+            ranks = backend.ranks(hidden, projections[2:], seeds[-1], plans[-1])
             y = hidden.new_zeros(()).expand(*hidden.shape[:-1], projections[2].shape[0])
-    return y, (plan, down_plan), [laid_out, gate, up, *hs, *down_hs]
+    return y, plans, [laid_out, gate, up, *hs, *ranks]
 
 
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Any, x: Tensor, *given: Tensor | None) -> Tensor:
-        seed, projections, activation = call
+        seeds, projections, activation = call
         backend = choose(x)
-        y, plans, (laid_out, *between) = _forward(backend, x, projections, activation, seed)
+        y, plans, between = _forward(backend, x, projections, activation, seeds)
         ctx.shape, ctx.backend, ctx.plans, ctx.activation = x.shape, backend, plans, activation
-        ctx.save_for_backward(laid_out, seed, *between, *kept(ctx, projections, given))
+        ctx.save_for_backward(*between, *kept(ctx, projections, given), *seeds)
+        ctx.seeds = len(seeds)
         return y if x.dim() == y.dim() else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, seed, gate, up, *saved = ctx.saved_tensors
-        hs = saved[:3]
+        x, gate, up, *saved = ctx.saved_tensors
+        hs, seeds = saved[:3], saved[len(saved) - ctx.seeds :]
         projections, need = restored(ctx, saved[3:])
-        first, last = _split(need)
+        early = _asked(need, slice(2), need.x)
+        last = _asked(need, slice(2, None), need.x or any(map(any, early[1:5])))
         backend = ctx.backend
         found = Grads(None, [None] * 2, [None] * 2, [None] * 2, [None] * 2)
         with no_autocast(x):
@@ -109,7 +132,7 @@ class _GatedMlp(torch.autograd.Function):
 
             def down(hidden: Tensor, need: Need) -> Grads:
                 return backend.backward(  # type: ignore[no-any-return]
-                    [grad], hidden, hs[2:], projections[2:], seed, need, ctx.plans[1]
+                    [grad], hidden, hs[2:], projections[2:], seeds[-1], need, ctx.plans[-1]
                 )
 
             # Of the hidden state all but A's gradient needs the shape alone, which is gate's.
@@ -122,35 +145,44 @@ class _GatedMlp(torch.autograd.Function):
             elif last.lora_A[0]:
                 hidden = _gated(gate, up, ctx.activation)
             if hidden is not None:
-                early = down(hidden, Need(False, (True,), *((False,),) * 3, need.grads))
-                late = late._replace(lora_A=early.lora_A)
+                of_A = down(hidden, Need(False, (True,), *((False,),) * 3, need.grads))
+                late = late._replace(lora_A=of_A.lora_A)
                 del hidden
             if late.x is not None:
-                found = backend.backward(
-                    grads, x, hs[:2], projections[:2], seed, first, ctx.plans[0]
-                )
+                parts = []
+                for (which, seed), plan in zip(_first(seeds), ctx.plans, strict=False):
+                    asked = _asked(need, which, need.x)
+                    parts.append(
+                        backend.backward(
+                            grads[which], x, hs[which], projections[which], seed, asked, plan
+                        )
+                    )
+                found = _joined(parts)
         dx = found.x
         if dx is not None and dx.shape != ctx.shape:
             dx = dx.view(ctx.shape)
         return (None, dx, *by_projection(found), *by_projection(late))
 
 
-def _split(need: Need) -> tuple[Need, Need]:
-    """What is asked for of gate and up, and of down: its input's gradient if anything before is."""
+def _asked(need: Need, which: slice, x: bool) -> Need:
+    """What is asked for of some of the projections."""
+    return Need(
+        x,
+        need.lora_A[which],
+        need.lora_B[which],
+        need.bias[which],
+        need.lora_bias[which],
+        need.grads,
+    )
 
-    def part(which: slice, x: bool) -> Need:
-        return Need(
-            x,
-            need.lora_A[which],
-            need.lora_B[which],
-            need.bias[which],
-            need.lora_bias[which],
-            need.grads,
-        )
 
-    first = part(slice(2), need.x)
-    before = (first.lora_A, first.lora_B, first.bias, first.lora_bias)
-    return first, part(slice(2, None), need.x or any(map(any, before)))
+def _joined(parts: Sequence[Grads]) -> Grads:
+    """The gradients of one x, added up in the first one's memory, and of all projections."""
+    found = parts[0]
+    for other in parts[1:]:
+        dx = found.x if found.x is None or other.x is None else found.x.add_(other.x)
+        found = Grads(dx, *([*a, *b] for a, b in zip(found[1:], other[1:], strict=True)))
+    return found
 
 
 def _gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:

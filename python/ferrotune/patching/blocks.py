@@ -193,7 +193,9 @@ class MlpForward(Replaced):
                 first, second = gate(x), up(x)
             return down(_offered_glu(first, second, activation))
         first, second, third = (part.projection for part in whole)
-        y = ops.gated_mlp(x.to(whole[0].dtype), first, second, third, activation)
+        y = ops.gated_mlp(
+            x.to(whole[0].dtype), first, second, third, activation, seed=_seeds(whole, x)
+        )
         return y if whole[2].out is None else y.to(whole[2].out)
 
 
@@ -204,19 +206,25 @@ def _offered_glu(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
     return hidden
 
 
+def _seeds(parts: list[Part], x: Tensor) -> list[Tensor | None] | None:
+    """Of layers that drop, drawn in the order in which they would be called; None if none does."""
+    seeds = [ops.dropout_seed(x) if part.projection.dropout_p else None for part in parts]
+    return None if all(seed is None for seed in seeds) else seeds
+
+
 def _whole(gate: nn.Module, up: nn.Module, down: nn.Module, x: Tensor) -> list[Part] | None:
     """All layers of an MLP for one operation: those that take x, and the one that takes the rest.
 
     The last one's input is of the type that the first ones give, of the width that it has.
     """
-    first = groups.together([gate, up], x)
+    first = groups.together([gate, up], x, dropped=True)
     if first is None:
         return None
     dtype = first[0].out or (
         torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else first[0].dtype
     )
     hidden = x.new_empty(0, first[0].projection.shape[0], dtype=dtype)
-    last = groups.together([down], hidden)
+    last = groups.together([down], hidden, dropped=True)
     if last is None or last[0].dtype != first[0].dtype:
         return None
     return [*first, *last]

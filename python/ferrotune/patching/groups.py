@@ -1,7 +1,8 @@
 """Layers that share an input, run as one operation.
 
-Only where nothing is dropped: every layer's mask has a seed of its own, drawn when the layer is
-called, so that stock, compiled and patched models drop the same elements; a group has one seed.
+Every layer's mask has a seed of its own, drawn when the layer is called, so that stock, compiled
+and patched models drop the same elements; a group has one seed, and is made where nothing is
+dropped.
 """
 
 from __future__ import annotations
@@ -44,14 +45,15 @@ def run_ahead(members: Sequence[nn.Module | None], x: Any) -> Iterator[None]:
             member.__dict__.pop(GIVEN, None)
 
 
-def together(layers: Sequence[nn.Module], x: Tensor) -> list[Part] | None:
-    """Layers as one operation on x takes them; None where it cannot."""
+def together(layers: Sequence[nn.Module], x: Tensor, *, dropped: bool = False) -> list[Part] | None:
+    """Layers as one operation on x takes them; None where it cannot, as with dropout unless the
+    operation takes seeds of their own."""
     parts: list[Part] = []
     for layer in layers:
         found = _part(layer, x)
         if (
             found is None
-            or found.projection.dropout_p
+            or (found.projection.dropout_p and not dropped)
             or found.dtype != (parts or [found])[0].dtype
         ):
             return None

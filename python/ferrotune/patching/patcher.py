@@ -46,10 +46,10 @@ def patch(
             ``inject_adapter_in_model``, or one with bitsandbytes' ``Linear4bit`` alone.
         strict: raises if a LoRA layer would be left behind.
         blocks: also what stands around the layers in transformers' models of Llama, Mistral,
-            Qwen2 and 3, Gemma 1 to 3, Phi-3, GPT-2, BERT and RoBERTa: without dropout,
-            projections of one input as one operation and gated MLPs as one node of autograd;
-            RMSNorm, rotary positions and GELU as one kernel. They run on CUDA; on other devices,
-            and under ``torch.compile``, blocks keep their own forward.
+            Qwen2 and 3, Gemma 1 to 3, Phi-3, GPT-2, BERT and RoBERTa: gated MLPs as one node of
+            autograd and, without dropout, projections of one input as one operation; RMSNorm,
+            rotary positions and GELU as one kernel. They run on CUDA; on other devices, and under
+            ``torch.compile``, blocks keep their own forward.
         fused_loss: transformers' causal language models compute their loss by
             ``ops.linear_cross_entropy`` in training, where labels are given. It saves the memory
             of the logits, and the output's ``logits`` are then None: so it is to be asked for.

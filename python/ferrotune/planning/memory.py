@@ -6,8 +6,8 @@ of torch or bitsandbytes. What a block keeps for the backward pass, an element a
 
 - its norms' inputs (with the residual added); what attention and the MLP take in; a query, a key
   and a value; what attention puts out; gate and up. The MLP's hidden state is computed again in
-  backward where the MLP is one node (`ferrotune.ops.gated_mlp`: with adapters, without dropout,
-  gate and up apart), else kept;
+  backward where the MLP is one node (`ferrotune.ops.gated_mlp`: with adapters, gate and up apart),
+  else kept;
 - in 4 bytes: a row's 1 / rms for each norm and, for each head, attention's log-sum-exp;
 - with LoRA dropout a bit for its mask at each linear, as on Hopper.
 
@@ -201,7 +201,7 @@ def host_bytes(shape: Shape, setup: Setup, level: Level) -> int:
 
 def keeps_hidden(shape: Shape, setup: Setup) -> bool:
     """Whether the product of the MLP's activation is kept: where the MLP is not one node."""
-    return setup.method == "full" or setup.lora_dropout > 0 or shape.fused or not shape.gated
+    return setup.method == "full" or shape.fused or not shape.gated
 
 
 def mask_bytes(setup: Setup, linears: Sequence[Linear]) -> list[int]:
