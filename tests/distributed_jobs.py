@@ -149,6 +149,14 @@ class Job:
     dropout_seed: int | None = None
     differing: bool = False
     """Whether every rank starts from weights of its own; DDP gives all of them the first one's."""
+    device: str = "cpu"
+    """By gloo there; on "cuda" by NCCL, a device each, and under autocast to bfloat16."""
+
+    @property
+    def place(self) -> torch.device:
+        """This process's device."""
+        rank = dist.get_rank() if self.wrap else 0
+        return torch.device(self.device, rank) if self.device == "cuda" else torch.device("cpu")
 
     @property
     def name(self) -> str:
@@ -180,7 +188,7 @@ def build(job: Job) -> Any:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    return model.train()
+    return model.to(job.place).train()
 
 
 def wrap(job: Job, model: Any) -> Any:
@@ -192,7 +200,7 @@ def wrap(job: Job, model: Any) -> Any:
             return recurse or ("leaves" in job.wrap and isinstance(module, nn.Linear))
 
         return FullyShardedDataParallel(
-            model, use_orig_params=True, device_id=torch.device("cpu"), auto_wrap_policy=is_unit
+            model, use_orig_params=True, device_id=job.place, auto_wrap_policy=is_unit
         )
     if "fsdp2" in job.wrap:
         leaves = [m for m in model.modules() if isinstance(m, (nn.Linear, Linear4bit))]
@@ -206,7 +214,8 @@ def run(job: Job) -> Result:
     """Trains, gathers, and loads what was gathered into a fresh model."""
     model = wrap(job, build(job))
     rank, world = (dist.get_rank(), WORLD) if job.wrap else (0, 1)
-    batch = [part.chunk(world)[rank] for part in job.model.batch()]
+    batch = [part.chunk(world)[rank].to(job.place) for part in job.model.batch()]
+    mixed = torch.autocast("cuda", torch.bfloat16, enabled=job.device == "cuda")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses, gradients = [], {}
     left: set[str | None] = set()
@@ -214,7 +223,7 @@ def run(job: Job) -> Result:
         if job.dropout_seed is not None:
             torch.manual_seed(job.dropout_seed + 10 * step + rank)
         optimizer.zero_grad()
-        with patching.listening(lambda layer, reason: left.add(reason)):
+        with mixed, patching.listening(lambda layer, reason: left.add(reason)):
             loss = model(*batch)
         loss.backward()
         if step == 0:
@@ -224,10 +233,16 @@ def run(job: Job) -> Result:
     state = gathered(job, model)
     fresh = wrap(job, perturbed(build(job)))
     load(job, fresh, state)
-    with torch.no_grad():
+    with torch.no_grad(), mixed:
         reloaded = mean(job, fresh.eval()(*batch))
     trained = whole(job, model, gradient=False)
-    return Result(losses, gradients, trained, state, reloaded, left - {None})
+    return Result(
+        losses, on_cpu(gradients), on_cpu(trained), on_cpu(state), reloaded, left - {None}
+    )
+
+
+def on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def perturbed(model: Any) -> Any:
@@ -293,8 +308,11 @@ def start(rank: int, rendezvous: Path, jobs: list[Job], out: Path) -> None:
     """A process of `torch.multiprocessing.spawn`: runs the jobs and writes its results."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    cuda = jobs[0].device == "cuda"
+    if cuda:
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        "nccl" if cuda else "gloo",
         init_method=f"file://{rendezvous}",
         rank=rank,
         world_size=WORLD,
