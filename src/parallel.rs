@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::ffi::{c_int, c_uint, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// `GOMP_parallel` of libgomp's public ABI: runs `start(data)` on each of `threads` threads and waits for all.
@@ -59,10 +60,65 @@ where
             run(task);
         }
     };
+    on_threads(most, &work);
+}
+
+/// Tasks by their numbers from 0 on.
+pub struct Round<'a> {
+    pub tasks: usize,
+    pub run: Box<dyn Fn(usize) + Sync + 'a>,
+}
+
+/// Runs all tasks of each round, and then those of the next one, on one set of threads: to wake them for every round
+/// would take longer than a short one does. They wait for a round's end awake.
+pub fn in_turn(rounds: &[Round<'_>]) {
+    let counts = || (AtomicUsize::new(0), AtomicUsize::new(0)); // begun, ended
+    let counts: Vec<_> = rounds.iter().map(|_| counts()).collect();
+    let failed = AtomicBool::new(false);
+    let panic = Mutex::new(None);
+    let work = || {
+        for (round, (begun, ended)) in rounds.iter().zip(&counts) {
+            loop {
+                let task = begun.fetch_add(1, Ordering::Relaxed);
+                if task >= round.tasks {
+                    break;
+                }
+                // A task that does not end would have the others wait for good.
+                if !failed.load(Ordering::Relaxed)
+                    && let Err(found) = catch_unwind(AssertUnwindSafe(|| (round.run)(task)))
+                {
+                    failed.store(true, Ordering::Relaxed);
+                    let mut first = panic.lock().unwrap_or_else(PoisonError::into_inner);
+                    first.get_or_insert(found);
+                }
+                ended.fetch_add(1, Ordering::Release);
+            }
+            let mut waited = 0_u32;
+            while ended.load(Ordering::Acquire) < round.tasks {
+                waited += 1;
+                if waited.is_multiple_of(1 << 12) {
+                    std::thread::yield_now();
+                }
+                std::hint::spin_loop();
+            }
+        }
+    };
+    on_threads(
+        rounds.iter().map(|round| round.tasks).max().unwrap_or(0),
+        &work,
+    );
+    let panic = panic.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if let Some(panic) = panic {
+        resume_unwind(panic);
+    }
+}
+
+/// Runs `work` on this thread and others, no more than `most` in all.
+fn on_threads(most: usize, work: &(impl Fn() + Sync)) {
     let helpers = most.min(threads()).saturating_sub(1);
     match TEAM.get() {
         _ if helpers == 0 => work(),
-        Some(team) => on_team(team, helpers + 1, &work),
+        Some(team) => on_team(team, helpers + 1, work),
         None => rayon::in_place_scope(|scope| {
             for _ in 0..helpers {
                 scope.spawn(|_| work());
@@ -105,5 +161,53 @@ fn on_team<F: Fn() + Sync>(team: &Team, threads: usize, work: &F) {
         .unwrap_or_else(PoisonError::into_inner);
     if let Some(panic) = panic {
         resume_unwind(panic);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn round<'a>(tasks: usize, run: impl Fn(usize) + Sync + 'a) -> Round<'a> {
+        let run = Box::new(run);
+        Round { tasks, run }
+    }
+
+    #[test]
+    fn rounds_come_one_after_the_other() {
+        let seen = Mutex::new(Vec::new());
+        let note = |number: usize| {
+            let seen = &seen;
+            move |task: usize| seen.lock().unwrap().push((number, task))
+        };
+        in_turn(&[
+            round(0, note(0)),
+            round(100, note(1)),
+            round(1, note(2)),
+            round(64, note(3)),
+        ]);
+        let mut seen = seen.into_inner().unwrap();
+        assert!(seen.is_sorted_by_key(|(number, _)| *number));
+        seen.sort_unstable();
+        let expected = (0..100).map(|task| (1, task)).chain([(2, 0)]);
+        let expected: Vec<_> = expected.chain((0..64).map(|task| (3, task))).collect();
+        assert_eq!(seen, expected);
+        in_turn(&[]);
+    }
+
+    #[test]
+    fn a_panic_ends_all_rounds_and_comes_through() {
+        let later = AtomicUsize::new(0);
+        let found = catch_unwind(AssertUnwindSafe(|| {
+            in_turn(&[
+                round(50, |task| assert_ne!(task, 7, "the seventh")),
+                round(50, |_| {
+                    later.fetch_add(1, Ordering::Relaxed);
+                }),
+            ]);
+        }));
+        let message = *found.unwrap_err().downcast::<String>().unwrap();
+        assert!(message.contains("the seventh"), "{message}");
+        assert_eq!(later.into_inner(), 0);
     }
 }

@@ -6,7 +6,6 @@ use super::outer::Outer;
 use super::panels::{Right, STRIDE};
 use super::tiles::{Dense, Source};
 use super::vectors::{PANEL, Part};
-use crate::parallel;
 
 /// Terms that are added up in registers of the sums that are as thin as the rank: there are few of them, and the term
 /// multiplies their errors.
@@ -28,7 +27,7 @@ unsafe impl Sync for Adapter<'_> {}
 /// An adapter, with `by` packed: blocks of [`WORDS`] inner elements behind each other.
 pub struct Down<'a> {
     adapter: &'a Adapter<'a>,
-    rank: usize,
+    right: Right<'a>,
     with: Loop,
     packed: Buffer,
 }
@@ -39,47 +38,56 @@ impl<'a> Down<'a> {
         rank.div_ceil(COLUMNS) * STRIDE
     }
 
-    /// `with`: the base's loop.
+    /// `with`: the base's loop. The packed side is to be written.
     pub fn new(product: &Product<'_>, adapter: &'a Adapter<'a>, with: Loop) -> Self {
         let (inner, rank) = (product.inner(), product.rank());
-        let right = Right {
-            source: Source::Dense(Dense::F32(adapter.by)),
-            transposed: product.direction == Direction::Forward,
-            inner,
-            columns: rank,
-            narrow: false,
-            wide: with != Loop::Narrow,
-        };
-        let packed = Buffer::floats(inner.div_ceil(WORDS) * Self::block(rank));
-        parallel::for_each((0..inner).step_by(WORDS), |from| {
-            let lines = Buffer::floats(Right::LINES);
-            let to = packed.float(from / WORDS * Self::block(rank));
-            let len = WORDS.min(inner - from);
-            for panel in (0..rank).step_by(PANEL) {
-                let until = rank.min(panel + PANEL);
-                // SAFETY: the CPU has the features; the buffers are as large as this needs, and blocks do not overlap.
-                unsafe {
-                    let to = to.add(panel / COLUMNS * STRIDE);
-                    right.pack(from, len, panel..until, to, lines.float(0));
-                    if !len.is_multiple_of(2) {
-                        // The other row of the last pair.
-                        for column in 0..(until - panel).div_ceil(COLUMNS) {
-                            let row = to.add(column * STRIDE + len * COLUMNS);
-                            std::slice::from_raw_parts_mut(row, COLUMNS).fill(0.0);
-                        }
+        Self {
+            adapter,
+            right: Right {
+                source: Source::Dense(Dense::F32(adapter.by)),
+                transposed: product.direction == Direction::Forward,
+                inner,
+                columns: rank,
+                narrow: false,
+                wide: with != Loop::Narrow,
+            },
+            with: match with {
+                Loop::Pairs => Loop::Widened,
+                floats => floats,
+            },
+            packed: Buffer::floats(inner.div_ceil(WORDS) * Self::block(rank)),
+        }
+    }
+
+    /// Blocks of the packed side.
+    pub const fn blocks(&self) -> usize {
+        self.right.inner.div_ceil(WORDS)
+    }
+
+    /// Writes a block of it.
+    ///
+    /// # Safety
+    /// As [`Product::run_with`]; no one else writes or reads the block.
+    pub unsafe fn pack(&self, block: usize) {
+        let (inner, rank) = (self.right.inner, self.right.columns);
+        let lines = Buffer::floats(Right::LINES);
+        let to = self.packed.float(block * Self::block(rank));
+        let from = block * WORDS;
+        let len = WORDS.min(inner - from);
+        for panel in (0..rank).step_by(PANEL) {
+            let until = rank.min(panel + PANEL);
+            // SAFETY: the caller's; the buffers are as large as this needs.
+            unsafe {
+                let to = to.add(panel / COLUMNS * STRIDE);
+                self.right.pack(from, len, panel..until, to, lines.float(0));
+                if !len.is_multiple_of(2) {
+                    // The other row of the last pair.
+                    for column in 0..(until - panel).div_ceil(COLUMNS) {
+                        let row = to.add(column * STRIDE + len * COLUMNS);
+                        std::slice::from_raw_parts_mut(row, COLUMNS).fill(0.0);
                     }
                 }
             }
-        });
-        let with = match with {
-            Loop::Pairs => Loop::Widened,
-            floats => floats,
-        };
-        Self {
-            adapter,
-            rank,
-            with,
-            packed,
         }
     }
 
@@ -93,14 +101,15 @@ impl<'a> Down<'a> {
         part: &Part<'_>,
         at: usize,
     ) -> &'a [f32] {
-        let wide = self.rank.next_multiple_of(COLUMNS);
+        let rank = self.right.columns;
+        let wide = rank.next_multiple_of(COLUMNS);
         let sums = Buffer::floats(HEIGHT * wide);
         let sums = sums.float(0);
         // SAFETY: the caller's; the buffers are as large as the layouts need.
         unsafe {
             for (block, whole) in part.blocks() {
                 for from in (block..block + whole).step_by(WORDS) {
-                    let packed = from / WORDS * Self::block(self.rank);
+                    let packed = from / WORDS * Self::block(rank);
                     for column in (0..wide).step_by(COLUMNS) {
                         let sides = Sides {
                             left: part
@@ -118,10 +127,10 @@ impl<'a> Down<'a> {
                     }
                 }
             }
-            let start = self.adapter.narrow.add(rows.start * self.rank);
-            let narrow = std::slice::from_raw_parts_mut(start, rows.len() * self.rank);
-            for (i, row) in narrow.chunks_exact_mut(self.rank).enumerate() {
-                let sums = std::slice::from_raw_parts(sums.add(i * wide), self.rank);
+            let start = self.adapter.narrow.add(rows.start * rank);
+            let narrow = std::slice::from_raw_parts_mut(start, rows.len() * rank);
+            for (i, row) in narrow.chunks_exact_mut(rank).enumerate() {
+                let sums = std::slice::from_raw_parts(sums.add(i * wide), rank);
                 for (to, sum) in row.iter_mut().zip(sums) {
                     *to = self.adapter.scaling * sum;
                 }

@@ -9,7 +9,7 @@ use super::parts::Planes;
 use super::tiles::{Dense, Operand, Source};
 use super::weight::FourBit;
 use super::{Unit, vectors};
-use crate::parallel;
+use crate::parallel::{self, Round};
 use crate::scratch::Scratch;
 
 /// Rows of the activations that a task takes.
@@ -60,18 +60,88 @@ pub struct Product<'a> {
     pub accumulate: bool,
 }
 
+/// Where the values of a dense operand lie.
+#[derive(Clone, Copy)]
+enum Fixed<'a> {
+    Given(Dense<'a>),
+    /// By tasks that run before.
+    Made(*const f32),
+}
+
 /// A dense operand in tiles, and the weight's side of the same sum.
 struct Part<'a> {
-    fixed: Buffer,
+    fixed: Fixed<'a>,
+    tiles: Buffer,
     moving: Operand<'a>,
     /// Elements and steps of the inner dimension.
     inner: usize,
     steps: usize,
+    /// What was met of either side.
+    met: [Range; 2],
 }
 
-impl Part<'_> {
+// SAFETY: what is made is read alone.
+unsafe impl Sync for Part<'_> {}
+
+impl<'a> Part<'a> {
+    fn new(product: &Product<'_>, fixed: Fixed<'a>, moving: Source<'a>, inner: usize) -> Self {
+        let planes = match fixed {
+            Fixed::Given(Dense::Bf16(_)) => Planes::One,
+            _ => Planes::Three,
+        };
+        let (rows, columns) = match product.direction {
+            Direction::Forward => (product.columns(), inner),
+            Direction::Backward => (inner, product.columns()),
+        };
+        let moving = Operand {
+            source: moving,
+            rows,
+            columns,
+            planes,
+        };
+        let steps = inner.div_ceil(32);
+        let bytes = steps * moving.step_bytes();
+        Self {
+            fixed,
+            tiles: Buffer::new(product.m.next_multiple_of(32) / 16 * bytes),
+            moving,
+            inner,
+            steps,
+            met: [Range::default(), Range::default()],
+        }
+    }
+
     const fn step_bytes(&self) -> usize {
         self.moving.step_bytes()
+    }
+
+    /// Lays 32 rows of the dense operand out.
+    ///
+    /// # Safety
+    /// As [`Product::run`]; no one else writes or reads these tiles.
+    unsafe fn lay_out(&self, product: &Product<'_>, row: usize) {
+        let (inner, planes) = (self.inner, self.moving.planes);
+        // SAFETY: the caller's; what is made is made by now.
+        let values = match self.fixed {
+            Fixed::Given(values) => values,
+            Fixed::Made(at) => {
+                Dense::F32(unsafe { std::slice::from_raw_parts(at, product.m * inner) })
+            }
+        };
+        let operand = Operand {
+            source: Source::Dense(values),
+            rows: product.m,
+            columns: inner,
+            planes,
+        };
+        let right = product.direction == Direction::Forward;
+        let line = Buffer::new(planes.count() * self.steps * 64);
+        for row in [row, row + 16] {
+            let to = self.tiles.at(row / 16 * self.steps * self.step_bytes());
+            let line = line.at(0).cast();
+            // SAFETY: the caller's; the buffers are as large as this needs.
+            self.met[0].meet(unsafe { operand.along_rows(row, 0, inner, right, to, line) });
+        }
     }
 }
 
@@ -116,7 +186,11 @@ impl Product<'_> {
         // SAFETY: the caller's.
         unsafe {
             match unit {
-                Unit::Tiles => self.run_in_tiles(out),
+                Unit::Tiles => {
+                    let tiled = Tiled::new(self, None, out);
+                    parallel::in_turn(&tiled.rounds());
+                    tiled.holds()
+                }
                 Unit::Wide | Unit::Vectors => {
                     vectors::run(self, unit, None, Some(out));
                     true
@@ -146,111 +220,91 @@ impl Product<'_> {
                 vectors::run(self, unit, Some(adapter), out);
                 return true;
             }
-            vectors::run(self, Unit::Wide, Some(adapter), None);
-            let left = std::slice::from_raw_parts(adapter.narrow, self.m * self.rank());
-            let term = self.term.map(|term| Term {
-                left: Dense::F32(left),
-                ..term
-            });
-            out.is_none_or(|out| Product { term, ..*self }.run_in_tiles(out))
+            let thin = vectors::Work::new(self, Unit::Wide, Some(adapter), None);
+            let tiled = out.map(|out| Tiled::new(self, Some(adapter.narrow), out));
+            let mut rounds = thin.rounds();
+            rounds.extend(tiled.iter().flat_map(Tiled::rounds));
+            parallel::in_turn(&rounds);
+            tiled.as_ref().is_none_or(Tiled::holds)
         }
     }
+}
 
+/// A product's tasks in tiles, and what they share.
+struct Tiled<'a> {
+    product: &'a Product<'a>,
+    /// The base's and the term's.
+    parts: Vec<Part<'a>>,
+    /// First rows and columns of the output, and how many columns a task takes.
+    blocks: Vec<(usize, usize)>,
+    panel: usize,
+    out: Output,
+}
+
+impl<'a> Tiled<'a> {
+    /// With `made`, that is where the term's `left` is made before these tasks run.
+    ///
     /// # Safety
-    /// As `run`.
-    unsafe fn run_in_tiles(&self, out: Output) -> bool {
-        let (inner, columns) = (self.inner(), self.columns());
-        let base = (self.input, Source::FourBit(&self.weight), inner);
-        let term = self
-            .term
-            .map(|term| (term.left, Source::Dense(term.right), term.r));
-        let mut parts = Vec::with_capacity(2);
-        for (fixed, moving, inner) in std::iter::once(base).chain(term) {
-            let planes = planes(fixed);
-            let range = Range::default();
-            let part = self.part(fixed, moving, inner, columns, planes, &range);
-            if planes == Planes::Three && !range.holds() {
-                return false;
-            }
-            parts.push(part);
+    /// As [`Product::run`], until the last task has ended.
+    unsafe fn new(product: &'a Product<'a>, made: Option<*const f32>, out: Output) -> Self {
+        let (m, columns) = (product.m, product.columns());
+        let panel = panel_width(columns, m);
+        let base = (
+            Fixed::Given(product.input),
+            Source::FourBit(&product.weight),
+        );
+        let mut parts = vec![Part::new(product, base.0, base.1, product.inner())];
+        if let Some(term) = product.term {
+            let fixed = made.map_or(Fixed::Given(term.left), Fixed::Made);
+            let right = Source::Dense(term.right);
+            parts.push(Part::new(product, fixed, right, term.r));
         }
-        let panel = panel_width(columns, self.m);
-        let ranges = [Range::default(), Range::default()];
-        let tasks = (0..self.m)
-            .step_by(ROWS)
-            .flat_map(|row| (0..columns).step_by(panel).map(move |column| (row, column)));
-        let tasks: Vec<_> = tasks.collect();
-        parallel::for_each(tasks.into_iter(), |(row, column)| {
-            let rows = row..self.m.min(row + ROWS);
-            let panel = column..columns.min(column + panel);
-            // SAFETY: the caller's; tasks' blocks of the output do not overlap.
-            unsafe { self.block(&parts, &ranges, columns, rows, panel, out) };
-        });
-        parts
-            .iter()
-            .zip(&ranges)
-            .all(|(part, range)| part.moving.planes == Planes::One || range.holds())
+        let rows = (0..m).step_by(ROWS);
+        let blocks = rows.flat_map(|row| (0..columns).step_by(panel).map(move |at| (row, at)));
+        Self {
+            product,
+            parts,
+            blocks: blocks.collect(),
+            panel,
+            out,
+        }
     }
 
-    fn part<'a>(
-        &self,
-        fixed: Dense<'a>,
-        moving: Source<'a>,
-        inner: usize,
-        columns: usize,
-        planes: Planes,
-        range: &Range,
-    ) -> Part<'a> {
-        let forward = self.direction == Direction::Forward;
-        let operand = Operand {
-            source: Source::Dense(fixed),
-            rows: self.m,
-            columns: inner,
-            planes,
-        };
-        let steps = inner.div_ceil(32);
-        let bytes = steps * operand.step_bytes();
-        let buffer = Buffer::new(self.m.next_multiple_of(32) / 16 * bytes);
-        parallel::for_each((0..self.m.next_multiple_of(32)).step_by(32), |row| {
-            let line = Buffer::new(operand.planes.count() * steps * 64);
-            for row in [row, row + 16] {
-                let to = buffer.at(row / 16 * bytes);
-                // SAFETY: `run` asserted the features; the buffers are as large as this needs, and rows' own.
-                range.meet(unsafe {
-                    operand.along_rows(row, 0, inner, forward, to, line.at(0).cast())
-                });
-            }
-        });
-        let (rows, columns) = if forward {
-            (columns, inner)
-        } else {
-            (inner, columns)
-        };
-        Part {
-            fixed: buffer,
-            moving: Operand {
-                source: moving,
-                rows,
-                columns,
-                planes,
+    fn rounds(&self) -> [Round<'_>; 2] {
+        let pairs = self.product.m.div_ceil(32);
+        [
+            Round {
+                tasks: self.parts.len() * pairs,
+                // SAFETY: as `new` has it; rows are the tasks' own.
+                run: Box::new(move |task| unsafe {
+                    self.parts[task / pairs].lay_out(self.product, task % pairs * 32);
+                }),
             },
-            inner,
-            steps,
-        }
+            Round {
+                tasks: self.blocks.len(),
+                run: Box::new(|task| {
+                    let (row, column) = self.blocks[task];
+                    let rows = row..self.product.m.min(row + ROWS);
+                    let panel = column..self.product.columns().min(column + self.panel);
+                    // SAFETY: as `new` has it; tasks' blocks of the output do not overlap.
+                    unsafe { self.block(rows, panel) };
+                }),
+            },
+        ]
+    }
+
+    /// Whether all that was met is what this code is exact for.
+    fn holds(&self) -> bool {
+        self.parts
+            .iter()
+            .all(|part| part.moving.planes == Planes::One || part.met.iter().all(Range::holds))
     }
 
     /// # Safety
-    /// As `run`; `rows` and `panel` are of the output, and no one else's.
-    unsafe fn block(
-        &self,
-        parts: &[Part<'_>],
-        ranges: &[Range; 2],
-        columns: usize,
-        rows: std::ops::Range<usize>,
-        panel: std::ops::Range<usize>,
-        out: Output,
-    ) {
-        let forward = self.direction == Direction::Forward;
+    /// As `new`; `rows` and `panel` are of the output, and no one else's.
+    unsafe fn block(&self, rows: std::ops::Range<usize>, panel: std::ops::Range<usize>) {
+        let (product, parts) = (self.product, &self.parts);
+        let forward = product.direction == Direction::Forward;
         let wide = panel.len().next_multiple_of(32);
         let high = rows.len().next_multiple_of(32);
         let (stride, size) = if forward {
@@ -272,14 +326,14 @@ impl Product<'_> {
         // SAFETY: the caller's; the buffers are as large as the layouts need.
         unsafe {
             let _configured = Tiles::configure();
-            for (part, range) in parts.iter().zip(ranges) {
+            for part in parts {
                 let at_once = steps_at_once(part, wide);
                 for step in (0..part.steps).step_by(at_once) {
                     let steps = at_once.min(part.steps - step);
                     let from = 32 * step;
                     let len = (32 * steps).min(part.inner - from);
                     let bytes = steps * part.step_bytes();
-                    range.meet(if forward {
+                    part.met[1].meet(if forward {
                         let mut most = 0;
                         for i in 0..wide / 16 {
                             let (row, to) = (panel.start + 16 * i, tiles.at(i * bytes));
@@ -309,7 +363,7 @@ impl Product<'_> {
                     let whole = part.steps * part.step_bytes();
                     let fixed = |tile: usize| {
                         let first = rows.start / 16 + tile;
-                        part.fixed
+                        part.tiles
                             .at(first * whole + step * part.step_bytes())
                             .cast_const()
                     };
@@ -339,22 +393,15 @@ impl Product<'_> {
             let block = Block {
                 sums: sums.at(0).cast(),
                 stride,
-                output: out,
-                columns,
+                output: self.out,
+                columns: product.columns(),
                 rows,
                 row_columns: panel,
-                bias: self.bias,
-                accumulate: self.accumulate,
+                bias: product.bias,
+                accumulate: product.accumulate,
             };
             block.write(forward);
         }
-    }
-}
-
-fn planes(values: Dense) -> Planes {
-    match values {
-        Dense::F32(_) => Planes::Three,
-        Dense::Bf16(_) => Planes::One,
     }
 }
 

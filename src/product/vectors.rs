@@ -9,11 +9,12 @@ use super::Unit;
 use super::adapter::{Adapter, Down};
 use super::blocks::{Buffer, Direction, Product};
 use super::micro::{COLUMNS, HEIGHT, Loop, PITCH, Sides, Sums, WORDS};
+use super::outer::Outer;
 use super::output::Output;
 use super::panels::{Left, Right, STRIDE, narrow, narrow_wide, widen};
 use super::parts::Planes;
 use super::tiles::{Dense, Operand, Source};
-use crate::parallel;
+use crate::parallel::{self, Round};
 
 /// Rows of the activations that lie packed at a time, at most.
 const ROWS: usize = 512;
@@ -131,53 +132,136 @@ pub unsafe fn run(
     adapter: Option<&Adapter<'_>>,
     out: Option<Output>,
 ) {
-    let m = product.m;
-    let floats = match unit {
-        Unit::Wide => Loop::Wide,
-        _ => Loop::Narrow,
-    };
-    let with = match floats {
-        Loop::Wide if product.input.is_bf16() && pairs_available() => Loop::Pairs,
-        _ => floats,
-    };
-    let columns = if out.is_some() { product.columns() } else { 0 };
-    let high = m.div_ceil(m.div_ceil(ROWS).max(1)).max(1);
-    let width = panel_width(columns);
-    let down = adapter.map(|adapter| Down::new(product, adapter, with));
-    for first in (0..m).step_by(high) {
-        let rows = first..m.min(first + high);
-        let parts = parts(product, down.as_ref(), &rows, with, floats);
+    // SAFETY: the caller's.
+    let work = unsafe { Work::new(product, unit, adapter, out) };
+    parallel::in_turn(&work.rounds());
+}
+
+/// A product's tasks, and what they share.
+pub struct Work<'a> {
+    product: &'a Product<'a>,
+    out: Option<Output>,
+    down: Option<Down<'a>>,
+    /// The base's, and the term's, of f32.
+    parts: Vec<Part<'a>>,
+    floats: Loop,
+    /// Rows that lie packed at a time.
+    high: usize,
+    /// Columns of the output, and of a task.
+    columns: usize,
+    width: usize,
+    /// Panels of the output, or of what the adapter asks for.
+    panels: Vec<(Option<&'a Outer<'a>>, usize)>,
+}
+
+impl<'a> Work<'a> {
+    /// # Safety
+    /// As [`run`], until the last task has ended.
+    pub unsafe fn new(
+        product: &'a Product<'a>,
+        unit: Unit,
+        adapter: Option<&'a Adapter<'a>>,
+        out: Option<Output>,
+    ) -> Self {
+        let m = product.m;
+        let floats = match unit {
+            Unit::Wide => Loop::Wide,
+            _ => Loop::Narrow,
+        };
+        let with = match floats {
+            Loop::Wide if product.input.is_bf16() && pairs_available() => Loop::Pairs,
+            _ => floats,
+        };
+        let columns = if out.is_some() { product.columns() } else { 0 };
+        let high = m.div_ceil(m.div_ceil(ROWS).max(1)).max(1);
+        let width = panel_width(columns);
         let panels = (0..columns).step_by(width).map(|column| (None, column));
         let outer = adapter.iter().flat_map(|adapter| &adapter.outer);
         let outer = outer.flat_map(|one| {
-            (0..one.columns)
-                .step_by(PANEL)
-                .map(move |at| (Some(one), at))
+            let starts = (0..one.columns).step_by(PANEL);
+            starts.map(move |at| (Some(one), at))
         });
-        let tasks: Vec<_> = panels.chain(outer).collect();
-        parallel::for_each(tasks.into_iter(), |(outer, column)| {
-            // SAFETY: the caller's; tasks' blocks of what they write do not overlap.
+        Self {
+            product,
+            out,
+            down: adapter.map(|adapter| Down::new(product, adapter, with)),
+            parts: parts(product, high, with, floats),
+            floats,
+            high,
+            columns,
+            width,
+            panels: panels.chain(outer).collect(),
+        }
+    }
+
+    pub fn rounds(&self) -> Vec<Round<'_>> {
+        let mut rounds = Vec::new();
+        if let Some(down) = &self.down {
+            rounds.push(Round {
+                tasks: down.blocks(),
+                // SAFETY: as `new` has it; blocks are the tasks' own.
+                run: Box::new(move |block| unsafe { down.pack(block) }),
+            });
+        }
+        for first in (0..self.product.m).step_by(self.high) {
+            let rows = first..self.product.m.min(first + self.high);
+            let own = rows.clone();
+            rounds.push(Round {
+                tasks: rows.len().div_ceil(HEIGHT),
+                run: Box::new(move |strip| self.pack(&own, strip * HEIGHT)),
+            });
+            rounds.push(Round {
+                tasks: self.panels.len(),
+                run: Box::new(move |panel| self.panel(&rows, panel)),
+            });
+        }
+        rounds
+    }
+
+    /// Packs the rows from row `at` of `rows` on, and makes those of the term's that the adapter makes.
+    fn pack(&self, rows: &std::ops::Range<usize>, at: usize) {
+        let row = rows.start + at;
+        let strip = row..rows.end.min(row + HEIGHT);
+        for (i, part) in self.parts.iter().enumerate() {
+            // SAFETY: as `new` has it; the CPU has the features; strips of the buffers and of `narrow` do not overlap.
             unsafe {
-                if let Some(outer) = outer {
-                    let panel = column..outer.columns.min(column + PANEL);
-                    outer.add(rows.clone(), panel, product.rank(), floats);
-                } else if let Some(out) = out {
-                    let panel = column..columns.min(column + width);
-                    block(product, &parts, rows.clone(), panel, out);
+                // The term's are made of the base's.
+                let made = self.down.as_ref().filter(|_| i > 0).map(|down| Left {
+                    values: Dense::F32(down.rows(strip.clone(), &self.parts[0], at)),
+                    inner: part.left.inner,
+                });
+                let (left, strip) = match &made {
+                    Some(left) => (left, 0..strip.len()),
+                    None => (&part.left, strip.clone()),
+                };
+                for (from, len) in part.blocks() {
+                    let out = part.strip(at, from);
+                    match part.with {
+                        Loop::Pairs => left.pack_pairs(strip.clone(), from, len, out),
+                        _ => left.pack(strip.clone(), from, len, out),
+                    }
                 }
             }
-        });
+        }
+    }
+
+    fn panel(&self, rows: &std::ops::Range<usize>, panel: usize) {
+        let (outer, column) = self.panels[panel];
+        // SAFETY: as `new` has it; tasks' blocks of what they write do not overlap.
+        unsafe {
+            if let Some(outer) = outer {
+                let panel = column..outer.columns.min(column + PANEL);
+                outer.add(rows.clone(), panel, self.product.rank(), self.floats);
+            } else if let Some(out) = self.out {
+                let panel = column..self.columns.min(column + self.width);
+                block(self.product, &self.parts, rows.clone(), panel, out);
+            }
+        }
     }
 }
 
-/// The base's, with the loop `with`, and the term's, of f32.
-fn parts<'a>(
-    product: &'a Product<'_>,
-    down: Option<&Down<'_>>,
-    rows: &std::ops::Range<usize>,
-    with: Loop,
-    floats: Loop,
-) -> Vec<Part<'a>> {
+/// The base's, with the loop `with`, and the term's, of f32; `rows` of them lie packed.
+fn parts<'a>(product: &'a Product<'_>, rows: usize, with: Loop, floats: Loop) -> Vec<Part<'a>> {
     let forward = product.direction == Direction::Forward;
     let base = (
         with,
@@ -188,9 +272,9 @@ fn parts<'a>(
     let term = product
         .term
         .map(|term| (floats, term.left, Source::Dense(term.right), term.r));
-    let parts = std::iter::once(base).chain(term);
-    let high = rows.len().next_multiple_of(HEIGHT);
-    let parts: Vec<_> = parts
+    let high = rows.next_multiple_of(HEIGHT);
+    std::iter::once(base)
+        .chain(term)
         .map(|(with, values, source, inner)| Part {
             with,
             left: Left { values, inner },
@@ -216,32 +300,7 @@ fn parts<'a>(
             packed: Buffer::floats(inner.div_ceil(block_of(with)) * high * PITCH),
             high,
         })
-        .collect();
-    parallel::for_each(rows.clone().step_by(HEIGHT), |row| {
-        let (at, strip) = (row - rows.start, row..rows.end.min(row + HEIGHT));
-        for (i, part) in parts.iter().enumerate() {
-            // SAFETY: the CPU has the features; strips of the buffers and of `narrow` do not overlap.
-            unsafe {
-                // The term's are made of the base's.
-                let made = down.filter(|_| i > 0).map(|down| Left {
-                    values: Dense::F32(down.rows(strip.clone(), &parts[0], at)),
-                    inner: part.left.inner,
-                });
-                let (left, strip) = match &made {
-                    Some(left) => (left, 0..strip.len()),
-                    None => (&part.left, strip.clone()),
-                };
-                for (from, len) in part.blocks() {
-                    let out = part.strip(at, from);
-                    match part.with {
-                        Loop::Pairs => left.pack_pairs(strip.clone(), from, len, out),
-                        _ => left.pack(strip.clone(), from, len, out),
-                    }
-                }
-            }
-        }
-    });
-    parts
+        .collect()
 }
 
 /// # Safety
