@@ -121,11 +121,12 @@ impl<'a> Part<'a> {
     /// As [`Product::run`]; no one else writes or reads these tiles.
     unsafe fn lay_out(&self, product: &Product<'_>, row: usize) {
         let (inner, planes) = (self.inner, self.moving.planes);
-        // SAFETY: the caller's; what is made is made by now.
         let values = match self.fixed {
             Fixed::Given(values) => values,
             Fixed::Made(at) => {
-                Dense::F32(unsafe { std::slice::from_raw_parts(at, product.m * inner) })
+                // SAFETY: the caller's; what is made is made by now.
+                let made = unsafe { std::slice::from_raw_parts(at, product.m * inner) };
+                Dense::F32(made)
             }
         };
         let operand = Operand {
