@@ -204,6 +204,12 @@ def write(name: str, record: dict[str, Any]) -> bool:
             bars.append(
                 common.Bar(f"{case}: plan's error", 100 * abs(off), 5, at_least=False, unit="%")
             )
+        without = record["results"].get(str(dataclasses.replace(case, dropout=0.0)), {})
+        if ours and case.dropout and "ferrotune" in without:
+            slower = ours["step_ms"] / without["ferrotune"]["step_ms"]
+            bars.append(
+                common.Bar(f"{case}: time over without dropout", slower, 1.05, at_least=False)
+            )
         if ours and theirs and case.least:
             speed = theirs["step_ms"] / ours["step_ms"]
             bars.append(common.Bar(f"{case}: speed over Unsloth", speed, case.least))

@@ -32,9 +32,6 @@ TOOLS: dict[str, list[str]] = {
     # Other kernels' writes count too, so all are watched; their reads are not ferrotune's.
     "initcheck": ["--print-limit=0"],
 }
-# It ends in an "Internal Sanitizer Error" (a hardware exception) at kernels with clusters and bulk
-# copies; what then looks like an illegal address is none to memcheck.
-WITHOUT_HOPPER = {"racecheck"}
 COMMON = ["--report-api-errors=no", "--check-exit-code=no"]
 SUMMARY = re.compile(r"(?:ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard)")
 
@@ -50,15 +47,13 @@ def resources() -> Any:
     return module
 
 
-def kernel_names() -> tuple[list[str], set[str]]:
-    """Of all kernels that are embedded in the extension, and of those for Hopper alone."""
+def kernel_names() -> list[str]:
+    """Of all kernels that are embedded in the extension."""
     module = resources()
     program = module.cuobjdump()
     if program is None:
         raise SystemExit("no cuobjdump: pip install triton")
-    found = list(module.inspect(program))
-    names = {usage.kernel for usage in found}
-    return sorted(names), names - {usage.kernel for usage in found if usage.chip != "sm_90a"}
+    return sorted({usage.kernel for usage in module.inspect(program)})
 
 
 def lora_cases() -> Iterator[dict[str, Any]]:
@@ -269,18 +264,12 @@ def main() -> int:
     if program is None:
         print("no compute-sanitizer on the path: it is part of the CUDA toolkit", file=sys.stderr)
         return 1
-    names, of_hopper = kernel_names()
+    names = kernel_names()
     coverage(names)
     with tempfile.TemporaryDirectory() as aside:
         folder = options.output or Path(aside)
         folder.mkdir(parents=True, exist_ok=True)
-        clean = []
-        for tool in options.tools:
-            left = of_hopper if tool in WITHOUT_HOPPER else set()
-            if left:
-                print(f"{tool}: without {len(left)} kernels of Hopper's, at which it breaks off")
-            watched = [name for name in names if name not in left]
-            clean.append(check(tool, watched, program, folder))
+        clean = [check(tool, names, program, folder) for tool in options.tools]
     return 0 if all(clean) else 1
 
 
