@@ -9,7 +9,11 @@ static IDLE: Mutex<Vec<Vec<f32>>> = Mutex::new(Vec::new());
 const KEPT: usize = 64;
 
 /// An f32 buffer that goes back to the pool when dropped.
-pub struct Scratch(Vec<f32>);
+pub struct Scratch {
+    /// At least `len`: what was once written stays, so that nothing is filled again.
+    buffer: Vec<f32>,
+    len: usize,
+}
 
 impl Scratch {
     /// A buffer of `len` elements with unspecified content.
@@ -27,12 +31,10 @@ impl Scratch {
         let found = fit.map(|at| idle.swap_remove(at));
         drop(idle);
         let mut buffer = found.unwrap_or_default();
-        if buffer.len() >= len {
-            buffer.truncate(len);
-        } else {
+        if buffer.len() < len {
             buffer.resize(len, 0.0);
         }
-        Self(buffer)
+        Self { buffer, len }
     }
 
     /// A buffer of `len` zeros.
@@ -47,7 +49,7 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         let mut idle = IDLE.lock().unwrap_or_else(PoisonError::into_inner);
         if idle.len() < KEPT {
-            idle.push(std::mem::take(&mut self.0));
+            idle.push(std::mem::take(&mut self.buffer));
         }
     }
 }
@@ -55,13 +57,13 @@ impl Drop for Scratch {
 impl Deref for Scratch {
     type Target = [f32];
     fn deref(&self) -> &[f32] {
-        &self.0
+        &self.buffer[..self.len]
     }
 }
 
 impl DerefMut for Scratch {
     fn deref_mut(&mut self) -> &mut [f32] {
-        &mut self.0
+        &mut self.buffer[..self.len]
     }
 }
 
