@@ -27,8 +27,8 @@ GRADIENT_ERROR = 1.25
 # T5's ReLU switches on other elements after bf16 rounding: single gradients then scatter, in their
 # difference from the stock model's and in both errors, whose ratio was found between 0.68 and 1.78
 # in 24 draws of A, B, batch and masks. RoBERTa's scatter, too, by how a CPU sums its products: from
-# 1.36 in the one draw of `test_one_step` to a mean of 0.93; and GPT-2's, between 0.75 and 1.29 about
-# a mean of 0.93. `test_bf16_is_no_less_exact` holds the means.
+# 1.36 in the one draw of `test_one_step` to a mean of 0.93; and GPT-2's: 0.75 to 1.29, mean 0.93.
+# `test_bf16_is_no_less_exact` holds the means.
 STEP_BF16 = {"t5": 0.25}
 GRADIENT_ERROR_BF16 = {"t5": 2.0, "roberta": 2.0, "gpt2": 2.0}
 DRAWS = 32
