@@ -128,6 +128,9 @@ def test_refused() -> None:
         ops.gated_mlp(torch.ones(2, 9), *layers)
     with pytest.raises(ValueError, match="one seed or three, not 2"):
         ops.gated_mlp(x, *layers, seed=[torch.tensor([1])] * 2)
+    _, dropping = mlp((2, 8), 12, 8, torch.float32, CPU, {"p": 0.3})
+    with pytest.raises(ValueError, match=r"up drops .* needs a seed"):
+        ops.gated_mlp(x, *dropping, seed=[torch.tensor([1]), None, torch.tensor([2])])
     with pytest.raises(ValueError, match="must be alike"):
         ops.glu(x, torch.ones(2, 9))
     with pytest.raises(ValueError, match="even width"):

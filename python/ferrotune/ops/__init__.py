@@ -116,6 +116,9 @@ def gated_mlp(
     seeds: mlp.Seeds = tuple(seed) if alone else (seed,)  # type: ignore[arg-type, assignment]
     if alone and len(seeds) != 3:
         raise ValueError(f"gate, up and down take one seed or three, not {len(seeds)}")
+    for name, one, own in zip(("gate", "up", "down"), (gate, up, down), seeds, strict=False):
+        if alone and own is None and one.dropout_p > 0:
+            raise ValueError(f"{name} drops (dropout_p={one.dropout_p}) and needs a seed, not None")
     streamed = [one._replace(stream=0 if alone else i) for i, one in enumerate((gate, up, down))]
     x, projections = _autocast(x, streamed)
     for projection in projections[:2]:
